@@ -1,1 +1,1 @@
-
+//! Device models of minivmm.

@@ -1,0 +1,1 @@
+//! ACPI tables, generated from the device list.

@@ -1,0 +1,3 @@
+//! Architecture-specific parts.
+
+pub mod x86_64;

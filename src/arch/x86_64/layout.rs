@@ -1,0 +1,70 @@
+//! The guest's physical address map, ascending. Every address is a GPA in bytes.
+//!
+//! The map below 1 MiB follows the PC, because that is where kernels look for firmware tables.
+
+/// Global descriptor table for the boot entry (4 entries of 8 bytes).
+pub const GDT_START: u64 = 0x500;
+/// Interrupt descriptor table for the boot entry: one empty entry, so that an early exception is a triple fault
+/// and not a jump into nowhere.
+pub const IDT_START: u64 = 0x520;
+
+/// PVH start information (`hvm_start_info`, then its memory map and module list): 4 KiB.
+pub const PVH_INFO_START: u64 = 0x6000;
+
+/// Linux boot parameters, the "zero page": 4 KiB.
+pub const BOOT_PARAMS_START: u64 = 0x7000;
+
+/// Boot page tables: 1 PML4 page, 1 PDPT page and 4 page-directory pages that map the first 4 GiB one to one.
+pub const PAGE_TABLES_START: u64 = 0x9000;
+
+/// Kernel command line, NUL included.
+pub const CMDLINE_START: u64 = 0x2_0000;
+/// Room for the command line in bytes, NUL included; above every kernel's own COMMAND_LINE_SIZE.
+pub const CMDLINE_MAX_SIZE: u64 = 0x1_0000;
+
+/// End of conventional memory; the extended BIOS data area begins here on a PC.
+pub const CONVENTIONAL_END: u64 = 0x9_fc00;
+
+/// ACPI tables, the RSDP first: Linux scans 0xe0000-0xfffff for it (ACPI 6.5 § 5.2.5.1).
+pub const ACPI_START: u64 = 0xe_0000;
+/// Room for the ACPI tables in bytes.
+pub const ACPI_MAX_SIZE: u64 = 0x1_0000;
+
+/// MP floating pointer structure and table: a kernel scans 0xf0000-0xfffff for it (MP 1.4 § 4).
+pub const MPTABLE_START: u64 = 0xf_0000;
+/// Room for the MP table in bytes.
+pub const MPTABLE_MAX_SIZE: u64 = 0x1_0000;
+
+/// High memory: where kernels may be loaded, and RAM as far as [`MMIO_GAP_START`].
+pub const HIGH_RAM_START: u64 = 0x10_0000;
+
+/// First address of the 32-bit MMIO gap: no RAM from here to 4 GiB.
+pub const MMIO_GAP_START: u64 = 0xc000_0000;
+/// I/O APIC registers (SDM vol. 3 § 11.4.1 has the local APIC at 1 MiB behind it).
+pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// Size of the I/O APIC's register window in bytes.
+pub const IOAPIC_SIZE: u64 = 0x1000;
+/// Local APIC registers, emulated by KVM.
+pub const LAPIC_START: u64 = 0xfee0_0000;
+/// KVM's scratch pages on Intel hosts: three for the TSS, one for the identity map, out of the guest's sight.
+pub const KVM_TSS_START: u64 = 0xfffb_d000;
+/// End of the MMIO gap: RAM goes on at 4 GiB.
+pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
+
+/// I/O port that takes the guest's exit status (one byte).
+pub const EXIT_PORT: u16 = 0xf4;
+/// I/O port that takes boot marks (one byte).
+pub const BOOT_MARK_PORT: u16 = 0xf5;
+/// First I/O port of the i8042, kept for its reset command alone.
+pub const I8042_PORT: u16 = 0x60;
+/// First I/O port of COM1.
+pub const COM1_PORT: u16 = 0x3f8;
+/// I/O port of pvpanic.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// I/O ports of the ACPI sleep control, sleep status and reset registers, in this order (ACPI 6.5 § 4.8.3.7, 4.8.3.6).
+pub const ACPI_POWER_PORT: u16 = 0x600;
+
+/// GSI of COM1, as on a PC.
+pub const COM1_GSI: u32 = 4;
+/// Pins of the I/O APIC.
+pub const IOAPIC_PINS: u32 = 24;

@@ -1,0 +1,3 @@
+//! What is particular to x86-64: the address map, CPUID, MSRs, boot registers, the MP table.
+
+pub mod layout;

@@ -1,0 +1,1 @@
+//! Loading kernels and initramfs images into guest memory.

@@ -1,0 +1,1 @@
+//! Where the guest's serial console goes on the host: terminal, pty, file or nowhere.

@@ -1,0 +1,1 @@
+//! What this host and this kernel file can and cannot do, with the mend.
