@@ -1,3 +1,100 @@
-//! The command line of minivmm.
+//! The command line of minivmm: parse, start the log, run, print the error chain, return the exit status.
 
-fn main() {}
+use std::error::Error;
+use std::io::Write;
+use std::process::exit;
+use std::time::Instant;
+
+use clap::Parser;
+use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs};
+use minivmm::config::ConfigError;
+use minivmm::{console, doctor, exit_status, vm};
+
+fn main() {
+    let started = Instant::now();
+    let cli = Cli::parse();
+    start_log(&cli.log);
+    end_in_good_order_on_panic();
+    let status = match cli.command {
+        Some(Command::Doctor(args)) => run_doctor(&args),
+        None => match cli.vm.into_config() {
+            Ok(config) => match vm::run(&config, started) {
+                Ok(outcome) => outcome.exit_status(),
+                Err(vm::VmError::Config(e)) => usage_error(&e),
+                Err(e) => failure(&e),
+            },
+            Err(e) => usage_error(&e),
+        },
+    };
+    console::restore_terminal();
+    // No destructor runs: the kernel takes a process's VM and memory back faster than the process itself.
+    exit(status.into())
+}
+
+fn usage_error(error: &ConfigError) -> u8 {
+    match error {
+        ConfigError::Read { .. } => failure(error),
+        _ => {
+            failure(error);
+            exit_status::USAGE
+        }
+    }
+}
+
+/// Prints an error and its causes, once, on one line.
+fn failure(error: &dyn Error) -> u8 {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    console::restore_terminal();
+    log::error!("{message}");
+    exit_status::MONITOR_FAILED
+}
+
+fn run_doctor(args: &DoctorArgs) -> u8 {
+    let mut out = std::io::stdout().lock();
+    let kernel = args.kernel.as_deref();
+    match doctor::run(kernel, args.initrd.as_deref(), args.json, &mut out) {
+        Ok(true) => 0,
+        Ok(false) => 1,
+        // A reader that has seen enough, as in `minivmm doctor | head`.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => 1,
+        Err(e) => failure(&e),
+    }
+}
+
+/// minivmm's words go to stderr; a raw terminal needs the carriage return.
+fn start_log(args: &LogArgs) {
+    let level = match (args.quiet, args.verbose) {
+        (true, _) => log::LevelFilter::Off,
+        (_, 0) => log::LevelFilter::Warn,
+        (_, 1) => log::LevelFilter::Info,
+        _ => log::LevelFilter::Debug,
+    };
+    env_logger::Builder::new()
+        .filter_level(level)
+        .format(|out, record| {
+            let level = match record.level() {
+                log::Level::Error => "error: ",
+                log::Level::Warn => "warning: ",
+                _ => "",
+            };
+            let end = if console::is_raw() { "\r\n" } else { "\n" };
+            let message = record.args().to_string().replace('\n', end);
+            write!(out, "minivmm: {level}{message}{end}")
+        })
+        .init();
+}
+
+/// A panic is a bug in minivmm: the terminal is put right, and the status is not that of a guest that panicked (an abort
+/// would be 134).
+fn end_in_good_order_on_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        console::restore_terminal();
+        eprintln!("minivmm: this is a bug in minivmm: {info}");
+        exit(exit_status::MONITOR_FAILED.into())
+    }));
+}

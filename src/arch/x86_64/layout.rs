@@ -2,11 +2,11 @@
 //!
 //! The map below 1 MiB follows the PC, because that is where kernels look for firmware tables.
 
-/// Global descriptor table for the boot entry (4 entries of 8 bytes).
+/// Global descriptor table for the boot entry (5 entries of 8 bytes).
 pub const GDT_START: u64 = 0x500;
 /// Interrupt descriptor table for the boot entry: one empty entry, so that an early exception is a triple fault
 /// and not a jump into nowhere.
-pub const IDT_START: u64 = 0x520;
+pub const IDT_START: u64 = 0x540;
 
 /// PVH start information (`hvm_start_info`, then its memory map and module list): 4 KiB.
 pub const PVH_INFO_START: u64 = 0x6000;

@@ -1,0 +1,60 @@
+# Ends in the way that the first letter of its command line names.
+.include "tiny.inc"
+.globl _start
+_start:
+    mov  CMDLINE_PTR(%rsi), %ebx
+    mov  (%rbx), %al
+    cmp  $'p', %al
+    je   power_off
+    cmp  $'r', %al
+    je   acpi_reset
+    cmp  $'k', %al
+    je   keyboard_reset
+    cmp  $'c', %al
+    je   pvpanic
+    cmp  $'e', %al
+    je   exit_status
+    cmp  $'L', %al
+    je   panic_line
+    cmp  $'t', %al
+    je   triple_fault
+    cmp  $'h', %al
+    je   halt
+    cmp  $'s', %al
+    je   spin
+    outb 99, EXIT_PORT
+
+power_off:
+    poweroff
+acpi_reset:
+    outb 1, RESET_PORT
+    hlt
+keyboard_reset:
+    outb 0xfe, 0x64
+    hlt
+pvpanic:
+    outb 1, PVPANIC_PORT
+    hlt
+exit_status:                    # "eN": the status is the character N itself
+    mov  1(%rbx), %al
+    exit_al
+panic_line:                     # an early panic: the line, then the reset that panic=-1 makes
+    lea  line(%rip), %rsi
+    puts_rsi
+    outb 1, RESET_PORT
+    hlt
+triple_fault:
+    lidt no_idt(%rip)
+    ud2
+halt:
+    cli
+    hlt
+    jmp  halt
+spin:
+    jmp  spin
+
+line:
+    .asciz "[    0.123456] Kernel panic - not syncing: tiny\r\n"
+no_idt:
+    .word 0
+    .quad 0

@@ -1,0 +1,168 @@
+//! The command line. It opens no file but the configuration and builds nothing.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::boot::BootProtocol;
+use crate::config::{ConfigError, MemorySize, OnReboot, Span, VmConfig};
+use crate::console::SerialMode;
+
+const EXAMPLES: &str = "\
+Examples:
+  minivmm --kernel bzImage --initrd rootfs.cpio
+      boots to the initramfs on this terminal; Ctrl-A x quits
+  minivmm --kernel bzImage --initrd rootfs.cpio --append '-- uname -r'
+      gives the words behind -- to the guest's init
+  minivmm --kernel bzImage --initrd rootfs.cpio --cpus 2 --memory 1G --deadline 30s
+  minivmm --config vm.json --memory 2G
+      takes the VM from a file, but for its memory
+  minivmm doctor --kernel bzImage
+      says whether this host can boot this kernel, and what to do if not
+
+Exit status:
+  0          the guest powered off, or reset the machine
+  0-255      the guest wrote this byte to I/O port 0xf4
+  2          the command line is wrong
+  124        --deadline passed first
+  125        minivmm itself could not go on; stderr says why
+  130, 143   stopped by Ctrl-A x or SIGINT, by SIGTERM
+  134        the guest's kernel panicked
+  139        the guest triple-faulted, or KVM could not run it";
+
+/// A minimal virtual machine monitor: boots a Linux kernel in a KVM virtual machine.
+#[derive(Debug, Parser)]
+#[command(
+    name = "minivmm",
+    version,
+    after_help = EXAMPLES,
+    args_conflicts_with_subcommands = true,
+    max_term_width = 120
+)]
+pub struct Cli {
+    /// What to do; without one, run a VM
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The VM to run.
+    #[command(flatten)]
+    pub vm: VmArgs,
+    /// How much to say on stderr.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// What minivmm does besides running a VM.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Say what this host, and a kernel and initrd, can and cannot do; status 0 only if a guest can boot
+    Doctor(DoctorArgs),
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Kernel file to look at
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initrd to look at
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How much minivmm says on stderr.
+#[derive(Debug, Args)]
+pub struct LogArgs {
+    /// Say more: -v informs, -vv debugs
+    #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    pub verbose: u8,
+    /// Say nothing: the exit status tells all
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// A VM; what is given here goes over what a configuration file says.
+#[derive(Debug, Args)]
+pub struct VmArgs {
+    /// Linux kernel: bzImage, ELF vmlinux or PVH ELF
+    #[arg(short, long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system (cpio, compressed as the kernel can read it)
+    #[arg(short, long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 quiet"]
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// Add to the kernel command line, as in --append 'loglevel=7 -- /bin/sh'
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// vCPUs, 1 to 64 [default: 1]
+    #[arg(short, long, value_name = "N")]
+    pub cpus: Option<u8>,
+    /// Guest memory, as in 512M or 2G [default: 256M]
+    #[arg(short, long, value_name = "SIZE")]
+    pub memory: Option<MemorySize>,
+    /// Serial console: stdio, pty (its path goes to stderr), file=PATH (output only), none [default: stdio]
+    #[arg(long, value_name = "WHERE")]
+    pub serial: Option<SerialMode>,
+    /// When the guest resets the machine: end with status 0, or boot again [default: exit]
+    #[arg(long, value_name = "WHAT")]
+    pub on_reboot: Option<OnReboot>,
+    /// End with status 124 after this time, as in 500ms, 10s or 2min
+    #[arg(long, value_name = "TIME")]
+    pub deadline: Option<Span>,
+    /// How the kernel is entered; auto takes PVH where an ELF file offers it [default: auto]
+    #[arg(long, value_name = "HOW")]
+    pub boot_protocol: Option<BootProtocol>,
+    /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, serial,
+    /// on_reboot, deadline, boot_protocol; as in {"kernel": "bzImage", "initrd": "rootfs.cpio", "memory": "512M"}
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+impl VmArgs {
+    /// The configuration file, if there is one, with these arguments over it.
+    pub fn into_config(self) -> Result<VmConfig, ConfigError> {
+        let base = match &self.config {
+            Some(path) => VmConfig::from_file(path)?,
+            None => VmConfig::default(),
+        };
+        Ok(VmConfig {
+            kernel: self.kernel.unwrap_or(base.kernel),
+            initrd: self.initrd.or(base.initrd),
+            cmdline: self.cmdline.or(base.cmdline),
+            append: self.append.or(base.append),
+            cpus: self.cpus.unwrap_or(base.cpus),
+            memory: self.memory.unwrap_or(base.memory),
+            serial: self.serial.unwrap_or(base.serial),
+            on_reboot: self.on_reboot.unwrap_or(base.on_reboot),
+            deadline: self.deadline.or(base.deadline),
+            boot_protocol: self.boot_protocol.unwrap_or(base.boot_protocol),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_go_over_the_file() {
+        Cli::command_for_tests().debug_assert();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, r#"{"kernel": "k", "cpus": 4, "memory": "1G"}"#).unwrap();
+        let path = file.path().to_str().unwrap();
+        let cli = Cli::parse_from(["minivmm", "--config", path, "--memory", "2G", "--append", "-- sh"]);
+        let config = cli.vm.into_config().unwrap();
+        assert_eq!((config.cpus, config.memory.bytes), (4, 2 << 30));
+        assert_eq!(config.append.as_deref(), Some("-- sh"));
+    }
+
+    impl Cli {
+        fn command_for_tests() -> clap::Command {
+            <Self as clap::CommandFactory>::command()
+        }
+    }
+}

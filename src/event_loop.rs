@@ -1,0 +1,142 @@
+//! The main thread while the VM runs: console input, signals, the deadline and the VM's end.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use minivmm_devices::legacy::serial::Serial;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::console::{self, ConsoleInput, InputOutcome};
+use crate::exit_status::Outcome;
+use crate::vcpu::Control;
+
+/// Signals that end the VM in good order.
+const STOP_SIGNALS: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+
+/// The process's signals, as a file descriptor.
+pub struct Signals(SignalFd);
+
+impl Signals {
+    /// Blocks the signals in this thread and all that it starts, and takes them from a file descriptor instead. To be
+    /// called before any other thread is there.
+    pub fn block() -> io::Result<Self> {
+        let mut set: SigSet = STOP_SIGNALS.into_iter().collect();
+        set.add(Signal::SIGCONT);
+        set.thread_block()?;
+        Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+    }
+
+    /// The next signal that asks minivmm to stop, if one has come. Resumption after a stop takes the terminal back.
+    pub fn stop_requested(&self) -> Option<i32> {
+        while let Ok(Some(info)) = self.0.read_signal() {
+            if info.ssi_signo as i32 == Signal::SIGCONT as i32 {
+                console::reenter_raw();
+            } else {
+                return Some(info.ssi_signo as i32);
+            }
+        }
+        None
+    }
+}
+
+/// What the event loop waits for.
+#[derive(Clone, Copy)]
+enum Source {
+    Ended,
+    Signal,
+    Input,
+    GuestReady,
+}
+
+/// The main thread's loop for one run of a VM.
+pub struct EventLoop<'a> {
+    epoll: Epoll,
+    control: &'a Control,
+    signals: &'a Signals,
+    input: &'a mut ConsoleInput,
+    guest_ready: Arc<EventFd>,
+    deadline: Option<Instant>,
+}
+
+impl<'a> EventLoop<'a> {
+    /// Registers all sources. `guest_ready` is written when the guest can take more console input.
+    pub fn new(
+        control: &'a Control,
+        signals: &'a Signals,
+        input: &'a mut ConsoleInput,
+        guest_ready: Arc<EventFd>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let add = |fd: RawFd, events, source: Source| {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, source as u64))
+        };
+        add(control.ended().as_raw_fd(), EventSet::IN, Source::Ended)?;
+        add(signals.0.as_raw_fd(), EventSet::IN, Source::Signal)?;
+        add(guest_ready.as_raw_fd(), EventSet::IN, Source::GuestReady)?;
+        if let Some(fd) = input.fd() {
+            match add(fd, EventSet::IN | EventSet::EDGE_TRIGGERED, Source::Input) {
+                // A regular file or /dev/null: always ready, so the guest's readiness is all there is to wait for.
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => {}
+                result => result?,
+            }
+        }
+        Ok(Self { epoll, control, signals, input, guest_ready, deadline })
+    }
+
+    /// Runs until the VM has ended.
+    pub fn run(mut self, serial: &Mutex<Serial>) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); 4];
+        // A restarted VM may find input that was read from no edge of its own.
+        self.pump(serial);
+        loop {
+            let timeout = match self.deadline {
+                None => -1,
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        self.control.end(Outcome::Deadline);
+                        return Ok(());
+                    }
+                    // Rounded up, so that the last millisecond is not spun away.
+                    i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+                }
+            };
+            let count = match self.epoll.wait(timeout, &mut events) {
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            };
+            for event in events.iter().take(count) {
+                match event.data() {
+                    d if d == Source::Ended as u64 => return Ok(()),
+                    d if d == Source::Signal as u64 => {
+                        if let Some(signal) = self.signals.stop_requested() {
+                            self.control.end(Outcome::Signal(signal));
+                            return Ok(());
+                        }
+                    }
+                    d => {
+                        if d == Source::GuestReady as u64 {
+                            let _ = self.guest_ready.read();
+                        }
+                        self.pump(serial);
+                    }
+                }
+            }
+        }
+    }
+
+    fn pump(&mut self, serial: &Mutex<Serial>) {
+        match self.input.pump(serial) {
+            Ok(InputOutcome::Quit) => self.control.end(Outcome::Quit),
+            Ok(InputOutcome::Continue) => {}
+            Err(e) => log::warn!("console input ends here: {e}"),
+        }
+    }
+}

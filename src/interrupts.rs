@@ -1,0 +1,95 @@
+//! Interrupts: the I/O APIC in user space, and its wires.
+//!
+//! The interrupt controller is split: KVM has the local APICs, this process the I/O APIC. A device that pulls its wire
+//! makes one KVM_SIGNAL_MSI with the message that the guest has programmed for that pin. That needs neither GSI routes
+//! nor irqfds, which cost start-up and teardown time (an SRCU grace period each) and would gain nothing for a device
+//! whose work is done in this process anyway.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
+use kvm_ioctls::VmFd;
+use minivmm_devices::interrupt::{InterruptSink, IrqLine};
+use minivmm_devices::legacy::ioapic::{Ioapic, Msi, MsiRouter};
+
+use crate::arch::x86_64::layout::IOAPIC_PINS;
+
+/// What the guest has programmed for each I/O APIC pin; `None` for a masked one.
+type PinTable = Arc<[Mutex<Option<Msi>>]>;
+
+/// The I/O APIC and the wires that lead to it.
+pub struct Interrupts {
+    /// The register model, for the MMIO bus.
+    pub ioapic: Arc<Mutex<Ioapic>>,
+    vm: Arc<VmFd>,
+    pins: PinTable,
+}
+
+impl Interrupts {
+    /// Splits the VM's interrupt controller. All memslots must be there before, all vCPUs come after.
+    pub fn new(vm: Arc<VmFd>) -> Result<Self, kvm_ioctls::Error> {
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            ..Default::default()
+        };
+        // GSIs that belong to the I/O APIC: KVM tells of an end of interrupt for these.
+        cap.args[0] = u64::from(IOAPIC_PINS);
+        vm.enable_cap(&cap)?;
+
+        let pins: PinTable = (0..IOAPIC_PINS).map(|_| Mutex::new(None)).collect();
+        let ioapic = Ioapic::new(Box::new(Router(Arc::clone(&pins))));
+        Ok(Self {
+            ioapic: Arc::new(Mutex::new(ioapic)),
+            vm,
+            pins,
+        })
+    }
+
+    /// The wire that ends at I/O APIC pin `gsi`.
+    pub fn line(&self, gsi: u32) -> IrqLine {
+        IrqLine::new(Arc::new(Pin {
+            vm: Arc::clone(&self.vm),
+            pins: Arc::clone(&self.pins),
+            gsi,
+        }))
+    }
+}
+
+/// Takes what the guest programs from the register model.
+struct Router(PinTable);
+
+impl MsiRouter for Router {
+    fn set_route(&mut self, pin: u32, msi: Option<Msi>) {
+        log::debug!("I/O APIC pin {pin}: {msi:x?}");
+        if let Some(slot) = self.0.get(pin as usize) {
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = msi;
+        }
+    }
+}
+
+/// An edge-triggered I/O APIC input. A pulse at a masked pin is lost, as it is in the 82093AA.
+struct Pin {
+    vm: Arc<VmFd>,
+    pins: PinTable,
+    gsi: u32,
+}
+
+impl InterruptSink for Pin {
+    fn signal(&self) -> io::Result<()> {
+        let Some(slot) = self.pins.get(self.gsi as usize) else {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        };
+        let Some(msi) = *slot.lock().unwrap_or_else(PoisonError::into_inner) else {
+            return Ok(());
+        };
+        // Zero means that a guest's local APIC refused the vector: the guest's affair.
+        self.vm.signal_msi(kvm_msi {
+            address_lo: msi.address as u32,
+            address_hi: (msi.address >> 32) as u32,
+            data: msi.data,
+            ..Default::default()
+        })?;
+        Ok(())
+    }
+}

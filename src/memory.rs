@@ -1,0 +1,95 @@
+//! Guest RAM: regions around the MMIO gap, and the memslots that show them to KVM.
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
+
+/// Least guest RAM in bytes: 16 MiB.
+pub const MIN_SIZE: u64 = 16 << 20;
+
+/// Why guest RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host's address space has no room.
+    #[error("cannot reserve {size} bytes of address space for guest memory; ask for less with --memory")]
+    Map {
+        /// Bytes asked for.
+        size: u64,
+        /// What the host said.
+        #[source]
+        source: FromRangesError,
+    },
+    /// KVM refused a memslot.
+    #[error("KVM refused guest memory at {start:#x}, {size:#x} bytes")]
+    Memslot {
+        /// GPA of the region.
+        start: u64,
+        /// Bytes of the region.
+        size: u64,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// The GPA ranges of `size` bytes of RAM: from 0 to the MMIO gap, the rest from 4 GiB on.
+fn ranges(size: u64) -> Vec<(GuestAddress, usize)> {
+    let low = size.min(MMIO_GAP_START);
+    let mut ranges = vec![(GuestAddress(0), low as usize)];
+    if size > low {
+        ranges.push((GuestAddress(MMIO_GAP_END), (size - low) as usize));
+    }
+    ranges
+}
+
+/// First GPA behind `size` bytes of RAM.
+pub fn end_of_ram(size: u64) -> u64 {
+    if size > MMIO_GAP_START { size + (MMIO_GAP_END - MMIO_GAP_START) } else { size }
+}
+
+/// Maps `size` bytes of guest RAM: private, anonymous, and not reserved, so that a guest may be given more than the
+/// host has free and pays for what it touches.
+pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    GuestMemoryMmap::from_ranges(&ranges(size))
+        .map_err(|source| MemoryError::Map { size, source })
+}
+
+/// Registers every region as a memslot. To be called before any interrupt controller is there: afterwards each call
+/// waits for an SRCU grace period.
+pub fn register(vm: &VmFd, mem: &GuestMemoryMmap) -> Result<(), MemoryError> {
+    for (slot, region) in (0u32..).zip(mem.iter()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        #[allow(unsafe_code, reason = "KVM is handed addresses of this process")]
+        // SAFETY: the address and size are those of a live mapping, which the VM's owner keeps beside `vm` and drops
+        // after it.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|source| MemoryError::Memslot {
+            start: region.guest_phys_addr,
+            size: region.memory_size,
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_leaves_the_mmio_gap_free() {
+        assert_eq!(ranges(16 << 20), [(GuestAddress(0), 16 << 20)]);
+        assert_eq!(ranges(3 << 30), [(GuestAddress(0), 3 << 30)]);
+        assert_eq!(ranges(6 << 30), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 3 << 30)]);
+        assert_eq!(end_of_ram(6 << 30), 7 << 30);
+        assert_eq!(end_of_ram(1 << 30), 1 << 30);
+    }
+}

@@ -1,0 +1,375 @@
+//! A VM: built in boot order, run, ended.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use minivmm_devices::event::{EventSink, GuestEvent};
+use minivmm_devices::legacy::serial::Serial;
+use vm_memory::{GuestMemoryError, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::acpi;
+use crate::arch::x86_64::{layout, mptable, regs};
+use crate::boot::{self, BootError, BootSource, LoadedKernel};
+use crate::config::{ConfigError, OnReboot, VmConfig};
+use crate::console::{Console, ConsoleError, ConsoleInput};
+use crate::device_manager::DeviceManager;
+use crate::doctor;
+use crate::event_loop::{EventLoop, Signals};
+use crate::exit_status::Outcome;
+use crate::interrupts::Interrupts;
+use crate::memory::{self, MemoryError};
+use crate::post_mortem::{self, Scene};
+use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError};
+
+const KVM_DEVICE: &str = "/dev/kvm";
+
+/// The API version that KVM has had since Linux 2.6.22.
+const KVM_API_VERSION: i32 = 12;
+
+/// Why a VM could not be built or run.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The configuration is impossible.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The console cannot be opened.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// Kernel or initrd cannot be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Guest RAM cannot be made.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A vCPU cannot be made.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// No KVM for this process.
+    #[error("cannot open {KVM_DEVICE}: {why}")]
+    OpenKvm {
+        /// What is wrong, and the mend.
+        why: String,
+    },
+    /// KVM is not what it should be.
+    #[error("{KVM_DEVICE} has API version {0}, not {KVM_API_VERSION}")]
+    ApiVersion(i32),
+    /// KVM refused a step of the set-up.
+    #[error("KVM refused to {step}")]
+    Kvm {
+        /// What was asked of KVM.
+        step: &'static str,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// More vCPUs than KVM makes.
+    #[error("this host's KVM makes {max} vCPUs at most, not {asked}: give a smaller --cpus")]
+    TooManyCpus {
+        /// From the configuration.
+        asked: u8,
+        /// KVM's limit.
+        max: usize,
+    },
+    /// More memory than the processor can address.
+    #[error(
+        "{asked} of guest memory end at {end:#x}, beyond the {bits} physical address bits of this host: give a smaller \
+         --memory"
+    )]
+    TooMuchMemory {
+        /// From the configuration.
+        asked: crate::config::MemorySize,
+        /// First GPA behind the RAM.
+        end: u64,
+        /// What CPUID says of the host.
+        bits: u8,
+    },
+    /// A stock kernel, on a KVM that cannot run one.
+    #[error(
+        "this host's KVM is PVM, without hardware virtualization: it emulates {} so slowly that it would seem to hang; run \
+         minivmm on a host with VT-x or AMD-V, or in the lab: tests/lab/run (`minivmm doctor` tells more)",
+        kernel.display()
+    )]
+    SoftwareKvm {
+        /// The kernel.
+        kernel: PathBuf,
+    },
+    /// Guest memory refused an access within RAM.
+    #[error("cannot write the boot tables to guest memory")]
+    BootTables(#[source] GuestMemoryError),
+    /// Two devices claim one address.
+    #[error("cannot lay out the devices")]
+    Bus(#[from] minivmm_devices::bus::BusError),
+    /// The host refused an event source.
+    #[error("cannot set up {what}")]
+    Host {
+        /// What was to be set up.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> VmError {
+    move |source| VmError::Host { what, source }
+}
+
+fn refused(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |source| VmError::Kvm { step, source }
+}
+
+/// Builds the VM that `config` describes and runs it to its end, again after every reset if the configuration wants it.
+/// `started` is where the deadline counts from.
+///
+/// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
+pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
+    config.validate()?;
+    let signals = Signals::block().map_err(host("signal handling"))?;
+    vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
+    // A deadline beyond what the clock can say is none.
+    let deadline = config.deadline.and_then(|span| started.checked_add(span.0));
+
+    // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
+    let mut vm = Vm::prepare(config)?;
+    let (console, mut input) = Console::open(&config.serial)?;
+    if let Some(path) = console.pty_path() {
+        log::warn!("the serial console is {}", path.display());
+    }
+    let outcome = loop {
+        console.start_of_vm();
+        let outcome = vm.boot(&console)?.run(&signals, &mut input, deadline)?;
+        if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
+            break outcome;
+        }
+        log::info!("the guest reset the machine: booting again");
+        vm = Vm::prepare(config)?;
+    };
+    console.finish(&|| signals.stop_requested().is_some());
+    if console.bytes_dropped() > 0 {
+        log::warn!("{} bytes of console output had no taker and were dropped", console.bytes_dropped());
+    }
+    Ok(outcome)
+}
+
+/// A VM with its memory and kernel in place.
+struct Vm {
+    // Dropped in this order: KVM's view of the memory goes before the memory.
+    fd: Arc<VmFd>,
+    kvm: Kvm,
+    mem: GuestMemoryMmap,
+    kernel: LoadedKernel,
+    cmdline: String,
+    cpus: u8,
+}
+
+impl Vm {
+    /// Makes the VM and its RAM, and loads the kernel.
+    fn prepare(config: &VmConfig) -> Result<Self, VmError> {
+        let cmdline = config.kernel_cmdline();
+        let mem = memory::create(config.memory.bytes)?;
+        let kernel = boot::load(
+            &mem,
+            &BootSource {
+                kernel: &config.kernel,
+                initrd: config.initrd.as_deref(),
+                cmdline: &cmdline,
+                protocol: config.boot_protocol,
+                rsdp: layout::ACPI_START,
+            },
+        )?;
+
+        let kvm = open_kvm()?;
+        if kernel.is_stock_linux() && doctor::host::host_is_pvm() {
+            return Err(VmError::SoftwareKvm { kernel: config.kernel.clone() });
+        }
+        let max = kvm.get_max_vcpus();
+        if usize::from(config.cpus) > max {
+            return Err(VmError::TooManyCpus { asked: config.cpus, max });
+        }
+        let fd = create_vm(&kvm)?;
+        // Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
+        memory::register(&fd, &mem)?;
+        fd.set_tss_address(layout::KVM_TSS_START as usize)
+            .map_err(refused("place its scratch pages"))?;
+        Ok(Self { fd: Arc::new(fd), kvm, mem, kernel, cmdline, cpus: config.cpus })
+    }
+
+    /// Makes interrupt controllers, vCPUs and devices, and writes the tables by which the guest finds them.
+    fn boot(self, console: &Console) -> Result<BootedVm, VmError> {
+        let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
+        let interrupts = Interrupts::new(Arc::clone(&self.fd))
+            .map_err(refused("split the interrupt controller (KVM_CAP_SPLIT_IRQCHIP)"))?;
+
+        let supported = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused("tell the CPUID that it supports"))?;
+        check_address_bits(&self, &supported)?;
+        let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
+        let vcpus = (0..self.cpus)
+            .map(|index| {
+                let entry = (index == 0).then_some(self.kernel.entry);
+                Vcpu::new(&self.fd, index, self.cpus, &supported, tsc_deadline, entry)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let guest_ready = Arc::new(
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("an eventfd"))?,
+        );
+        let kick = Arc::clone(&guest_ready);
+        let serial = Serial::new(
+            interrupts.line(layout::COM1_GSI),
+            console.sink(),
+            // An eventfd refuses a write only when its counter is full; then the event loop is awake.
+            Arc::new(move || _ = kick.write(1)),
+        );
+        let devices = DeviceManager::new(&interrupts, &event_sink(&control), serial)?;
+        let serial = Arc::clone(&devices.serial);
+        let weak = Arc::downgrade(&serial);
+        console.on_output_ready(Arc::new(move || {
+            if let Some(serial) = weak.upgrade() {
+                serial.lock().unwrap_or_else(PoisonError::into_inner).output_ready();
+            }
+        }));
+
+        acpi::write_tables(&self.mem, self.cpus, &devices.acpi).map_err(VmError::BootTables)?;
+        mptable::write(&self.mem, self.cpus).map_err(VmError::BootTables)?;
+        regs::write_boot_tables(&self.mem, self.kernel.entry).map_err(VmError::BootTables)?;
+        Ok(BootedVm {
+            vcpus,
+            devices,
+            serial,
+            control,
+            guest_ready,
+            console: console.clone(),
+            vm: self,
+        })
+    }
+}
+
+/// A VM that is ready for its first instruction.
+struct BootedVm {
+    vcpus: Vec<Vcpu>,
+    devices: DeviceManager,
+    serial: Arc<Mutex<Serial>>,
+    control: Arc<Control>,
+    guest_ready: Arc<EventFd>,
+    console: Console,
+    vm: Vm,
+}
+
+impl BootedVm {
+    /// Runs the VM to its end and stops all of its threads.
+    fn run(
+        self,
+        signals: &Signals,
+        input: &mut ConsoleInput,
+        deadline: Option<Instant>,
+    ) -> Result<Outcome, VmError> {
+        let events = EventLoop::new(&self.control, signals, input, self.guest_ready, deadline)
+            .map_err(host("the event loop"))?;
+        let buses = Arc::new(self.devices.buses);
+        let mut running: Vec<RunningVcpu> = Vec::with_capacity(self.vcpus.len());
+        let mut started = Ok(());
+        for vcpu in self.vcpus {
+            match vcpu.start(Arc::clone(&buses), Arc::clone(&self.control)) {
+                Ok(vcpu) => running.push(vcpu),
+                Err(e) => {
+                    started = Err(e);
+                    self.control.end(Outcome::Quit);
+                    break;
+                }
+            }
+        }
+        let looped = events.run(&self.serial);
+        // Should the loop itself have failed, the vCPUs are still to be told.
+        self.control.end(Outcome::Quit);
+        running.iter().for_each(RunningVcpu::kick);
+        let vcpus: Vec<Vcpu> = running.into_iter().filter_map(RunningVcpu::join).collect();
+        started?;
+        looped.map_err(host("the event loop"))?;
+
+        let (mut outcome, culprit) = self.control.outcome().unwrap_or((Outcome::Quit, None));
+        // Early in its boot a kernel cannot tell pvpanic: the panic is a line on the console, then a reset.
+        if outcome == Outcome::Reset && self.console.saw_panic() {
+            outcome = Outcome::Panicked;
+        }
+        log::info!(
+            "the VM ended: {outcome:?}; vCPU exits: {}; unclaimed accesses: {} reads, {} writes",
+            vcpus.iter().map(|v| v.exits).sum::<u64>(),
+            buses.pio.unclaimed_reads() + buses.mmio.unclaimed_reads(),
+            buses.pio.unclaimed_writes() + buses.mmio.unclaimed_writes(),
+        );
+        let console_bytes = self.console.bytes_out();
+        if post_mortem::is_called_for(&outcome, console_bytes)
+            && let Some(vcpu) = vcpus.get(usize::from(culprit.unwrap_or(0)))
+        {
+            let scene = Scene {
+                outcome: &outcome,
+                vcpu,
+                mem: &self.vm.mem,
+                kernel: &self.vm.kernel,
+                console_bytes,
+                cmdline: &self.vm.cmdline,
+            };
+            log::error!("{}\n{}", scene.headline(), scene.report());
+        }
+        Ok(outcome)
+    }
+}
+
+/// What devices report, turned into the VM's end.
+fn event_sink(control: &Arc<Control>) -> EventSink {
+    let control = Arc::clone(control);
+    Arc::new(move |event| match event {
+        GuestEvent::PowerOff => control.end(Outcome::PowerOff),
+        GuestEvent::Reset => control.end(Outcome::Reset),
+        GuestEvent::Panicked => control.end(Outcome::Panicked),
+        GuestEvent::Exit(status) => control.end(Outcome::Exit(status)),
+        GuestEvent::BootMark(mark) => log::info!("boot mark {mark}"),
+    })
+}
+
+fn open_kvm() -> Result<Kvm, VmError> {
+    let kvm = Kvm::new().map_err(|e| VmError::OpenKvm {
+        why: match e.errno() {
+            libc::ENOENT => "it is not there; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
+                             firmware, or turn nested virtualization on for this VM"
+                .into(),
+            libc::EACCES => format!("permission denied; {}", doctor::host::kvm_permission_mend(Path::new(KVM_DEVICE))),
+            libc::ENODEV => "no KVM behind it; load it (modprobe kvm_intel or kvm_amd)".into(),
+            _ => e.to_string(),
+        },
+    })?;
+    match kvm.get_api_version() {
+        KVM_API_VERSION => Ok(kvm),
+        other => Err(VmError::ApiVersion(other)),
+    }
+}
+
+/// KVM_CREATE_VM is broken off by any signal that arrives in it.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
+    loop {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            result => return result.map_err(refused("create a VM")),
+        }
+    }
+}
+
+/// CPUID leaf 0x80000008 EAX, bits 0-7: physical address bits.
+fn check_address_bits(vm: &Vm, supported: &CpuId) -> Result<(), VmError> {
+    let leaf = supported.as_slice().iter().find(|e| e.function == 0x8000_0008);
+    let bits = leaf.map_or(36, |e| e.eax as u8);
+    let bytes = vm_memory::GuestMemory::iter(&vm.mem).map(vm_memory::GuestMemoryRegion::len).sum();
+    let end = memory::end_of_ram(bytes);
+    if bits < 64 && end > 1 << bits {
+        let asked = crate::config::MemorySize { bytes };
+        return Err(VmError::TooMuchMemory { asked, end, bits });
+    }
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! What the integration tests share: the binary, the tiny guests, and children that cannot outlive a test.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longest that a test lets minivmm run: far above what anything here takes, so that a hang is a failure, not a wait.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+pub fn project(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// A tiny guest, assembled once a test process.
+pub fn tiny(name: &str) -> PathBuf {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    let dir = DIR.get_or_init(|| {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tiny");
+        let build = project("guest-kernels/tiny/build");
+        let status = Command::new(build).arg(&dir).status().expect("the build script runs");
+        assert!(status.success(), "assembling the tiny guests");
+        dir
+    });
+    dir.join(name)
+}
+
+/// minivmm with these arguments.
+pub fn minivmm<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// minivmm with a tiny guest.
+pub fn boot_tiny(guest: &str, cmdline: &str, args: &[&str]) -> Command {
+    let mut command = minivmm(&["--memory", "16M", "--cmdline", cmdline, "--kernel"]);
+    command.arg(tiny(guest)).args(args);
+    command
+}
+
+/// What a finished minivmm left.
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+    pub took: Duration,
+}
+
+impl Ended {
+    pub fn code(&self) -> i32 {
+        self.status.code().unwrap_or_else(|| panic!("killed by a signal: {:?}", self.status))
+    }
+
+    pub fn out(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    #[track_caller]
+    pub fn assert_code(&self, code: i32) -> &Self {
+        assert_eq!(self.code(), code, "stdout: {}\nstderr: {}", self.out(), self.stderr);
+        self
+    }
+}
+
+/// Runs to the end with no input; a hang is killed and fails the test.
+pub fn run(command: &mut Command) -> Ended {
+    run_with_input(command, b"")
+}
+
+/// Runs to the end with this on its standard input, then end of file.
+pub fn run_with_input(command: &mut Command, input: &[u8]) -> Ended {
+    let start = Instant::now();
+    if !input.is_empty() {
+        command.stdin(Stdio::piped());
+    }
+    let mut child = command.spawn().expect("minivmm starts");
+    let writer = child.stdin.take().map(|mut stdin| {
+        let input = input.to_vec();
+        // A guest that ends before it has read all is no error here.
+        thread::spawn(move || _ = stdin.write_all(&input))
+    });
+    let output = wait(child, PATIENCE);
+    if let Some(writer) = writer {
+        writer.join().expect("the writer ends");
+    }
+    Ended {
+        status: output.status,
+        stdout: output.stdout,
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        took: start.elapsed(),
+    }
+}
+
+/// Waits for a child and collects its output; kills it and fails when it takes longer than `patience`.
+pub fn wait(mut child: Child, patience: Duration) -> Output {
+    fn drain(stream: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            if let Some(mut stream) = stream {
+                _ = stream.read_to_end(&mut bytes);
+            }
+            bytes
+        })
+    }
+    let stdout = drain(child.stdout.take());
+    let stderr = drain(child.stderr.take());
+    let deadline = Instant::now() + patience;
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("wait for minivmm") {
+            break status;
+        }
+        if Instant::now() > deadline {
+            _ = child.kill();
+            _ = child.wait();
+            let stderr = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
+            let stdout = String::from_utf8_lossy(&stdout.join().unwrap()).into_owned();
+            panic!("minivmm hung\nstdout: {stdout}\nstderr: {stderr}");
+        }
+        thread::sleep(Duration::from_millis(1));
+    };
+    Output { status, stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
+}
+
+/// Sends a signal to a child.
+pub fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).status();
+    assert!(status.expect("kill runs").success());
+}

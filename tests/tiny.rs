@@ -1,0 +1,233 @@
+//! Ring 2: tiny guests on whatever KVM there is. Exits, ports, MMIO, interrupts, and every row of the exit-status table.
+
+mod common;
+
+use std::fs;
+use std::io::Read;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{boot_tiny, minivmm, run, run_with_input, signal, tiny, wait, PATIENCE};
+
+#[test]
+fn a_byte_then_power_off() {
+    let ended = run(&mut boot_tiny("hello", "", &[]));
+    ended.assert_code(0);
+    assert_eq!(ended.out(), "!");
+    assert_eq!(ended.stderr, "", "minivmm has nothing to say");
+}
+
+#[test]
+fn every_end_has_its_status() {
+    for (cmdline, status) in [("p", 0), ("r", 0), ("k", 0), ("c", 134), ("L", 134), ("e*", 42), ("eA", 65), ("t", 139)] {
+        let ended = run(&mut boot_tiny("ends", cmdline, &[]));
+        assert_eq!(ended.code(), status, "{cmdline}: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn status_255_is_handed_on() {
+    // The guest hands on the exclusive-or of its input.
+    run_with_input(&mut boot_tiny("echo", "", &[]), &[0xff, 4]).assert_code(255);
+}
+
+#[test]
+fn a_deadline_ends_a_guest_that_spins_or_halts() {
+    for cmdline in ["s", "h"] {
+        let ended = run(&mut boot_tiny("ends", cmdline, &["--deadline", "200ms"]));
+        ended.assert_code(124);
+        assert!(ended.stderr.contains("without a word"), "{}", ended.stderr);
+        assert!(ended.stderr.contains("rip="), "registers: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn signals_end_a_guest_that_spins_or_halts() {
+    for cmdline in ["s", "h"] {
+        for (name, status) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
+            let child = boot_tiny("ends", cmdline, &["--cpus", "2"]).spawn().unwrap();
+            thread::sleep(Duration::from_millis(200));
+            signal(&child, name);
+            let output = wait(child, Duration::from_secs(20));
+            assert_eq!(output.status.code(), Some(status), "{name} {cmdline}");
+        }
+    }
+}
+
+#[test]
+fn a_triple_fault_leaves_a_post_mortem() {
+    let ended = run(&mut boot_tiny("ends", "t", &[]));
+    ended.assert_code(139);
+    for part in ["triple-faulted", "bytes on the console: 0", "likely cause"] {
+        assert!(ended.stderr.contains(part), "{part}: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn quiet_says_nothing_even_then() {
+    let ended = run(&mut boot_tiny("ends", "t", &["-q"]));
+    ended.assert_code(139);
+    assert_eq!(ended.stderr, "");
+}
+
+#[test]
+fn restart_boots_again_in_the_same_process() {
+    // The guest prints a line that looks like a panic, but resets each time: restart goes on until the deadline.
+    let ended = run(&mut boot_tiny("ends", "r", &["--on-reboot", "restart", "--deadline", "1s"]));
+    ended.assert_code(124);
+    let ended = run(&mut boot_tiny("ends", "r", &["--on-reboot", "restart", "--deadline", "1s", "-v"]));
+    let boots = ended.stderr.matches("booting again").count();
+    assert!(boots >= 2, "{boots} restarts: {}", ended.stderr);
+}
+
+#[test]
+fn every_port_and_hole_may_be_touched() {
+    run(&mut boot_tiny("holes", "", &[])).assert_code(0);
+}
+
+#[test]
+fn an_interrupt_wakes_a_halted_vcpu() {
+    run(&mut boot_tiny("irq", "", &["--deadline", "20s"])).assert_code(0x42);
+}
+
+#[test]
+fn ten_kilobytes_of_input_come_back_unharmed() {
+    let mut input: Vec<u8> = (0..10_240u32).map(|i| b'!' + (i % 90) as u8).collect();
+    let sum = input.iter().fold(0, |sum, byte| sum ^ byte);
+    input.push(4);
+    let ended = run_with_input(&mut boot_tiny("echo", "", &[]), &input);
+    assert_eq!(ended.code(), i32::from(sum));
+    assert_eq!(ended.stdout, &input[..input.len() - 1]);
+}
+
+#[test]
+fn input_from_a_file_comes_too() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&file, b"hello\x04").unwrap();
+    let mut command = boot_tiny("echo", "", &[]);
+    command.stdin(fs::File::open(file.path()).unwrap());
+    let ended = run(&mut command);
+    assert_eq!(ended.out(), "hello");
+}
+
+#[test]
+fn the_end_of_input_is_not_the_end_of_the_guest() {
+    let ended = run_with_input(&mut boot_tiny("echo", "", &["--deadline", "500ms"]), b"hello");
+    ended.assert_code(124);
+    assert_eq!(ended.out(), "hello");
+}
+
+#[test]
+fn a_slow_reader_gets_every_byte() {
+    let mut child = boot_tiny("lines", "", &[]).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let reader = thread::spawn(move || {
+        let mut all = Vec::new();
+        let mut chunk = [0u8; 16384];
+        loop {
+            let count = stdout.read(&mut chunk).unwrap();
+            if count == 0 {
+                return all;
+            }
+            all.extend_from_slice(&chunk[..count]);
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    assert_eq!(wait(child, PATIENCE).status.code(), Some(0));
+    let expected: String = (0..0x1_0000).map(|i| format!("{i:08x}\n")).collect();
+    assert!(reader.join().unwrap() == expected.into_bytes(), "lines are lost or torn");
+}
+
+#[test]
+fn a_reader_that_leaves_does_not_end_the_guest() {
+    let mut child = boot_tiny("lines", "", &[]).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut first = [0u8; 9];
+    stdout.read_exact(&mut first).unwrap();
+    drop(stdout);
+    let output = wait(child, PATIENCE);
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(&first, b"00000000\n");
+}
+
+#[test]
+fn a_reader_that_stalls_holds_neither_memory_nor_a_signal() {
+    let child = {
+        let mut command = boot_tiny("flood", "", &[]);
+        command.spawn().unwrap()
+    };
+    thread::sleep(Duration::from_secs(1));
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let rss: u64 = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .and_then(|value| value.trim().strip_suffix(" kB")?.trim().parse().ok())
+        .unwrap();
+    assert!(rss < 8 << 10, "{rss} KiB of private memory");
+    signal(&child, "TERM");
+    // Nobody reads while minivmm flushes: a second signal breaks that off.
+    thread::sleep(Duration::from_millis(300));
+    _ = std::process::Command::new("kill").arg(child.id().to_string()).stderr(Stdio::null()).status();
+    let start = Instant::now();
+    let mut child = child;
+    while child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(10), "two SIGTERMs and still there");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+}
+
+#[test]
+fn closed_standard_streams_do_no_harm() {
+    let script = format!("exec {} --memory 16M --cmdline p --kernel {} <&- >&- 2>&-", env!("CARGO_BIN_EXE_minivmm"), tiny("lines").display());
+    let status = std::process::Command::new("sh").args(["-c", &script]).status().unwrap();
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn the_console_goes_to_a_file_or_nowhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("console");
+    let serial = format!("file={}", path.display());
+    let ended = run(&mut boot_tiny("hello", "", &["--serial", &serial]));
+    ended.assert_code(0);
+    assert_eq!((fs::read_to_string(&path).unwrap(), ended.out()), ("!".into(), String::new()));
+    let ended = run(&mut boot_tiny("hello", "", &["--serial", "none"]));
+    ended.assert_code(0);
+    assert_eq!(ended.out(), "");
+    run(&mut boot_tiny("hello", "", &["--serial", "file=/"])).assert_code(125);
+    run(&mut boot_tiny("hello", "", &["--serial", "file=/dev/full"])).assert_code(0);
+}
+
+#[test]
+fn a_vm_comes_from_a_file_and_arguments_go_over_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vm.json");
+    let json = serde_json::json!({"kernel": tiny("ends"), "cmdline": "e*", "memory": "16M", "cpus": 2});
+    fs::write(&path, json.to_string()).unwrap();
+    let config = path.to_str().unwrap();
+    run(&mut minivmm(&["--config", config])).assert_code(42);
+    run(&mut minivmm(&["--config", config, "--cmdline", "eA"])).assert_code(65);
+    fs::write(&path, r#"{"kernel": "k", "colour": "red"}"#).unwrap();
+    let ended = run(&mut minivmm(&["--config", config]));
+    ended.assert_code(2);
+    assert!(ended.stderr.contains("colour"), "{}", ended.stderr);
+}
+
+#[test]
+fn as_many_vcpus_as_promised() {
+    for cpus in ["1", "2", "64"] {
+        run(&mut boot_tiny("hello", "", &["--cpus", cpus])).assert_code(0);
+    }
+}
+
+#[test]
+fn more_memory_than_the_host_has() {
+    let mut command = minivmm(&["--memory", "512G", "--kernel"]);
+    command.arg(tiny("hello"));
+    let ended = run(&mut command);
+    // A host with fewer address bits says so; none may be slow or reserve the memory.
+    assert!(matches!(ended.code(), 0 | 125), "{}", ended.stderr);
+    assert!(ended.code() == 0 || ended.stderr.contains("physical address bits"), "{}", ended.stderr);
+}
