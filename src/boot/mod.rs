@@ -1,1 +1,244 @@
 //! Loading kernels and initramfs images into guest memory.
+//!
+//! Two protocols start a kernel: Linux's own 64-bit one (Documentation/arch/x86/boot.rst), for bzImages and ELF kernels,
+//! and PVH (xen/docs/misc/pvh.pandoc), for ELF kernels with its note. Files are foreign: every length is checked before
+//! it is used, nothing is allocated by a length from a file without a bound, and each byte is read at most once,
+//! straight into guest memory.
+
+mod boot_params;
+pub(crate) mod bytes;
+pub(crate) mod bzimage;
+mod cmdline;
+pub(crate) mod elf;
+mod error;
+pub(crate) mod format;
+mod initrd;
+pub(crate) mod input;
+pub mod memory_map;
+mod pvh;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::ops::Range;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{ByteValued, GuestMemoryMmap};
+
+use crate::arch::x86_64::layout;
+use bzimage::BzImage;
+use elf::{Class, ElfKernel};
+pub use error::{BootError, Role};
+pub use format::Compression;
+use format::FileKind;
+use input::InputFile;
+
+/// Guest RAM, without dirty tracking.
+pub(crate) type GuestMemory = GuestMemoryMmap<()>;
+
+/// 1 MiB in bytes.
+pub(crate) const MIB: u64 = 1 << 20;
+
+/// How the first vCPU enters the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// 64-bit Linux boot protocol: long mode, interrupts off, memory below 4 GiB mapped one to one.
+    Linux64 {
+        /// First instruction.
+        rip: u64,
+        /// GPA of boot_params, for RSI.
+        boot_params: u64,
+    },
+    /// PVH (Xen HVM direct boot): 32-bit protected mode, paging off.
+    Pvh {
+        /// First instruction.
+        eip: u32,
+        /// GPA of hvm_start_info, for EBX.
+        start_info: u32,
+    },
+}
+
+/// Which protocol starts the kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum BootProtocol {
+    /// A bzImage by the Linux protocol, an ELF kernel by PVH if it has the note and else by the Linux protocol.
+    #[default]
+    Auto,
+    /// The 64-bit Linux boot protocol.
+    Linux64,
+    /// PVH.
+    Pvh,
+}
+
+impl fmt::Display for BootProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            BootProtocol::Auto => "auto",
+            BootProtocol::Linux64 => "linux64",
+            BootProtocol::Pvh => "pvh",
+        })
+    }
+}
+
+/// What is to be booted.
+#[derive(Debug, Clone, Copy)]
+pub struct BootSource<'a> {
+    /// The kernel file.
+    pub kernel: &'a Path,
+    /// The initrd file.
+    pub initrd: Option<&'a Path>,
+    /// The command line as the kernel shall see it.
+    pub cmdline: &'a str,
+    /// The protocol to start by.
+    pub protocol: BootProtocol,
+    /// GPA of the ACPI RSDP; 0 if there is none.
+    pub rsdp: u64,
+}
+
+/// Format of a kernel file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelFormat {
+    /// A bzImage, which decompresses itself.
+    BzImage,
+    /// A 64-bit ELF kernel (vmlinux).
+    Elf64,
+    /// A 32-bit ELF kernel with a PVH entry.
+    Elf32,
+}
+
+/// What was loaded, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadedKernel {
+    /// How to start it.
+    pub entry: Entry,
+    /// What the kernel file is.
+    pub format: KernelFormat,
+    /// The kernel's own version string, where its header has one.
+    pub version: Option<String>,
+    /// Bytes of the kernel file that were loaded.
+    pub kernel_bytes: u64,
+    /// Bytes of the initrd, 0 without one.
+    pub initrd_bytes: u64,
+    /// GPAs that the kernel needs before it has read the memory map.
+    pub kernel_range: Range<u64>,
+    /// GPAs of the initrd.
+    pub initrd_range: Option<Range<u64>>,
+}
+
+/// Loads kernel, initrd, command line and boot_params or PVH start information into guest memory.
+///
+/// The memory must be zero: kernels count on a zeroed bss, which is not written here.
+pub fn load(mem: &GuestMemory, source: &BootSource<'_>) -> Result<LoadedKernel, BootError> {
+    let input = InputFile::open(Role::Kernel, source.kernel)?;
+    let head = input.head()?;
+    match FileKind::identify(&head) {
+        FileKind::BzImage => load_bzimage(mem, source, &input, &BzImage::parse(&input, &head)?),
+        FileKind::Elf => load_elf(mem, source, &input, &ElfKernel::parse(&input, &head)?),
+        kind => Err(format::not_a_kernel(&input, kind, &head)),
+    }
+}
+
+fn load_bzimage(
+    mem: &GuestMemory,
+    source: &BootSource<'_>,
+    input: &InputFile,
+    image: &BzImage,
+) -> Result<LoadedKernel, BootError> {
+    if source.protocol == BootProtocol::Pvh {
+        return Err(BootError::NoSuchEntry {
+            path: input.path().to_owned(),
+            protocol: source.protocol,
+            why: "a bzImage has no PVH entry; take the vmlinux out of it (scripts/extract-vmlinux in the kernel's \
+                  source) or choose linux64",
+        });
+    }
+    let kernel_range = image.load(input, mem)?;
+    cmdline::write(mem, source.cmdline, image.cmdline_max())?;
+    let initrd_range = load_initrd(mem, source, kernel_range.end, image.initrd_ceiling())?;
+    boot_params::write(mem, &image.header_bytes, initrd_range.as_ref(), source.rsdp)?;
+    Ok(LoadedKernel {
+        entry: Entry::Linux64 {
+            rip: image.entry_64(),
+            boot_params: layout::BOOT_PARAMS_START,
+        },
+        format: KernelFormat::BzImage,
+        version: image.version.clone(),
+        kernel_bytes: image.code_len,
+        initrd_bytes: initrd_range
+            .as_ref()
+            .map_or(0, |range| range.end - range.start),
+        kernel_range,
+        initrd_range,
+    })
+}
+
+fn load_elf(
+    mem: &GuestMemory,
+    source: &BootSource<'_>,
+    input: &InputFile,
+    kernel: &ElfKernel,
+) -> Result<LoadedKernel, BootError> {
+    let entry = match (source.protocol, kernel.pvh_entry) {
+        (BootProtocol::Auto | BootProtocol::Pvh, Some(eip)) => Entry::Pvh {
+            eip,
+            start_info: layout::PVH_INFO_START as u32,
+        },
+        (BootProtocol::Pvh, None) => {
+            return Err(BootError::NoSuchEntry {
+                path: input.path().to_owned(),
+                protocol: source.protocol,
+                why: "it has no PVH note; build it with CONFIG_PVH=y or choose linux64",
+            });
+        }
+        (BootProtocol::Auto | BootProtocol::Linux64, _) => Entry::Linux64 {
+            rip: kernel.entry_64(input)?,
+            boot_params: layout::BOOT_PARAMS_START,
+        },
+    };
+    let kernel_range = kernel.load(input, mem)?;
+    cmdline::write(mem, source.cmdline, cmdline::DEFAULT_MAX)?;
+    // A kernel without a setup header names no limit; only a 32-bit one has one, its direct map.
+    let initrd_ceiling = match kernel.class {
+        Class::Bits64 => u64::MAX,
+        Class::Bits32 => 0x3800_0000,
+    };
+    let initrd_range = load_initrd(mem, source, kernel_range.end, initrd_ceiling)?;
+    match entry {
+        Entry::Linux64 { .. } => boot_params::write(
+            mem,
+            boot_params::default_setup_header().as_slice(),
+            initrd_range.as_ref(),
+            source.rsdp,
+        )?,
+        Entry::Pvh { .. } => pvh::write(mem, initrd_range.as_ref(), source.rsdp)?,
+    }
+    Ok(LoadedKernel {
+        entry,
+        format: match kernel.class {
+            Class::Bits64 => KernelFormat::Elf64,
+            Class::Bits32 => KernelFormat::Elf32,
+        },
+        version: None,
+        kernel_bytes: kernel.file_bytes(),
+        initrd_bytes: initrd_range
+            .as_ref()
+            .map_or(0, |range| range.end - range.start),
+        kernel_range,
+        initrd_range,
+    })
+}
+
+fn load_initrd(
+    mem: &GuestMemory,
+    source: &BootSource<'_>,
+    floor: u64,
+    ceiling: u64,
+) -> Result<Option<Range<u64>>, BootError> {
+    source
+        .initrd
+        .map(|path| initrd::load(mem, path, floor, ceiling))
+        .transpose()
+}

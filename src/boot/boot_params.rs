@@ -1,0 +1,84 @@
+//! The zero page of the Linux boot protocol (Documentation/arch/x86/zero-page.rst).
+
+use std::ops::Range;
+
+use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
+
+use super::GuestMemory;
+use super::bzimage::{BOOT_FLAG, HEADER_MAGIC, LOADED_HIGH, SETUP_HEADER_OFFSET};
+use super::error::BootError;
+use super::memory_map::memory_map;
+use crate::arch::x86_64::layout;
+
+/// `type_of_loader` of a loader without a number of its own.
+const LOADER_UNDEFINED: u8 = 0xff;
+
+/// The setup header of a kernel that has none, an ELF one: what early Linux code looks at.
+pub(crate) fn default_setup_header() -> setup_header {
+    setup_header {
+        boot_flag: BOOT_FLAG,
+        header: HEADER_MAGIC,
+        version: 0x20f,
+        loadflags: LOADED_HIGH,
+        // Linux's default, CONFIG_PHYSICAL_ALIGN.
+        kernel_alignment: 0x20_0000,
+        cmdline_size: 2047,
+        ..Default::default()
+    }
+}
+
+/// Writes boot_params for a kernel with this setup header, given as the bytes that begin at 0x1f1.
+pub(crate) fn write(
+    mem: &GuestMemory,
+    header_bytes: &[u8],
+    initrd: Option<&Range<u64>>,
+    rsdp: u64,
+) -> Result<(), BootError> {
+    let mut params = boot_params::default();
+    let header_end = SETUP_HEADER_OFFSET + header_bytes.len();
+    if let Some(target) = params
+        .as_mut_slice()
+        .get_mut(SETUP_HEADER_OFFSET..header_end)
+    {
+        target.copy_from_slice(header_bytes);
+    }
+
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.loadflags &= LOADED_HIGH;
+    params.hdr.setup_data = 0;
+    params.hdr.heap_end_ptr = 0;
+    // The real-mode code, which would look at it, does not run: "normal", so that no video mode is asked for.
+    params.hdr.vid_mode = 0xffff;
+    (params.hdr.cmd_line_ptr, params.ext_cmd_line_ptr) = halves(layout::CMDLINE_START);
+    let (start, size) = initrd.map_or((0, 0), |range| (range.start, range.end - range.start));
+    (params.hdr.ramdisk_image, params.ext_ramdisk_image) = halves(start);
+    (params.hdr.ramdisk_size, params.ext_ramdisk_size) = halves(size);
+    params.acpi_rsdp_addr = rsdp;
+
+    // e820_table is packed, so it is filled as a copy.
+    let mut table = params.e820_table;
+    let mut entries = 0;
+    for (slot, entry) in table.iter_mut().zip(memory_map(mem)) {
+        *slot = boot_e820_entry {
+            addr: entry.start,
+            size: entry.size,
+            r#type: entry.range_type as u32,
+        };
+        entries += 1;
+    }
+    params.e820_table = table;
+    params.e820_entries = entries;
+
+    mem.write_obj(params, GuestAddress(layout::BOOT_PARAMS_START))
+        .map_err(|source| BootError::GuestMemory {
+            what: "the boot parameters",
+            gpa: layout::BOOT_PARAMS_START,
+            source,
+        })
+}
+
+/// The low and the high 32 bits.
+fn halves(value: u64) -> (u32, u32) {
+    (value as u32, (value >> 32) as u32)
+}

@@ -1,0 +1,204 @@
+//! A kernel or initrd file on the host: opened once, every length checked, each byte read at most once.
+
+use std::fs::{self, File, FileType, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::GuestMemory;
+use super::error::{BootError, Role};
+
+/// Bytes of a file's beginning that tell what it is: enough for the setup header of a bzImage (boot.rst, "The
+/// Real-Mode Kernel Header": at most 0x202 + 0xff) and for an ELF header.
+pub(crate) const HEAD_LEN: usize = 0x400;
+
+/// Most bytes asked of one read(2): Linux itself stops just below 2 GiB.
+const MAX_READ: u64 = 1 << 30;
+
+/// An open regular file that is not empty.
+#[derive(Debug)]
+pub(crate) struct InputFile {
+    role: Role,
+    path: PathBuf,
+    file: File,
+    len: u64,
+}
+
+impl InputFile {
+    /// Opens `path`. A FIFO or a device is refused before it is opened, so that nothing can hang or be set off.
+    pub(crate) fn open(role: Role, path: &Path) -> Result<Self, BootError> {
+        let failed = |source: io::Error| {
+            let path = path.to_owned();
+            match source.kind() {
+                io::ErrorKind::NotFound => BootError::Missing { role, path },
+                io::ErrorKind::PermissionDenied => BootError::Permission { role, path },
+                _ => BootError::Open { role, path, source },
+            }
+        };
+        let regular = |file_type: FileType| match irregular(file_type) {
+            None => Ok(()),
+            Some(what) => Err(BootError::NotRegular {
+                role,
+                path: path.to_owned(),
+                what,
+            }),
+        };
+
+        regular(fs::metadata(path).map_err(failed)?.file_type())?;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(failed)?;
+        // Again, on the descriptor: the name may have changed hands in between.
+        let metadata = file.metadata().map_err(failed)?;
+        regular(metadata.file_type())?;
+        if metadata.len() == 0 {
+            return Err(BootError::Empty {
+                role,
+                path: path.to_owned(),
+            });
+        }
+        Ok(Self {
+            role,
+            path: path.to_owned(),
+            file,
+            len: metadata.len(),
+        })
+    }
+
+    /// The file's path, as it was given.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file's length in bytes when it was opened.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The first [`HEAD_LEN`] bytes, or as many as there are.
+    pub(crate) fn head(&self) -> Result<Vec<u8>, BootError> {
+        let mut head = vec![0; HEAD_LEN];
+        let count = self.read_some(0, &mut head)?;
+        head.truncate(count);
+        Ok(head)
+    }
+
+    /// Reads at `offset` until `buf` is full or the file ends; returns the bytes read.
+    pub(crate) fn read_some(&self, offset: u64, buf: &mut [u8]) -> Result<usize, BootError> {
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.file.read_at(rest, offset.saturating_add(done as u64)) {
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(self.read_failed(source)),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Fills `buf` from `offset`; `what` names the part in the message about a truncated file.
+    pub(crate) fn read_exact(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        what: &str,
+    ) -> Result<(), BootError> {
+        let end = self.check_range(offset, buf.len() as u64, what)?;
+        let count = self.read_some(offset, buf)?;
+        if count < buf.len() {
+            Err(self.truncated(what, end, offset.saturating_add(count as u64)))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Reads `len` bytes from `offset` straight into guest memory at `gpa`.
+    pub(crate) fn read_into(
+        &self,
+        mem: &GuestMemory,
+        gpa: u64,
+        offset: u64,
+        len: u64,
+        what: &'static str,
+    ) -> Result<(), BootError> {
+        let end = self.check_range(offset, len, what)?;
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(offset))
+            .map_err(|source| self.read_failed(source))?;
+        let mut done = 0;
+        while done < len {
+            let at = gpa.saturating_add(done);
+            let count = usize::try_from((len - done).min(MAX_READ)).unwrap_or(usize::MAX);
+            match mem.read_volatile_from(GuestAddress(at), &mut file, count) {
+                Ok(0) => return Err(self.truncated(what, end, offset.saturating_add(done))),
+                Ok(count) => done += count as u64,
+                Err(GuestMemoryError::IOError(source)) => return Err(self.read_failed(source)),
+                Err(source) => {
+                    return Err(BootError::GuestMemory {
+                        what,
+                        gpa: at,
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that `len` bytes from `offset` lie in the file; returns their end.
+    pub(crate) fn check_range(&self, offset: u64, len: u64, what: &str) -> Result<u64, BootError> {
+        // An end past u64::MAX is past every file too: the saturated value says so well enough.
+        let end = offset.saturating_add(len);
+        if end > self.len {
+            Err(self.truncated(what, end, self.len))
+        } else {
+            Ok(end)
+        }
+    }
+
+    /// The error about headers that contradict themselves.
+    pub(crate) fn malformed(&self, what: impl Into<String>) -> BootError {
+        BootError::Malformed {
+            path: self.path.clone(),
+            what: what.into(),
+        }
+    }
+
+    fn truncated(&self, what: &str, need: u64, have: u64) -> BootError {
+        BootError::Truncated {
+            role: self.role,
+            path: self.path.clone(),
+            what: what.to_owned(),
+            need,
+            have,
+        }
+    }
+
+    fn read_failed(&self, source: io::Error) -> BootError {
+        BootError::Read {
+            role: self.role,
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+/// What a file that is not a regular one is, with its article.
+fn irregular(file_type: FileType) -> Option<&'static str> {
+    if file_type.is_file() {
+        None
+    } else if file_type.is_dir() {
+        Some("a directory")
+    } else if file_type.is_fifo() {
+        Some("a pipe (FIFO)")
+    } else if file_type.is_socket() {
+        Some("a socket")
+    } else {
+        Some("a device")
+    }
+}

@@ -1,0 +1,77 @@
+//! The start information of the PVH boot protocol (xen/include/public/arch-x86/hvm/start_info.h, version 1):
+//! `hvm_start_info`, the module list and the memory map, in one page.
+
+use std::ops::Range;
+
+use linux_loader::loader::elf::start_info::{
+    hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
+
+use super::GuestMemory;
+use super::error::BootError;
+use super::memory_map::memory_map;
+use crate::arch::x86_64::layout;
+
+/// "xEn3" with bit 7 of the E set.
+const START_MAGIC: u32 = 0x336e_c578;
+/// Offset of the module list in the page.
+const MODULES_OFFSET: u64 = 0x40;
+/// Offset of the memory map in the page.
+const MEMORY_MAP_OFFSET: u64 = 0x80;
+
+/// Writes the start information.
+pub(crate) fn write(
+    mem: &GuestMemory,
+    initrd: Option<&Range<u64>>,
+    rsdp: u64,
+) -> Result<(), BootError> {
+    let modules_gpa = layout::PVH_INFO_START + MODULES_OFFSET;
+    let map_gpa = layout::PVH_INFO_START + MEMORY_MAP_OFFSET;
+
+    let map = memory_map(mem);
+    for (gpa, entry) in (map_gpa..)
+        .step_by(size_of::<hvm_memmap_table_entry>())
+        .zip(&map)
+    {
+        let entry = hvm_memmap_table_entry {
+            addr: entry.start,
+            size: entry.size,
+            type_: entry.range_type as u32,
+            reserved: 0,
+        };
+        put(mem, entry, gpa)?;
+    }
+    if let Some(range) = initrd {
+        let module = hvm_modlist_entry {
+            paddr: range.start,
+            size: range.end - range.start,
+            // No command line of its own.
+            cmdline_paddr: 0,
+            reserved: 0,
+        };
+        put(mem, module, modules_gpa)?;
+    }
+    let info = hvm_start_info {
+        magic: START_MAGIC,
+        version: 1,
+        flags: 0,
+        nr_modules: initrd.is_some().into(),
+        modlist_paddr: if initrd.is_some() { modules_gpa } else { 0 },
+        cmdline_paddr: layout::CMDLINE_START,
+        rsdp_paddr: rsdp,
+        memmap_paddr: map_gpa,
+        memmap_entries: u32::try_from(map.len()).unwrap_or(0),
+        reserved: 0,
+    };
+    put(mem, info, layout::PVH_INFO_START)
+}
+
+fn put<T: ByteValued>(mem: &GuestMemory, value: T, gpa: u64) -> Result<(), BootError> {
+    mem.write_obj(value, GuestAddress(gpa))
+        .map_err(|source| BootError::GuestMemory {
+            what: "the PVH start information",
+            gpa,
+            source,
+        })
+}
