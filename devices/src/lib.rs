@@ -20,3 +20,4 @@
 pub mod bus;
 pub mod event;
 pub mod interrupt;
+pub mod legacy;
