@@ -2,6 +2,7 @@
 
 pub mod control;
 pub mod i8042;
+pub mod ioapic;
 pub mod power;
 pub mod pvpanic;
 
