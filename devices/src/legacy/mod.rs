@@ -5,6 +5,7 @@ pub mod i8042;
 pub mod ioapic;
 pub mod power;
 pub mod pvpanic;
+pub mod serial;
 
 /// Answers a read of any width with byte-wide registers, as the hardware does that splits it.
 fn read_bytes(offset: u64, data: &mut [u8], mut register: impl FnMut(u64) -> u8) {
