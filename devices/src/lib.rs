@@ -1,1 +1,23 @@
 //! Device models of minivmm.
+//!
+//! This crate knows buses ([`bus`]), interrupts as wires ([`interrupt`]) and what a guest can tell its monitor
+//! ([`event`]). It never names KVM, so everything in it is tested without a hypervisor.
+//!
+//! Locks: a device lives in an `Arc<Mutex<_>>` that the [`bus`] takes for one access. Callbacks that a device is given
+//! (event sinks, interrupt sinks, console output, kicks) are called with that lock held: they must neither block nor
+//! come back to the same device.
+
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing
+    )
+)]
+
+pub mod bus;
+pub mod event;
+pub mod interrupt;
+pub mod legacy;

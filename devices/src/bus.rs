@@ -1,0 +1,302 @@
+//! An address space with devices in it: guest ports and MMIO alike.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use thiserror::Error;
+
+/// A device on a bus. Offsets count from the start of the range that the access fell in; `data` is as long as the
+/// access, and the bus promises that the access lies inside the range. Values are little-endian.
+pub trait BusDevice: Send {
+    /// The guest reads: fill all of `data`.
+    fn read(&mut self, offset: u64, data: &mut [u8]);
+    /// The guest writes `data`.
+    fn write(&mut self, offset: u64, data: &[u8]);
+}
+
+/// Why a device cannot be put on a bus.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum BusError {
+    /// The range has no addresses.
+    #[error("the range at {0:#x} is empty")]
+    Empty(u64),
+    /// The range runs past the end of the address space.
+    #[error("the range at {base:#x} of length {len:#x} runs past the end of the address space")]
+    Overflow {
+        /// Start of the range.
+        base: u64,
+        /// Length of the range, in bytes.
+        len: u64,
+    },
+    /// Another device has some of these addresses.
+    #[error(
+        "the range {base:#x}..={last:#x} overlaps a device at {other_base:#x}..={other_last:#x}"
+    )]
+    Overlap {
+        /// First address of the new range.
+        base: u64,
+        /// Last address of the new range.
+        last: u64,
+        /// First address of the range that is there.
+        other_base: u64,
+        /// Last address of the range that is there.
+        other_last: u64,
+    },
+}
+
+struct Range {
+    base: u64,
+    /// Inclusive, so that a range may end with the address space.
+    last: u64,
+    device: Arc<Mutex<dyn BusDevice>>,
+}
+
+/// Devices by address. It is filled while the VM is built and only read afterwards, so vCPUs share it without a lock of
+/// its own; an access locks the one device that it reaches.
+#[derive(Default)]
+pub struct Bus {
+    /// Sorted by `base`, disjoint.
+    ranges: Vec<Range>,
+    unclaimed_reads: AtomicU64,
+    unclaimed_writes: AtomicU64,
+}
+
+impl Bus {
+    /// A bus without devices.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Puts `device` at `base..base + len`. A device may be inserted at several ranges; offsets are relative to each.
+    pub fn insert(
+        &mut self,
+        base: u64,
+        len: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
+    ) -> Result<(), BusError> {
+        let reach = len.checked_sub(1).ok_or(BusError::Empty(base))?;
+        let last = base
+            .checked_add(reach)
+            .ok_or(BusError::Overflow { base, len })?;
+        let index = self.ranges.partition_point(|r| r.last < base);
+        if let Some(other) = self.ranges.get(index).filter(|r| r.base <= last) {
+            return Err(BusError::Overlap {
+                base,
+                last,
+                other_base: other.base,
+                other_last: other.last,
+            });
+        }
+        self.ranges.insert(index, Range { base, last, device });
+        Ok(())
+    }
+
+    /// Reads; returns whether a device answered. Where none does, `data` becomes all ones.
+    ///
+    /// An access that runs past the end of a range is not handled: on a real bus it would be split, but no driver makes
+    /// one, and a device that never sees one is simpler.
+    pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
+        match self.find(addr, data.len()) {
+            Some((range, offset)) => {
+                range
+                    .device
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .read(offset, data);
+                true
+            }
+            None => {
+                data.fill(0xff);
+                self.unclaimed_reads.fetch_add(1, Ordering::Relaxed);
+                false
+            }
+        }
+    }
+
+    /// Writes; returns whether a device took it.
+    pub fn write(&self, addr: u64, data: &[u8]) -> bool {
+        match self.find(addr, data.len()) {
+            Some((range, offset)) => {
+                range
+                    .device
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .write(offset, data);
+                true
+            }
+            None => {
+                self.unclaimed_writes.fetch_add(1, Ordering::Relaxed);
+                false
+            }
+        }
+    }
+
+    /// How many reads no device answered.
+    pub fn unclaimed_reads(&self) -> u64 {
+        self.unclaimed_reads.load(Ordering::Relaxed)
+    }
+
+    /// How many writes no device took.
+    pub fn unclaimed_writes(&self) -> u64 {
+        self.unclaimed_writes.load(Ordering::Relaxed)
+    }
+
+    fn find(&self, addr: u64, len: usize) -> Option<(&Range, u64)> {
+        let reach = u64::try_from(len).ok()?.checked_sub(1)?;
+        let last = addr.checked_add(reach)?;
+        let range = self
+            .ranges
+            .get(self.ranges.partition_point(|r| r.last < addr))?;
+        (range.base <= addr && last <= range.last).then(|| (range, addr - range.base))
+    }
+}
+
+impl fmt::Debug for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(
+                self.ranges
+                    .iter()
+                    .map(|r| format!("{:#x}..={:#x}", r.base, r.last)),
+            )
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(Default)]
+    struct Recorder {
+        id: u8,
+        writes: Vec<(u64, Vec<u8>)>,
+    }
+
+    impl BusDevice for Recorder {
+        fn read(&mut self, offset: u64, data: &mut [u8]) {
+            data.fill(self.id.wrapping_add(offset as u8));
+        }
+        fn write(&mut self, offset: u64, data: &[u8]) {
+            self.writes.push((offset, data.to_vec()));
+        }
+    }
+
+    fn device(id: u8) -> Arc<Mutex<Recorder>> {
+        Arc::new(Mutex::new(Recorder {
+            id,
+            ..Recorder::default()
+        }))
+    }
+
+    #[test]
+    fn accesses_reach_their_device_by_offset() {
+        let mut bus = Bus::new();
+        let (a, b) = (device(0x10), device(0x20));
+        bus.insert(0x3f8, 8, a.clone()).unwrap();
+        bus.insert(0x60, 5, b.clone()).unwrap();
+        let mut data = [0];
+        assert!(bus.read(0x3ff, &mut data));
+        assert_eq!(data, [0x17]);
+        assert!(bus.read(0x60, &mut data));
+        assert_eq!(data, [0x20]);
+        assert!(bus.write(0x3f9, &[1, 2]));
+        assert_eq!(a.lock().unwrap().writes, [(1, vec![1, 2])]);
+        assert!(b.lock().unwrap().writes.is_empty());
+    }
+
+    #[test]
+    fn unclaimed_and_straddling_accesses_read_ones_and_are_counted() {
+        let mut bus = Bus::new();
+        bus.insert(0x100, 4, device(0)).unwrap();
+        bus.insert(0x104, 4, device(0)).unwrap();
+        for (addr, len) in [
+            (0xff, 1),
+            (0xff, 2),
+            (0x102, 4),
+            (0x108, 1),
+            (u64::MAX, 1),
+            (u64::MAX, 2),
+        ] {
+            let mut data = vec![0; len];
+            assert!(!bus.read(addr, &mut data), "{addr:#x}");
+            assert!(data.iter().all(|b| *b == 0xff));
+            assert!(!bus.write(addr, &data));
+        }
+        assert_eq!((bus.unclaimed_reads(), bus.unclaimed_writes()), (6, 6));
+        assert!(!bus.read(0x100, &mut []));
+    }
+
+    #[test]
+    fn bad_ranges_are_refused() {
+        let mut bus = Bus::new();
+        assert_eq!(bus.insert(7, 0, device(0)), Err(BusError::Empty(7)));
+        assert_eq!(
+            bus.insert(u64::MAX, 2, device(0)),
+            Err(BusError::Overflow {
+                base: u64::MAX,
+                len: 2
+            })
+        );
+        bus.insert(u64::MAX, 1, device(0)).unwrap();
+        bus.insert(0x100, 0x10, device(0)).unwrap();
+        for (base, len) in [
+            (0x100, 0x10),
+            (0xff, 2),
+            (0x10f, 1),
+            (0x104, 1),
+            (0, 0x1000),
+        ] {
+            assert!(
+                matches!(
+                    bus.insert(base, len, device(0)),
+                    Err(BusError::Overlap { .. })
+                ),
+                "{base:#x}"
+            );
+        }
+        bus.insert(0xff, 1, device(0)).unwrap();
+        bus.insert(0x110, 1, device(0)).unwrap();
+    }
+
+    #[test]
+    fn a_device_that_panicked_once_is_still_reachable() {
+        let mut bus = Bus::new();
+        let dev = device(1);
+        bus.insert(0, 1, dev.clone()).unwrap();
+        let _ = std::thread::spawn(move || {
+            let _guard = dev.lock().unwrap();
+            panic!("poison the lock");
+        })
+        .join();
+        let mut data = [0];
+        assert!(bus.read(0, &mut data));
+    }
+
+    proptest! {
+        /// The sorted search finds what a walk over all ranges finds.
+        #[test]
+        fn lookup_matches_a_linear_search(
+            ranges in proptest::collection::vec((0u64..200, 1u64..20), 0..12),
+            accesses in proptest::collection::vec((0u64..240, 1usize..9), 1..40),
+        ) {
+            let mut bus = Bus::new();
+            let mut kept: Vec<(u64, u64)> = Vec::new();
+            for (base, len) in ranges {
+                let free = kept.iter().all(|(b, l)| base + len <= *b || b + l <= base);
+                prop_assert_eq!(bus.insert(base, len, device(0)).is_ok(), free);
+                if free {
+                    kept.push((base, len));
+                }
+            }
+            for (addr, len) in accesses {
+                let hit = kept.iter().find(|(b, l)| *b <= addr && addr + len as u64 <= b + l);
+                let mut data = vec![0; len];
+                prop_assert_eq!(bus.read(addr, &mut data), hit.is_some());
+                prop_assert_eq!(data[0], hit.map_or(0xff, |(b, _)| (addr - b) as u8));
+            }
+        }
+    }
+}

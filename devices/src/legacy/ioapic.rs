@@ -1,0 +1,361 @@
+//! The I/O APIC's register model (Intel 82093AA data sheet, § 3).
+//!
+//! It only translates: a redirection entry that the guest writes becomes an MSI route, and interrupts go straight from a
+//! device's wire to the processor by that route. See [`MsiRouter`].
+
+use crate::bus::BusDevice;
+
+/// Interrupt inputs of the IOAPIC.
+pub const PINS: u32 = 24;
+/// Length of the MMIO range, in bytes.
+pub const LEN: u64 = 0x1000;
+
+mod spec {
+    /// Index register.
+    pub(super) const IOREGSEL: u64 = 0x00;
+    /// Data register.
+    pub(super) const IOWIN: u64 = 0x10;
+
+    pub(super) const INDEX_ID: u8 = 0x00;
+    pub(super) const INDEX_VERSION: u8 = 0x01;
+    pub(super) const INDEX_ARBITRATION: u8 = 0x02;
+    /// First of the redirection entries, two registers each, low half first.
+    pub(super) const INDEX_REDIRECTION: u8 = 0x10;
+
+    /// The 82093AA's version. 0x20 and later would have an EOI register.
+    pub(super) const VERSION: u32 = 0x11;
+    /// ID: bits 27:24.
+    pub(super) const ID_MASK: u32 = 0x0f00_0000;
+
+    pub(super) const VECTOR_MASK: u64 = 0xff;
+    pub(super) const DELIVERY_MODE_SHIFT: u32 = 8;
+    pub(super) const DELIVERY_MODE_MASK: u64 = 0b111;
+    pub(super) const DESTINATION_LOGICAL: u64 = 1 << 11;
+    pub(super) const TRIGGER_LEVEL: u64 = 1 << 15;
+    pub(super) const MASKED: u64 = 1 << 16;
+    pub(super) const DESTINATION_SHIFT: u32 = 56;
+    /// What a write can change: vector, delivery and destination mode, polarity (13), trigger mode, mask; destination.
+    /// Not the delivery status (12) and the remote IRR (14), nor the reserved bits.
+    pub(super) const WRITABLE: u64 = 0xff00_0000_0001_afff;
+}
+
+/// A message-signalled interrupt, in the format of SDM vol. 3 § 11.11.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Msi {
+    /// Where the message is written: 0xfee.....
+    pub address: u64,
+    /// What is written.
+    pub data: u32,
+}
+
+impl Msi {
+    /// Address bits 31:20 of every message.
+    const ADDRESS_BASE: u64 = 0xfee0_0000;
+    const ADDRESS_DESTINATION_SHIFT: u32 = 12;
+    const ADDRESS_LOGICAL: u64 = 1 << 2;
+    const DATA_ASSERT: u32 = 1 << 14;
+    const DATA_LEVEL: u32 = 1 << 15;
+
+    /// The message that a redirection entry stands for; none for a masked entry, and none for the delivery modes that no
+    /// message can carry: ExtINT (there is no 8259 to fetch the vector from) and the reserved ones.
+    fn from_entry(entry: u64) -> Option<Self> {
+        let delivery_mode = (entry >> spec::DELIVERY_MODE_SHIFT) & spec::DELIVERY_MODE_MASK;
+        if entry & spec::MASKED != 0 || matches!(delivery_mode, 0b011 | 0b110 | 0b111) {
+            return None;
+        }
+        let destination = entry >> spec::DESTINATION_SHIFT;
+        let mut address = Self::ADDRESS_BASE | (destination << Self::ADDRESS_DESTINATION_SHIFT);
+        if entry & spec::DESTINATION_LOGICAL != 0 {
+            address |= Self::ADDRESS_LOGICAL;
+        }
+        let mut data =
+            ((entry & spec::VECTOR_MASK) | (delivery_mode << spec::DELIVERY_MODE_SHIFT)) as u32;
+        if entry & spec::TRIGGER_LEVEL != 0 {
+            data |= Self::DATA_LEVEL | Self::DATA_ASSERT;
+        }
+        Some(Self { address, data })
+    }
+}
+
+/// Takes the routes that the guest programs.
+pub trait MsiRouter: Send {
+    /// From now on, a pulse on the wire at `pin` sends `msi`; `None`: it is lost, the pin being masked. Only called when
+    /// the route changes; all pins start without one. It is called with the IOAPIC locked.
+    fn set_route(&mut self, pin: u32, msi: Option<Msi>);
+}
+
+/// What the guest can see, as plain data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct State {
+    index: u8,
+    id: u32,
+    entries: [u64; PINS as usize],
+}
+
+/// The IOAPIC.
+pub struct Ioapic {
+    state: State,
+    router: Box<dyn MsiRouter>,
+}
+
+impl Ioapic {
+    /// An IOAPIC as after reset: every pin masked.
+    pub fn new(router: Box<dyn MsiRouter>) -> Self {
+        Self {
+            state: State {
+                index: 0,
+                id: 0,
+                entries: [spec::MASKED; PINS as usize],
+            },
+            router,
+        }
+    }
+
+    /// A processor has finished the interrupt `vector`.
+    ///
+    /// Nothing is left to do: each wire sends edges, never a level that could still be high, so no entry ever has its
+    /// remote IRR set and there is nothing to send again. Level-triggered entries are delivered as one message a pulse.
+    pub fn end_of_interrupt(&mut self, vector: u8) {
+        log::trace!("end of interrupt {vector:#x}");
+    }
+
+    fn read_register(&self) -> u32 {
+        match self.state.index {
+            spec::INDEX_ID | spec::INDEX_ARBITRATION => self.state.id,
+            spec::INDEX_VERSION => spec::VERSION | ((PINS - 1) << 16),
+            index => match self.entry(index) {
+                Some((_, entry, shift)) => (entry >> shift) as u32,
+                None => 0,
+            },
+        }
+    }
+
+    fn write_register(&mut self, value: u32) {
+        let index = self.state.index;
+        if index == spec::INDEX_ID {
+            self.state.id = value & spec::ID_MASK;
+        } else if let Some((pin, old, shift)) = self.entry(index) {
+            let written = (old & !(u64::from(u32::MAX) << shift)) | (u64::from(value) << shift);
+            let new = written & spec::WRITABLE;
+            if let Some(entry) = self.state.entries.get_mut(pin) {
+                *entry = new;
+            }
+            let route = Msi::from_entry(new);
+            if route != Msi::from_entry(old) {
+                self.router.set_route(pin as u32, route);
+            }
+        }
+    }
+
+    /// The redirection entry behind a register index: its pin, its value, and which bit the register starts at.
+    fn entry(&self, index: u8) -> Option<(usize, u64, u32)> {
+        let register = index.checked_sub(spec::INDEX_REDIRECTION)?;
+        let pin = usize::from(register / 2);
+        let entry = self.state.entries.get(pin)?;
+        Some((pin, *entry, u32::from(register % 2) * 32))
+    }
+}
+
+impl BusDevice for Ioapic {
+    /// Registers are 32 bits wide; other widths get the bytes that are there, and zeroes.
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        super::read_bytes(offset, data, |offset| {
+            let register = match offset & !3 {
+                spec::IOREGSEL => u32::from(self.state.index),
+                spec::IOWIN => self.read_register(),
+                _ => 0,
+            };
+            (register >> ((offset & 3) * 8)) as u8
+        });
+    }
+
+    /// A write counts only at the start of a register. A narrower one is extended with zeroes, as KVM's own IOAPIC does.
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let Some(low) = data.first() else { return };
+        match offset {
+            spec::IOREGSEL => self.state.index = *low,
+            spec::IOWIN => {
+                let value = data
+                    .iter()
+                    .take(4)
+                    .rev()
+                    .fold(0, |value, byte| (value << 8) | u32::from(*byte));
+                self.write_register(value);
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::legacy::testing::hammer;
+    use proptest::prelude::*;
+    use std::sync::{Arc, Mutex};
+
+    type Routes = Arc<Mutex<Vec<(u32, Option<Msi>)>>>;
+
+    struct Recorder(Routes);
+
+    impl MsiRouter for Recorder {
+        fn set_route(&mut self, pin: u32, msi: Option<Msi>) {
+            assert!(pin < PINS);
+            self.0.lock().unwrap().push((pin, msi));
+        }
+    }
+
+    fn ioapic() -> (Ioapic, Routes) {
+        let routes = Routes::default();
+        (Ioapic::new(Box::new(Recorder(routes.clone()))), routes)
+    }
+
+    fn read(dev: &mut Ioapic, index: u8) -> u32 {
+        let mut data = [0; 4];
+        dev.write(0, &u32::from(index).to_le_bytes());
+        dev.read(0x10, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(dev: &mut Ioapic, index: u8, value: u32) {
+        dev.write(0, &u32::from(index).to_le_bytes());
+        dev.write(0x10, &value.to_le_bytes());
+    }
+
+    #[test]
+    fn after_reset_it_is_an_82093aa_with_all_pins_masked() {
+        let (mut dev, routes) = ioapic();
+        assert_eq!(read(&mut dev, 1), 0x0017_0011);
+        for pin in 0..24 {
+            assert_eq!(read(&mut dev, 0x10 + 2 * pin), 0x10000);
+            assert_eq!(read(&mut dev, 0x11 + 2 * pin), 0);
+        }
+        assert_eq!(read(&mut dev, 0x40), 0);
+        assert!(routes.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_id_keeps_four_bits_and_the_version_none() {
+        let (mut dev, _) = ioapic();
+        write(&mut dev, 0, u32::MAX);
+        write(&mut dev, 1, 0);
+        write(&mut dev, 2, 0);
+        assert_eq!(read(&mut dev, 0), 0x0f00_0000);
+        assert_eq!(read(&mut dev, 2), 0x0f00_0000);
+        assert_eq!(read(&mut dev, 1), 0x0017_0011);
+    }
+
+    #[test]
+    fn an_entry_becomes_a_route_only_when_it_changes() {
+        let (mut dev, routes) = ioapic();
+        write(&mut dev, 0x19, 3 << 24);
+        assert!(routes.lock().unwrap().is_empty(), "masked");
+        // Pin 4, fixed, physical, edge, vector 0x31, processor 3.
+        write(&mut dev, 0x18, 0x31);
+        let msi = Some(Msi {
+            address: 0xfee0_3000,
+            data: 0x31,
+        });
+        assert_eq!(*routes.lock().unwrap(), [(4, msi)]);
+        write(&mut dev, 0x18, 0x31);
+        // Polarity is no part of a message.
+        write(&mut dev, 0x18, 0x2031);
+        assert_eq!(routes.lock().unwrap().len(), 1);
+        write(&mut dev, 0x18, 0x1_2031);
+        assert_eq!(routes.lock().unwrap().last(), Some(&(4, None)));
+        // Logical, lowest priority, level.
+        write(&mut dev, 0x18, 0x8000 | 0x800 | 0x100 | 0x42);
+        let msi = Some(Msi {
+            address: 0xfee0_3004,
+            data: 0xc142,
+        });
+        assert_eq!(routes.lock().unwrap().last(), Some(&(4, msi)));
+        assert_eq!(routes.lock().unwrap().len(), 3);
+        dev.end_of_interrupt(0x42);
+        assert_eq!(routes.lock().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn read_only_and_reserved_bits_do_not_stick() {
+        let (mut dev, _) = ioapic();
+        write(&mut dev, 0x10, u32::MAX);
+        write(&mut dev, 0x11, u32::MAX);
+        assert_eq!(read(&mut dev, 0x10), 0x1_afff);
+        assert_eq!(read(&mut dev, 0x11), 0xff00_0000);
+    }
+
+    #[test]
+    fn modes_that_no_message_carries_have_no_route() {
+        let (mut dev, routes) = ioapic();
+        for mode in [3, 6, 7] {
+            write(&mut dev, 0x10, mode << 8 | 0x30);
+        }
+        assert!(routes.lock().unwrap().is_empty());
+        write(&mut dev, 0x10, 4 << 8);
+        assert_eq!(
+            *routes.lock().unwrap(),
+            [(
+                0,
+                Some(Msi {
+                    address: 0xfee0_0000,
+                    data: 0x400
+                })
+            )]
+        );
+    }
+
+    #[test]
+    fn odd_accesses_are_answered() {
+        let (mut dev, _) = ioapic();
+        write(&mut dev, 1, 0);
+        let mut byte = [0];
+        dev.read(0x12, &mut byte);
+        assert_eq!(byte, [0x17]);
+        let mut wide = [0xaa; 8];
+        dev.read(0x10, &mut wide);
+        assert_eq!(wide, [0x11, 0, 0x17, 0, 0, 0, 0, 0]);
+        dev.write(0, &[0x10]);
+        dev.write(0x10, &[0x55]);
+        assert_eq!(read(&mut dev, 0x10), 0x55);
+        dev.write(0x12, &[0xff]);
+        dev.write(0x40, &[0x55, 0, 0, 0]);
+        assert_eq!(read(&mut dev, 0x10), 0x55);
+        hammer(&mut dev, 0x100);
+    }
+
+    proptest! {
+        /// Whatever is written, the routes reported last are those that the entries stand for.
+        #[test]
+        fn routes_follow_the_entries(
+            ops in proptest::collection::vec((0u8..0x50, any::<u32>()), 0..200),
+        ) {
+            let (mut dev, routes) = ioapic();
+            for (index, value) in ops {
+                write(&mut dev, index, value);
+            }
+            let mut current = [None; PINS as usize];
+            for (pin, msi) in routes.lock().unwrap().iter() {
+                prop_assert_ne!(current[*pin as usize], *msi);
+                current[*pin as usize] = *msi;
+            }
+            for (pin, route) in current.iter().enumerate() {
+                prop_assert_eq!(*route, Msi::from_entry(dev.state.entries[pin]));
+                prop_assert_eq!(dev.state.entries[pin] & !spec::WRITABLE, 0);
+            }
+        }
+
+        #[test]
+        fn no_access_panics(
+            ops in proptest::collection::vec((any::<bool>(), 0u64..0x50, proptest::collection::vec(any::<u8>(), 0..10)), 0..200),
+        ) {
+            let (mut dev, _) = ioapic();
+            for (is_write, offset, mut data) in ops {
+                if is_write {
+                    dev.write(offset, &data);
+                } else {
+                    dev.read(offset, &mut data);
+                }
+            }
+        }
+    }
+}
