@@ -13,8 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi;
 use crate::arch::x86_64::{layout, mptable, regs};
-use crate::boot::{self, BootError, BootSource, LoadedKernel};
-use crate::config::{ConfigError, OnReboot, VmConfig};
+use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
+use crate::config::{ConfigError, MemorySize, OnReboot, VmConfig};
 use crate::console::{Console, ConsoleError, ConsoleInput};
 use crate::device_manager::DeviceManager;
 use crate::doctor;
@@ -81,7 +81,7 @@ pub enum VmError {
     )]
     TooMuchMemory {
         /// From the configuration.
-        asked: crate::config::MemorySize,
+        asked: MemorySize,
         /// First GPA behind the RAM.
         end: u64,
         /// What CPUID says of the host.
@@ -164,6 +164,7 @@ struct Vm {
     kernel: LoadedKernel,
     cmdline: String,
     cpus: u8,
+    memory: MemorySize,
 }
 
 impl Vm {
@@ -183,7 +184,7 @@ impl Vm {
         )?;
 
         let kvm = open_kvm()?;
-        if kernel.is_stock_linux() && doctor::host::host_is_pvm() {
+        if is_stock_linux(&kernel) && doctor::host::host_is_pvm() {
             return Err(VmError::SoftwareKvm { kernel: config.kernel.clone() });
         }
         let max = kvm.get_max_vcpus();
@@ -195,7 +196,15 @@ impl Vm {
         memory::register(&fd, &mem)?;
         fd.set_tss_address(layout::KVM_TSS_START as usize)
             .map_err(refused("place its scratch pages"))?;
-        Ok(Self { fd: Arc::new(fd), kvm, mem, kernel, cmdline, cpus: config.cpus })
+        Ok(Self {
+            fd: Arc::new(fd),
+            kvm,
+            mem,
+            kernel,
+            cmdline,
+            cpus: config.cpus,
+            memory: config.memory,
+        })
     }
 
     /// Makes interrupt controllers, vCPUs and devices, and writes the tables by which the guest finds them.
@@ -365,11 +374,14 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
 fn check_address_bits(vm: &Vm, supported: &CpuId) -> Result<(), VmError> {
     let leaf = supported.as_slice().iter().find(|e| e.function == 0x8000_0008);
     let bits = leaf.map_or(36, |e| e.eax as u8);
-    let bytes = vm_memory::GuestMemory::iter(&vm.mem).map(vm_memory::GuestMemoryRegion::len).sum();
-    let end = memory::end_of_ram(bytes);
+    let end = memory::end_of_ram(vm.memory.bytes);
     if bits < 64 && end > 1 << bits {
-        let asked = crate::config::MemorySize { bytes };
-        return Err(VmError::TooMuchMemory { asked, end, bits });
+        return Err(VmError::TooMuchMemory { asked: vm.memory, end, bits });
     }
     Ok(())
+}
+
+/// Whether this is a kernel of a distribution's size and not a guest made for the purpose.
+fn is_stock_linux(kernel: &LoadedKernel) -> bool {
+    kernel.format == KernelFormat::BzImage || kernel.kernel_bytes > 4 << 20
 }

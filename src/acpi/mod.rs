@@ -1,6 +1,7 @@
 //! ACPI tables of a hardware-reduced machine (ACPI 6.5 § 4.1), generated from the device list.
 
-use acpi_tables::aml::{self, Aml, Path};
+use acpi_tables::Aml;
+use acpi_tables::aml::{self, Path};
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -98,10 +99,10 @@ fn fadt(dsdt_address: u64) -> Vec<u8> {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS_RTC).into();
-    fadt.reset_reg = port(power::RESET);
+    fadt.reset_reg = port(power::RESET_OFFSET);
     fadt.reset_value = power::RESET_VALUE;
-    fadt.sleep_control_reg = port(power::SLEEP_CONTROL);
-    fadt.sleep_status_reg = port(power::SLEEP_STATUS);
+    fadt.sleep_control_reg = port(power::SLEEP_CONTROL_OFFSET);
+    fadt.sleep_status_reg = port(power::SLEEP_STATUS_OFFSET);
     bytes(&fadt.finalize())
 }
 
