@@ -28,6 +28,7 @@ use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout;
 use bzimage::BzImage;
+pub(crate) use cmdline::DEFAULT_MAX as CMDLINE_DEFAULT_MAX;
 use elf::{Class, ElfKernel};
 pub use error::{BootError, Role};
 pub use format::Compression;

@@ -690,8 +690,7 @@ fn check_outcome(bytes: &[u8], protocol: BootProtocol) {
 }
 
 fn mutations() -> impl Strategy<Value = Vec<(usize, Vec<u8>)>> {
-    let value =
-        prop_oneof![
+    let value = prop_oneof![
             prop::collection::vec(any::<u8>(), 1..9),
             prop::sample::select(vec![
                 0u64,

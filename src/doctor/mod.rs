@@ -1,1 +1,247 @@
 //! What this host and this kernel file can and cannot do, with the mend.
+
+mod config;
+mod host;
+mod initrd;
+mod kernel;
+mod limits;
+mod scan;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+
+use serde::Serialize;
+
+pub use config::{KernelConfig, Setting};
+pub use host::{check_host, host_is_pvm};
+pub use initrd::check_initrd;
+pub use kernel::{KernelInfo, KernelReport, check_kernel, inspect_kernel};
+
+/// How one check ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Good to know, neither good nor bad.
+    Info,
+    /// A guest boots, and something will be missing or slow.
+    Warn,
+    /// No guest boots.
+    Fail,
+}
+
+impl Verdict {
+    fn word(self) -> &'static str {
+        match self {
+            Verdict::Ok => "ok",
+            Verdict::Info => "info",
+            Verdict::Warn => "warn",
+            Verdict::Fail => "FAIL",
+        }
+    }
+
+    /// The colour's escape sequence (ECMA-48 § 8.3.117, SGR).
+    fn colour(self) -> &'static str {
+        match self {
+            Verdict::Ok => "\x1b[32m",
+            Verdict::Info => "\x1b[36m",
+            Verdict::Warn => "\x1b[33m",
+            Verdict::Fail => "\x1b[31m",
+        }
+    }
+}
+
+/// One line of the doctor's report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What was looked at.
+    pub subject: String,
+    /// What was found.
+    pub found: String,
+    /// What that means.
+    pub verdict: Verdict,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mend: Option<String>,
+}
+
+impl Check {
+    fn new(verdict: Verdict, subject: impl Into<String>, found: impl Into<String>) -> Self {
+        Self {
+            subject: subject.into(),
+            found: found.into(),
+            verdict,
+            mend: None,
+        }
+    }
+
+    fn ok(subject: impl Into<String>, found: impl Into<String>) -> Self {
+        Self::new(Verdict::Ok, subject, found)
+    }
+
+    fn info(subject: impl Into<String>, found: impl Into<String>) -> Self {
+        Self::new(Verdict::Info, subject, found)
+    }
+
+    fn warn(subject: impl Into<String>, found: impl Into<String>) -> Self {
+        Self::new(Verdict::Warn, subject, found)
+    }
+
+    fn fail(subject: impl Into<String>, found: impl Into<String>) -> Self {
+        Self::new(Verdict::Fail, subject, found)
+    }
+
+    fn mend(mut self, mend: impl Into<String>) -> Self {
+        self.mend = Some(mend.into());
+        self
+    }
+
+    /// A file that cannot be loaded. The messages of [`crate::boot::BootError`] carry their mends.
+    fn unusable(subject: &str, error: &dyn std::error::Error) -> Self {
+        let mut found = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            found.push_str(": ");
+            found.push_str(&cause.to_string());
+            source = cause.source();
+        }
+        match found.split_once("; ") {
+            Some((found, mend)) => Check::fail(subject, found).mend(mend),
+            None => Check::fail(subject, found),
+        }
+    }
+}
+
+/// All that the doctor found, as `--json` prints it.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// Whether a guest can boot: no check failed.
+    can_boot: bool,
+    host: Vec<Check>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<KernelReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initrd: Option<Vec<Check>>,
+}
+
+/// Checks the host, and the kernel and initrd if they are given; prints a table or one JSON object to `out`. Returns
+/// whether a guest can boot.
+pub fn run(
+    kernel: Option<&Path>,
+    initrd: Option<&Path>,
+    json: bool,
+    out: &mut dyn Write,
+) -> io::Result<bool> {
+    let kernel = kernel.map(inspect_kernel);
+    let config = kernel.as_ref().and_then(|report| report.config.as_ref());
+    let initrd = initrd.map(|path| check_initrd(path, config));
+    let mut report = Report {
+        can_boot: true,
+        host: check_host(),
+        kernel,
+        initrd,
+    };
+    report.can_boot = sections(&report)
+        .iter()
+        .flat_map(|(_, checks)| checks.iter())
+        .all(|check| check.verdict != Verdict::Fail);
+
+    if json {
+        serde_json::to_writer_pretty(&mut *out, &report)?;
+        writeln!(out)?;
+    } else {
+        let colour = io::stdout().is_terminal()
+            && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        write_table(out, &report, colour)?;
+    }
+    Ok(report.can_boot)
+}
+
+/// The report's parts that have anything in them.
+fn sections(report: &Report) -> Vec<(&'static str, &[Check])> {
+    let mut sections = vec![("host", report.host.as_slice())];
+    sections.extend(
+        report
+            .kernel
+            .as_ref()
+            .map(|kernel| ("kernel", kernel.checks.as_slice())),
+    );
+    sections.extend(
+        report
+            .initrd
+            .as_ref()
+            .map(|checks| ("initrd", checks.as_slice())),
+    );
+    sections
+}
+
+fn write_table(out: &mut dyn Write, report: &Report, colour: bool) -> io::Result<()> {
+    let sections = sections(report);
+    let checks = || sections.iter().flat_map(|(_, checks)| checks.iter());
+    let width = checks()
+        .map(|check| check.subject.chars().count())
+        .max()
+        .unwrap_or(0);
+    for (title, checks) in &sections {
+        writeln!(out, "{title}")?;
+        for check in *checks {
+            let word = check.verdict.word();
+            let (start, end) = if colour {
+                (check.verdict.colour(), "\x1b[0m")
+            } else {
+                ("", "")
+            };
+            let (subject, found) = (&check.subject, &check.found);
+            writeln!(out, "  {start}{word:<4}{end}  {subject:<width$}  {found}")?;
+            if let Some(mend) = &check.mend {
+                writeln!(out, "        {:<width$}  -> {mend}", "")?;
+            }
+        }
+    }
+    let failed = checks()
+        .filter(|check| check.verdict == Verdict::Fail)
+        .count();
+    match failed {
+        0 => writeln!(out, "A guest can boot here."),
+        1 => writeln!(out, "No guest can boot: 1 check failed."),
+        _ => writeln!(out, "No guest can boot: {failed} checks failed."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_aligned_and_says_what_to_do() {
+        let report = Report {
+            can_boot: false,
+            host: vec![
+                Check::ok("KVM", "works"),
+                Check::fail("/dev/kvm", "absent").mend("modprobe kvm_amd"),
+            ],
+            kernel: None,
+            initrd: Some(vec![Check::info("size", "5 MiB")]),
+        };
+        let mut out = Vec::new();
+        write_table(&mut out, &report, false).unwrap();
+        let expected = "host\n  ok    KVM       works\n  FAIL  /dev/kvm  absent\n                  -> modprobe kvm_amd\ninitrd\n  info  size      5 MiB\nNo guest can boot: 1 check failed.\n";
+        assert_eq!(String::from_utf8(out).unwrap(), expected);
+    }
+
+    #[test]
+    fn json_is_one_object() {
+        let mut out = Vec::new();
+        let can_boot = run(Some(Path::new("/nowhere/k")), None, true, &mut out).unwrap();
+        assert!(!can_boot);
+        let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!(value["can_boot"], false);
+        assert_eq!(value["kernel"]["checks"][0]["verdict"], "fail");
+        assert!(
+            value["host"]
+                .as_array()
+                .is_some_and(|checks| !checks.is_empty())
+        );
+    }
+}

@@ -1,0 +1,425 @@
+//! What an initrd file is, and whether the kernel can unpack it.
+
+use std::io::{self, Read};
+use std::path::Path;
+
+use flate2::read::GzDecoder;
+
+use super::Check;
+use super::config::{KernelConfig, Setting};
+use crate::boot::format::{self, Compression, FileKind};
+use crate::boot::input::InputFile;
+use crate::boot::{BootError, MIB, Role};
+
+/// Most archives in a file that are looked at; early microcode and the rest make two.
+const MAX_ARCHIVES: usize = 16;
+/// Most members of an archive that are looked at.
+const MAX_MEMBERS: usize = 200_000;
+/// Longest member name (PATH_MAX).
+const MAX_NAME_LEN: u32 = 4096;
+/// Longest run of zeroes between two archives that is stepped over.
+const MAX_PADDING: u64 = 1 << 20;
+/// Most bytes that are decompressed.
+const MAX_UNPACKED: u64 = 1 << 30;
+
+/// Looks at an initrd file, and at the kernel's configuration for what it unpacks.
+pub fn check_initrd(path: &Path, kernel_config: Option<&KernelConfig>) -> Vec<Check> {
+    inspect(path, kernel_config).unwrap_or_else(|error| vec![Check::unusable("file", &error)])
+}
+
+fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, BootError> {
+    let input = InputFile::open(Role::Initrd, path)?;
+    let head = input.head()?;
+    format::check_initrd_kind(&input, &head)?;
+    let mut checks = vec![Check::info("size", size(input.len()))];
+    if config.is_some_and(|config| config.get("BLK_DEV_INITRD") != Setting::Yes) {
+        checks.push(
+            Check::fail("kernel support", "the kernel takes no initrd")
+                .mend("build the kernel with CONFIG_BLK_DEV_INITRD=y"),
+        );
+    }
+
+    // Archives may follow one another, plain ones first: microcode, then the rest (early-userspace/buffer-format.rst).
+    let mut at = 0;
+    let mut has_init = Some(false);
+    for archive in 1..=MAX_ARCHIVES {
+        let mut magic = [0; 8];
+        let count = input.read_some(at, &mut magic)?;
+        match FileKind::identify(magic.get(..count).unwrap_or_default()) {
+            FileKind::Cpio => {
+                let mut reader = FileReader { input: &input, at };
+                match walk(&mut reader, MAX_MEMBERS) {
+                    Ok(contents) => {
+                        checks.push(Check::ok(
+                            format!("archive {archive}"),
+                            contents.describe("cpio"),
+                        ));
+                        has_init = has_init.map(|has| has || contents.has_init);
+                        at = reader.at;
+                        match next_archive(&input, at)? {
+                            Some(next) if contents.complete => at = next,
+                            _ => break,
+                        }
+                    }
+                    Err(error) => {
+                        checks.push(damaged(archive, &error));
+                        has_init = None;
+                        break;
+                    }
+                }
+            }
+            FileKind::Compressed(compression) => {
+                let contents = (compression == Compression::Gzip).then(|| {
+                    let packed = FileReader { input: &input, at };
+                    walk(
+                        &mut Unpacked(GzDecoder::new(packed).take(MAX_UNPACKED)),
+                        MAX_MEMBERS,
+                    )
+                });
+                checks.push(check_compression(archive, compression, config));
+                match contents {
+                    Some(Ok(contents)) => {
+                        checks.push(Check::ok(
+                            format!("archive {archive}"),
+                            contents.describe("cpio in gzip"),
+                        ));
+                        has_init = has_init.map(|has| has || contents.has_init);
+                    }
+                    Some(Err(error)) => {
+                        checks.push(damaged(archive, &error));
+                        has_init = None;
+                    }
+                    None => has_init = None,
+                }
+                break;
+            }
+            _ if archive == 1 => {
+                has_init = None;
+                checks.push(
+                    Check::warn("archive 1", "no format that Linux is known to unpack").mend(
+                        "make a cpio archive: (cd DIR && find . | cpio -o -H newc) > initrd.cpio",
+                    ),
+                );
+                break;
+            }
+            _ => {
+                checks.push(Check::warn(
+                    format!("archive {archive}"),
+                    format!("unknown bytes follow at {at:#x}; the kernel will not unpack them"),
+                ));
+                break;
+            }
+        }
+    }
+    match has_init {
+        Some(true) => checks.push(Check::ok("/init", "present")),
+        Some(false) => checks.push(
+            Check::warn(
+                "/init",
+                "absent: the kernel will look for a root file system instead",
+            )
+            .mend("add an executable /init, or name one with rdinit= on the kernel's command line"),
+        ),
+        None => {}
+    }
+    Ok(checks)
+}
+
+fn damaged(archive: usize, error: &io::Error) -> Check {
+    Check::fail(format!("archive {archive}"), format!("damaged: {error}"))
+        .mend("make or download the initrd again")
+}
+
+fn check_compression(
+    archive: usize,
+    compression: Compression,
+    config: Option<&KernelConfig>,
+) -> Check {
+    let subject = format!("archive {archive} format");
+    if compression == Compression::Lz4Frame {
+        return Check::fail(
+            subject,
+            "LZ4 in the frame format; Linux reads the legacy format alone",
+        )
+        .mend("compress it with lz4 -l");
+    }
+    let option = format!("RD_{}", compression.config_suffix());
+    match config.map(|config| config.get(&option)) {
+        Some(Setting::Yes) => Check::ok(subject, format!("{compression}, which this kernel unpacks")),
+        Some(_) => Check::fail(subject, format!("{compression}, which this kernel does not unpack")).mend(format!(
+            "give it uncompressed or in a format that the kernel knows, or build the kernel with CONFIG_{option}=y"
+        )),
+        None => Check::info(subject, format!("{compression}; the kernel needs CONFIG_{option}=y")),
+    }
+}
+
+fn size(bytes: u64) -> String {
+    if bytes < MIB {
+        format!("{bytes} bytes")
+    } else {
+        format!("{:.1} MiB", bytes as f64 / MIB as f64)
+    }
+}
+
+/// What is in an archive.
+#[derive(Debug, Default)]
+struct Contents {
+    members: usize,
+    bytes: u64,
+    has_init: bool,
+    /// Whether its end was seen.
+    complete: bool,
+}
+
+impl Contents {
+    fn describe(&self, format: &str) -> String {
+        let more = if self.complete { "" } else { " and more" };
+        format!(
+            "{format}: {} files{more}, {} unpacked",
+            self.members,
+            size(self.bytes)
+        )
+    }
+}
+
+/// A reader that can pass over bytes.
+trait Skip: Read {
+    fn skip(&mut self, count: u64) -> io::Result<()>;
+}
+
+/// An initrd file, read in order from an offset.
+struct FileReader<'a> {
+    input: &'a InputFile,
+    at: u64,
+}
+
+impl Read for FileReader<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self
+            .input
+            .read_some(self.at, buf)
+            .map_err(io::Error::other)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+impl Skip for FileReader<'_> {
+    fn skip(&mut self, count: u64) -> io::Result<()> {
+        self.at = self.at.saturating_add(count);
+        if self.at > self.input.len() {
+            Err(io::ErrorKind::UnexpectedEof.into())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// A decompressed stream.
+struct Unpacked<R>(R);
+
+impl<R: Read> Read for Unpacked<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf)
+    }
+}
+
+impl<R: Read> Skip for Unpacked<R> {
+    fn skip(&mut self, count: u64) -> io::Result<()> {
+        let skipped = io::copy(&mut (&mut self.0).take(count), &mut io::sink())?;
+        if skipped < count {
+            Err(io::ErrorKind::UnexpectedEof.into())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Steps through a newc archive (early-userspace/buffer-format.rst) to its trailer or `max_members`.
+fn walk(reader: &mut impl Skip, max_members: usize) -> io::Result<Contents> {
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+    let mut contents = Contents::default();
+    let mut at: u64 = 0;
+    while contents.members < max_members {
+        let mut header = [0; 110];
+        reader.read_exact(&mut header)?;
+        if !(header.starts_with(b"070701") || header.starts_with(b"070702")) {
+            return Err(invalid(&format!("no member at {at:#x} of the archive")));
+        }
+        let field = |index: usize| {
+            let digits = header.get(6 + 8 * index..14 + 8 * index)?;
+            u32::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()
+        };
+        let (Some(file_size), Some(name_size)) = (field(6), field(11)) else {
+            return Err(invalid(&format!(
+                "the member at {at:#x} has sizes that are no numbers"
+            )));
+        };
+        if name_size == 0 || name_size > MAX_NAME_LEN {
+            return Err(invalid(&format!(
+                "the member at {at:#x} has a name of {name_size} bytes"
+            )));
+        }
+        let mut name = vec![0; usize::try_from(name_size).unwrap_or(0)];
+        reader.read_exact(&mut name)?;
+        let header_end = at + 110 + u64::from(name_size);
+        let data_at = header_end.next_multiple_of(4);
+        reader.skip(data_at - header_end)?;
+        let name = name.strip_suffix(b"\0").unwrap_or(&name);
+        if name == b"TRAILER!!!" {
+            contents.complete = true;
+            return Ok(contents);
+        }
+        contents.has_init |= matches!(name, b"init" | b"./init" | b"/init");
+        contents.members += 1;
+        contents.bytes = contents.bytes.saturating_add(file_size.into());
+        let next = (data_at + u64::from(file_size)).next_multiple_of(4);
+        reader.skip(next - data_at)?;
+        at = next;
+    }
+    Ok(contents)
+}
+
+/// Where the next archive begins after the zeroes at `at`.
+fn next_archive(input: &InputFile, at: u64) -> Result<Option<u64>, BootError> {
+    let mut buf = [0; 4096];
+    let mut here = at;
+    while here - at < MAX_PADDING {
+        let count = input.read_some(here, &mut buf)?;
+        let read = buf.get(..count).unwrap_or_default();
+        if let Some(offset) = read.iter().position(|byte| *byte != 0) {
+            return Ok(Some(here + offset as u64));
+        }
+        if count < buf.len() {
+            return Ok(None);
+        }
+        here += count as u64;
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use flate2::write::GzEncoder;
+    use proptest::prelude::*;
+    use tempfile::NamedTempFile;
+
+    use super::super::Verdict;
+    use super::*;
+
+    fn cpio(members: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut archive = Vec::new();
+        for (name, data) in members.iter().chain(&[("TRAILER!!!", &b""[..])]) {
+            let mut fields = [0; 13];
+            fields[6] = data.len();
+            fields[11] = name.len() + 1;
+            archive.extend(b"070701");
+            archive.extend(
+                fields
+                    .iter()
+                    .flat_map(|field| format!("{field:08x}").into_bytes()),
+            );
+            archive.extend(name.bytes());
+            archive.push(0);
+            archive.resize(archive.len().next_multiple_of(4), 0);
+            archive.extend(*data);
+            archive.resize(archive.len().next_multiple_of(4), 0);
+        }
+        archive
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn check(bytes: &[u8], config: &str) -> Vec<(String, String, Verdict)> {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        let config = KernelConfig::parse("test", config);
+        check_initrd(file.path(), config.as_ref())
+            .into_iter()
+            .map(|check| (check.subject, check.found, check.verdict))
+            .collect()
+    }
+
+    fn verdict(checks: &[(String, String, Verdict)], subject: &str) -> Verdict {
+        checks
+            .iter()
+            .find(|check| check.0 == subject)
+            .unwrap_or_else(|| panic!("{subject}: {checks:?}"))
+            .2
+    }
+
+    #[test]
+    fn microcode_before_a_compressed_archive() {
+        let mut initrd = cpio(&[("kernel/x86/microcode/AuthenticAMD.bin", &[1; 1001])]);
+        initrd.resize(initrd.len().next_multiple_of(512), 0);
+        initrd.extend(gzip(&cpio(&[
+            ("bin", b""),
+            ("init", b"#!/bin/sh"),
+            ("etc", b"abc"),
+        ])));
+        let checks = check(&initrd, "CONFIG_BLK_DEV_INITRD=y\nCONFIG_RD_GZIP=y\n");
+        assert_eq!(checks[1].1, "cpio: 1 files, 1001 bytes unpacked");
+        assert_eq!(verdict(&checks, "archive 2 format"), Verdict::Ok);
+        assert_eq!(checks[3].1, "cpio in gzip: 3 files, 12 bytes unpacked");
+        assert_eq!(verdict(&checks, "/init"), Verdict::Ok);
+
+        let checks = check(&initrd, "CONFIG_BLK_DEV_INITRD=y\nCONFIG_RD_XZ=y\n");
+        assert_eq!(verdict(&checks, "archive 2 format"), Verdict::Fail);
+    }
+
+    #[test]
+    fn what_a_kernel_would_not_unpack() {
+        assert_eq!(
+            verdict(&check(&cpio(&[("bin", b"")]), ""), "/init"),
+            Verdict::Warn
+        );
+        assert_eq!(
+            verdict(&check(b"\x04\x22\x4d\x18....", ""), "archive 1 format"),
+            Verdict::Fail
+        );
+        assert_eq!(
+            verdict(&check(b"\x28\xb5\x2f\xfd....", ""), "archive 1 format"),
+            Verdict::Info
+        );
+        assert_eq!(
+            verdict(&check(b"what is this", ""), "archive 1"),
+            Verdict::Warn
+        );
+        assert_eq!(
+            verdict(
+                &check(&cpio(&[("init", &[1; 900])])[..500], ""),
+                "archive 1"
+            ),
+            Verdict::Fail
+        );
+        assert_eq!(
+            verdict(&check(&cpio(&[]), "CONFIG_A=y"), "kernel support"),
+            Verdict::Fail
+        );
+        assert_eq!(verdict(&check(b"\x7fELF", ""), "file"), Verdict::Fail);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn mutated_archives(at in 0usize..300, bytes in prop::collection::vec(any::<u8>(), 0..9), packed: bool) {
+            let mut initrd = cpio(&[("kernel", &[1; 100]), ("init", b"#!/bin/sh")]);
+            if packed {
+                initrd = gzip(&initrd);
+            }
+            for (offset, byte) in bytes.into_iter().enumerate() {
+                if let Some(target) = initrd.get_mut(at + offset) {
+                    *target = byte;
+                }
+            }
+            check(&initrd, "CONFIG_RD_GZIP=y");
+        }
+    }
+}
