@@ -1,1 +1,171 @@
 //! Where the guest's serial console goes on the host: terminal, pty, file or nowhere.
+//!
+//! [`Console`] is the output: a [sink](Console::sink) for the UART, a bounded buffer, a thread that drains it, and what
+//! is remembered for the post-mortem. [`ConsoleInput`] is the input, driven by the event loop. [`RawTerminal`] keeps the
+//! terminal raw while the VM runs.
+//!
+//! Flow control goes all the way both ways: a slow reader makes the guest wait, and input waits in its pipe or terminal
+//! until the guest has room. Nothing grows without bound, and nothing is lost but what is said to be.
+
+mod escape;
+mod input;
+mod mode;
+mod output;
+mod pty;
+mod terminal;
+#[cfg(test)]
+mod tests;
+mod transcript;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use minivmm_devices::legacy::serial::ConsoleOutput;
+use thiserror::Error;
+
+pub use input::{ConsoleInput, InputOutcome};
+pub use mode::{SerialMode, SerialModeError};
+pub use terminal::{RawTerminal, is_raw, reenter_raw, restore_terminal};
+
+use output::{Destination, Shared, Sink};
+use transcript::Transcript;
+
+/// Why the console cannot be opened.
+#[derive(Debug, Error)]
+pub enum ConsoleError {
+    /// The file for the output cannot be created.
+    #[error("cannot write the serial console to {path:?}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// There is no pseudo-terminal to be had.
+    #[error("cannot open a pseudo-terminal for the serial console (is /dev/pts mounted?)")]
+    Pty(#[source] io::Error),
+    /// The output thread cannot be started.
+    #[error("cannot start the output of the serial console")]
+    Start(#[source] io::Error),
+}
+
+/// The host's side of the serial console's output. A cheap handle: clones are the same console. It outlives the VM, so
+/// that a restart in the same process goes on where it was; when the last handle goes, so does the thread, without
+/// waiting for a slow reader ([`Console::finish`] does).
+#[derive(Clone)]
+pub struct Console(Arc<Handle>);
+
+struct Handle {
+    shared: Arc<Shared>,
+    pty_path: Option<PathBuf>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.cancel();
+    }
+}
+
+impl Console {
+    /// Opens the console: its output, with a thread, and its input, for the event loop. The terminal is not touched: see
+    /// [`RawTerminal::enter`].
+    pub fn open(mode: &SerialMode) -> Result<(Self, ConsoleInput), ConsoleError> {
+        let mut pty_path = None;
+        let (destination, input) = match mode {
+            SerialMode::Stdio => {
+                // Without a stdout, the output is only remembered.
+                let stdout = io::stdout().as_fd().try_clone_to_owned().ok();
+                let destination =
+                    stdout.map(|fd| Destination::Stream(Arc::new(fd), "stdout".to_owned()));
+                (destination, ConsoleInput::stdin())
+            }
+            SerialMode::Pty => {
+                let (master, path) = pty::open().map_err(|e| ConsoleError::Pty(e.into()))?;
+                let master = Arc::new(master);
+                pty_path = Some(path);
+                (
+                    Some(Destination::Pty(master.clone())),
+                    ConsoleInput::pty(master),
+                )
+            }
+            SerialMode::File(path) => {
+                let file = File::create(path).map_err(|source| ConsoleError::File {
+                    path: path.clone(),
+                    source,
+                })?;
+                let destination =
+                    Destination::Stream(Arc::new(file.into()), path.display().to_string());
+                (Some(destination), ConsoleInput::none())
+            }
+            SerialMode::None => (None, ConsoleInput::none()),
+        };
+        Ok((Self::start(destination, pty_path)?, input))
+    }
+
+    fn start(
+        destination: Option<Destination>,
+        pty_path: Option<PathBuf>,
+    ) -> Result<Self, ConsoleError> {
+        let shared = Shared::start(destination).map_err(ConsoleError::Start)?;
+        Ok(Self(Arc::new(Handle { shared, pty_path })))
+    }
+
+    /// A UART's end of the console; one for each VM that is started. It never blocks.
+    pub fn sink(&self) -> Box<dyn ConsoleOutput> {
+        Box::new(Sink(self.0.shared.clone()))
+    }
+
+    /// Sets what to call when there is room again after a sink said there was none: the UART's `output_ready`. Replaces
+    /// the one of the VM before. It is called on the console's thread with no lock held.
+    pub fn on_output_ready(&self, callback: Arc<dyn Fn() + Send + Sync>) {
+        self.0.shared.set_ready(callback);
+    }
+
+    /// Forgets the output of the VM before: its panic, tail, byte count and first byte.
+    pub fn start_of_vm(&self) {
+        self.0.shared.state().transcript = Transcript::default();
+    }
+
+    /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.
+    pub fn saw_panic(&self) -> bool {
+        self.0.shared.state().transcript.saw_panic()
+    }
+
+    /// How many bytes the guest has sent.
+    pub fn bytes_out(&self) -> u64 {
+        self.0.shared.state().transcript.bytes
+    }
+
+    /// How many bytes went nowhere, because nobody was attached to the pty, the reader had gone, or there was no
+    /// destination. Counted over all VMs of this console.
+    pub fn bytes_dropped(&self) -> u64 {
+        self.0.shared.state().dropped
+    }
+
+    /// The last few KiB of output.
+    pub fn tail(&self) -> Vec<u8> {
+        self.0.shared.state().transcript.tail()
+    }
+
+    /// When the first byte came.
+    pub fn first_byte(&self) -> Option<Instant> {
+        self.0.shared.state().transcript.first_byte
+    }
+
+    /// The pseudo-terminal to attach to, in mode [`SerialMode::Pty`].
+    pub fn pty_path(&self) -> Option<PathBuf> {
+        self.0.pty_path.clone()
+    }
+
+    /// Writes what is left and ends the output; what comes later is dropped.
+    ///
+    /// It waits as long as the reader takes, however slow, until `give_up` says so; that is asked every 20 ms, and answers
+    /// true on a second SIGINT or SIGTERM, say. A pty's reader that reads nothing for a second is given up anyway.
+    pub fn finish(&self, give_up: &dyn Fn() -> bool) {
+        self.0.shared.finish(give_up);
+    }
+}

@@ -1,0 +1,202 @@
+//! Input for the guest: from stdin or the pty's master into the UART, as much as the guest has room for.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use minivmm_devices::legacy::serial::Serial;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::escape::{Escape, HELP, Key};
+use super::terminal;
+
+/// Keys kept for a guest that is not reading. A terminal is read ahead of the guest, or `Ctrl-A x` could not be seen
+/// just when it is needed most; when this is full, the terminal is no longer read and nothing is lost.
+const LOOK_AHEAD: usize = 64 << 10;
+/// Bytes read at once.
+const CHUNK: usize = 4096;
+
+/// What came of [`ConsoleInput::pump`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum InputOutcome {
+    /// Nothing more for now: call again when the file descriptor is readable or the UART kicks.
+    Continue,
+    /// The user asked to quit.
+    Quit,
+    /// There will be no more input; stop watching the file descriptor, but go on calling on kicks.
+    Ended,
+}
+
+enum Source {
+    None,
+    Terminal(OwnedFd, Escape),
+    /// A pipe, a file, a socket.
+    Stream(OwnedFd),
+    Pty(Arc<OwnedFd>),
+}
+
+/// The guest's input, driven by the event loop.
+pub struct ConsoleInput {
+    source: Source,
+    /// Read and not yet taken by the guest.
+    ahead: VecDeque<u8>,
+    ended: bool,
+}
+
+enum Read {
+    Bytes(usize),
+    NotReady,
+    End,
+}
+
+impl ConsoleInput {
+    pub(super) fn none() -> Self {
+        Self::new(Source::None)
+    }
+
+    pub(super) fn stdin() -> Self {
+        match io::stdin().as_fd().try_clone_to_owned() {
+            Ok(fd) => Self::from_fd(fd),
+            // Without a stdin there is no input.
+            Err(_) => Self::none(),
+        }
+    }
+
+    pub(super) fn from_fd(fd: OwnedFd) -> Self {
+        if rustix::termios::isatty(&fd) {
+            Self::new(Source::Terminal(fd, Escape::default()))
+        } else {
+            Self::new(Source::Stream(fd))
+        }
+    }
+
+    pub(super) fn pty(master: Arc<OwnedFd>) -> Self {
+        Self::new(Source::Pty(master))
+    }
+
+    fn new(source: Source) -> Self {
+        Self {
+            ended: matches!(source, Source::None),
+            source,
+            ahead: VecDeque::new(),
+        }
+    }
+
+    /// What to watch for readability, edge-triggered; none where no input can come. A regular file and /dev/null cannot
+    /// be watched (epoll says EPERM): they are always ready, and the UART's kicks are enough.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.source {
+            _ if self.ended => None,
+            Source::None => None,
+            Source::Terminal(fd, _) | Source::Stream(fd) => Some(fd.as_fd()),
+            Source::Pty(fd) => Some(fd.as_fd()),
+        }
+    }
+
+    /// Moves what is there to the guest, as far as the guest has room; never blocks.
+    ///
+    /// To be called once at the start, when the file descriptor becomes readable, when the UART kicks, and after a SIGCONT.
+    pub fn pump(&mut self, serial: &Mutex<Serial>) -> InputOutcome {
+        let mut buffer = [0; CHUNK];
+        loop {
+            self.deliver(serial);
+            if self.ended {
+                return InputOutcome::Ended;
+            }
+            let room = match self.source {
+                Source::Terminal(..) => LOOK_AHEAD.saturating_sub(self.ahead.len()),
+                _ if self.ahead.is_empty() => lock(serial).wants_input(),
+                _ => 0,
+            };
+            if room == 0 {
+                return InputOutcome::Continue;
+            }
+            match self.read(&mut buffer[..room.min(CHUNK)]) {
+                Read::Bytes(len) => {
+                    if self.accept(&buffer[..len]) == InputOutcome::Quit {
+                        return InputOutcome::Quit;
+                    }
+                }
+                Read::NotReady => return InputOutcome::Continue,
+                Read::End => self.ended = true,
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn ahead_len(&self) -> usize {
+        self.ahead.len()
+    }
+
+    /// Gives the guest what has been read already.
+    fn deliver(&mut self, serial: &Mutex<Serial>) {
+        if !self.ahead.is_empty() {
+            let taken = lock(serial).receive(self.ahead.make_contiguous());
+            self.ahead.drain(..taken);
+        }
+    }
+
+    fn accept(&mut self, bytes: &[u8]) -> InputOutcome {
+        let Source::Terminal(_, escape) = &mut self.source else {
+            self.ahead.extend(bytes);
+            return InputOutcome::Continue;
+        };
+        for byte in bytes {
+            match escape.key(*byte) {
+                Key::Guest(keys, len) => self.ahead.extend(&keys[..len]),
+                Key::Pending => {}
+                Key::Quit => return InputOutcome::Quit,
+                // Not eprint, which panics without a stderr.
+                Key::Help => drop(io::stderr().write_all(HELP.as_bytes())),
+            }
+        }
+        InputOutcome::Continue
+    }
+
+    /// Reads if there is something to read. stdin shares its file description with the shell, so it stays blocking, and
+    /// is asked first.
+    fn read(&self, buffer: &mut [u8]) -> Read {
+        let (fd, is_pty) = match &self.source {
+            Source::None => return Read::End,
+            Source::Terminal(fd, _) if !terminal::ready_for_input(fd) => return Read::NotReady,
+            Source::Terminal(fd, _) | Source::Stream(fd) => (fd.as_fd(), false),
+            Source::Pty(fd) => (fd.as_fd(), true),
+        };
+        let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let ready = match poll(&mut fds, Some(&at_once)) {
+            Ok(0) | Err(Errno::INTR) => return Read::NotReady,
+            Ok(_) => fds[0].revents(),
+            Err(e) => return end_of_input(e),
+        };
+        if is_pty && !ready.contains(PollFlags::IN) {
+            // Hung up: nobody is attached now. Somebody may be later.
+            return Read::NotReady;
+        }
+        match rustix::io::read(fd, buffer) {
+            Ok(0) | Err(Errno::IO) if is_pty => Read::NotReady,
+            Ok(0) => Read::End,
+            Ok(len) => Read::Bytes(len),
+            Err(Errno::AGAIN | Errno::INTR) => Read::NotReady,
+            Err(e) => end_of_input(e),
+        }
+    }
+}
+
+fn end_of_input(e: Errno) -> Read {
+    log::warn!(
+        "cannot read the console's input: {}; the guest gets no more of it",
+        io::Error::from(e)
+    );
+    Read::End
+}
+
+fn lock(serial: &Mutex<Serial>) -> MutexGuard<'_, Serial> {
+    serial.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,93 @@
+//! Where the serial console goes: the value of `--serial`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Where the guest's serial console goes. Written `stdio`, `pty`, `file=F` or `none`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum SerialMode {
+    /// minivmm's own stdin and stdout.
+    #[default]
+    Stdio,
+    /// A new pseudo-terminal that others attach to.
+    Pty,
+    /// A file for the output, created or emptied; no input.
+    File(PathBuf),
+    /// Nowhere; no input.
+    None,
+}
+
+/// A text that names no [`SerialMode`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("unknown serial console {0:?}; use stdio, pty, file=PATH or none")]
+pub struct SerialModeError(String);
+
+impl FromStr for SerialMode {
+    type Err = SerialModeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "stdio" => Ok(Self::Stdio),
+            "pty" => Ok(Self::Pty),
+            "none" => Ok(Self::None),
+            _ => match text.strip_prefix("file=") {
+                Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
+                _ => Err(SerialModeError(text.to_owned())),
+            },
+        }
+    }
+}
+
+impl TryFrom<String> for SerialMode {
+    type Error = SerialModeError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<SerialMode> for String {
+    fn from(mode: SerialMode) -> Self {
+        mode.to_string()
+    }
+}
+
+impl fmt::Display for SerialMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdio => f.write_str("stdio"),
+            Self::Pty => f.write_str("pty"),
+            Self::File(path) => write!(f, "file={}", path.display()),
+            Self::None => f.write_str("none"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_mode_is_read_as_it_is_written() {
+        for text in ["stdio", "pty", "none", "file=/tmp/a=b"] {
+            assert_eq!(text.parse::<SerialMode>().unwrap().to_string(), text);
+            let json = serde_json::to_string(text).unwrap();
+            let mode: SerialMode = serde_json::from_str(&json).unwrap();
+            assert_eq!(serde_json::to_string(&mode).unwrap(), json);
+        }
+    }
+
+    #[test]
+    fn others_are_refused_with_the_choices() {
+        for text in ["", "file", "file=", "tty", "Stdio"] {
+            let error = text.parse::<SerialMode>().unwrap_err().to_string();
+            assert!(error.contains("stdio, pty, file=PATH or none"), "{error}");
+            assert!(serde_json::from_str::<SerialMode>(&format!("{text:?}")).is_err());
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! What is remembered of the guest's output: how much, when it began, its last lines, and whether the kernel panicked.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+/// Bytes of output kept for the post-mortem.
+const TAIL_LEN: usize = 4096;
+
+/// What is known about the output of one run of a VM.
+#[derive(Debug, Default)]
+pub(super) struct Transcript {
+    pub(super) bytes: u64,
+    pub(super) first_byte: Option<Instant>,
+    tail: VecDeque<u8>,
+    panic: PanicScanner,
+}
+
+impl Transcript {
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.first_byte.get_or_insert_with(Instant::now);
+        self.bytes += bytes.len() as u64;
+        for byte in bytes {
+            if self.tail.len() == TAIL_LEN {
+                self.tail.pop_front();
+            }
+            self.tail.push_back(*byte);
+            self.panic.push(*byte);
+        }
+    }
+
+    pub(super) fn tail(&self) -> Vec<u8> {
+        self.tail.iter().copied().collect()
+    }
+
+    pub(super) fn saw_panic(&self) -> bool {
+        self.panic.seen
+    }
+}
+
+/// Looks for the kernel's panic line, a byte at a time.
+///
+/// It counts only where the kernel's log would put it: at the start of a line, or behind a time stamp, which may follow
+/// a shell's prompt. A later orderly reboot or power-off takes it back: then it was somebody printing an old log.
+#[derive(Debug, Default)]
+struct PanicScanner {
+    /// The last bytes of the current line.
+    line: Vec<u8>,
+    /// The line's beginning is no longer in `line`.
+    cut: bool,
+    seen: bool,
+}
+
+impl PanicScanner {
+    const PANIC: &[u8] = b"Kernel panic - not syncing";
+    const ORDERLY: [&[u8]; 3] = [
+        b"reboot: Restarting system",
+        b"reboot: Power down",
+        b"reboot: System halted",
+    ];
+    /// Enough for a time stamp, a caller's id and the longest message.
+    const WINDOW: usize = 128;
+
+    fn push(&mut self, byte: u8) {
+        if byte == b'\n' || byte == b'\r' {
+            self.line.clear();
+            self.cut = false;
+            return;
+        }
+        if self.line.len() == Self::WINDOW {
+            self.line.drain(..Self::WINDOW / 2);
+            self.cut = true;
+        }
+        self.line.push(byte);
+        if self.message_is(Self::PANIC) {
+            self.seen = true;
+        } else if self.seen && Self::ORDERLY.iter().any(|message| self.message_is(message)) {
+            self.seen = false;
+        }
+    }
+
+    /// Whether the line ends with `message`, in a place where the kernel's log would have it.
+    fn message_is(&self, message: &[u8]) -> bool {
+        let Some(before) = self.line.strip_suffix(message) else {
+            return false;
+        };
+        (before.is_empty() && !self.cut) || ends_with_stamp(before)
+    }
+}
+
+/// Whether `before` ends with what printk puts before a message: `[   12.345678] `, with CONFIG_PRINTK_CALLER followed by
+/// `[    T1] `, or the level `<0>` on a line of its own.
+fn ends_with_stamp(before: &[u8]) -> bool {
+    let text = before.trim_ascii_end();
+    let inside = |open, close| {
+        let body = text.strip_suffix(&[close])?;
+        body.get(body.iter().rposition(|b| *b == open)? + 1..)
+    };
+    if let Some(stamp) = inside(b'[', b']') {
+        return stamp.iter().any(u8::is_ascii_digit)
+            && stamp
+                .iter()
+                .all(|b| b.is_ascii_digit() || matches!(b, b' ' | b'.' | b'T' | b'C'));
+    }
+    inside(b'<', b'>').is_some_and(|level| level.len() == 1 && level.iter().all(u8::is_ascii_digit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn seen(text: &str) -> bool {
+        let mut transcript = Transcript::default();
+        transcript.push(text.as_bytes());
+        transcript.saw_panic()
+    }
+
+    #[test]
+    fn a_panic_counts_where_the_log_would_have_it() {
+        for text in [
+            "Kernel panic - not syncing: VFS",
+            "a\r\n[    0.512345] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n",
+            "[  12.3][    T1] Kernel panic - not syncing",
+            "<0>Kernel panic - not syncing: early",
+            "~ # [   12.345678] Kernel panic - not syncing: sysrq triggered crash",
+        ] {
+            assert!(seen(text), "{text}");
+        }
+        for text in [
+            "",
+            "# echo Kernel panic - not syncing",
+            "grep: Kernel panic - not syncing",
+            "[x] Kernel panic - not syncing",
+            "[] Kernel panic - not syncing",
+            "Kernel panic - not sync\ning",
+            "Kernel panic",
+        ] {
+            assert!(!seen(text), "{text}");
+        }
+        let long = "x".repeat(1000);
+        assert!(!seen(&format!("{long}Kernel panic - not syncing")));
+        assert!(!seen(&format!(
+            "{}Kernel panic - not syncing",
+            "x".repeat(PanicScanner::WINDOW / 2)
+        )));
+        assert!(seen(&format!(
+            "{long}[    1.000000] Kernel panic - not syncing"
+        )));
+    }
+
+    #[test]
+    fn an_orderly_end_takes_it_back() {
+        let panic = "Kernel panic - not syncing: old log\r\n";
+        assert!(!seen(&format!(
+            "{panic}[    9.1] reboot: Restarting system\r\n"
+        )));
+        assert!(!seen(&format!("{panic}reboot: Power down\r\n")));
+        assert!(seen(&format!("{panic}# echo reboot: Power down\r\n")));
+        assert!(seen(&format!("[    9.1] reboot: Power down\r\n{panic}")));
+    }
+
+    #[test]
+    fn the_tail_is_the_end_of_the_output() {
+        let mut transcript = Transcript::default();
+        transcript.push(b"");
+        assert!(transcript.first_byte.is_none());
+        let text: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
+        transcript.push(&text);
+        assert!(transcript.first_byte.is_some());
+        assert_eq!(transcript.bytes, 10_000);
+        assert_eq!(transcript.tail(), text[text.len() - TAIL_LEN..]);
+    }
+
+    proptest! {
+        /// How the output is cut into pieces makes no difference, and memory stays bounded.
+        #[test]
+        fn chunks_make_no_difference(
+            pieces in proptest::collection::vec(prop_oneof![
+                Just("Kernel panic - not syncing: x".to_owned()),
+                Just("[    1.000000] ".to_owned()),
+                Just("reboot: Power down".to_owned()),
+                Just("\r\n".to_owned()),
+                Just("\n".to_owned()),
+                "[ -~]{0,200}",
+            ], 0..20),
+            cuts in proptest::collection::vec(1usize..60, 1..40),
+        ) {
+            let text = pieces.concat();
+            let mut transcript = Transcript::default();
+            let (mut rest, mut cuts) = (text.as_bytes(), cuts.iter().cycle());
+            while !rest.is_empty() {
+                let (chunk, later) = rest.split_at((*cuts.next().unwrap()).min(rest.len()));
+                transcript.push(chunk);
+                rest = later;
+            }
+            prop_assert_eq!(transcript.saw_panic(), seen(&text));
+            prop_assert!(transcript.panic.line.len() <= PanicScanner::WINDOW);
+        }
+    }
+}
