@@ -154,7 +154,9 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, r#"{"kernel": "k", "cpus": 4, "memory": "1G"}"#).unwrap();
         let path = file.path().to_str().unwrap();
-        let cli = Cli::parse_from(["minivmm", "--config", path, "--memory", "2G", "--append", "-- sh"]);
+        let cli = Cli::parse_from([
+            "minivmm", "--config", path, "--memory", "2G", "--append", "-- sh",
+        ]);
         let config = cli.vm.into_config().unwrap();
         assert_eq!((config.cpus, config.memory.bytes), (4, 2 << 30));
         assert_eq!(config.append.as_deref(), Some("-- sh"));

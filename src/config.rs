@@ -74,7 +74,10 @@ impl FromStr for MemorySize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match parse_size::Config::new().with_binary().parse_size(text.trim()) {
+        match parse_size::Config::new()
+            .with_binary()
+            .parse_size(text.trim())
+        {
             Ok(bytes) => Ok(Self { bytes }),
             Err(e) => Err(format!("{e}; write a number and a unit, as in 512M or 2G")),
         }
@@ -97,10 +100,15 @@ impl From<MemorySize> for String {
 
 impl fmt::Display for MemorySize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (unit, letter) = [(1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")]
-            .into_iter()
-            .find(|(unit, _)| self.bytes >= *unit && self.bytes.is_multiple_of(*unit))
-            .unwrap_or((1u64, "B"));
+        let (unit, letter) = [
+            (1 << 40, "T"),
+            (1 << 30, "G"),
+            (1 << 20, "M"),
+            (1 << 10, "K"),
+        ]
+        .into_iter()
+        .find(|(unit, _)| self.bytes >= *unit && self.bytes.is_multiple_of(*unit))
+        .unwrap_or((1u64, "B"));
         write!(f, "{}{letter}", self.bytes / unit)
     }
 }
@@ -127,7 +135,9 @@ impl FromStr for Span {
     fn from_str(text: &str) -> Result<Self, String> {
         match humantime::parse_duration(text) {
             Ok(duration) => Ok(Self(duration)),
-            Err(e) => Err(format!("{e}; write a number and a unit, as in 500ms, 10s or 2min")),
+            Err(e) => Err(format!(
+                "{e}; write a number and a unit, as in 500ms, 10s or 2min"
+            )),
         }
     }
 }
@@ -192,15 +202,24 @@ impl Default for VmConfig {
 impl VmConfig {
     /// Reads a JSON file. Fields that it lacks have their defaults; fields that are not known are errors.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let read = |source| ConfigError::Read { path: path.to_owned(), source };
+        let read = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
         let file = File::open(path).map_err(read)?;
         let mut text = String::new();
-        file.take(MAX_CONFIG_FILE + 1).read_to_string(&mut text).map_err(read)?;
+        file.take(MAX_CONFIG_FILE + 1)
+            .read_to_string(&mut text)
+            .map_err(read)?;
         if text.len() as u64 > MAX_CONFIG_FILE {
-            return Err(ConfigError::TooLarge { path: path.to_owned() });
+            return Err(ConfigError::TooLarge {
+                path: path.to_owned(),
+            });
         }
-        serde_json::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source })
+        serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })
     }
 
     /// Checks what no file or device need be asked about.
@@ -215,7 +234,11 @@ impl VmConfig {
         let max = (4 << 40) - (MMIO_GAP_END - MMIO_GAP_START);
         let bytes = self.memory.bytes;
         if !(memory::MIN_SIZE..=max).contains(&bytes) || !bytes.is_multiple_of(4096) {
-            let hint = if bytes < 1 << 20 { "; did you leave out the unit, as in 512M?" } else { "" };
+            let hint = if bytes < 1 << 20 {
+                "; did you leave out the unit, as in 512M?"
+            } else {
+                ""
+            };
             return Err(ConfigError::Memory(self.memory, hint));
         }
         Ok(())
@@ -225,7 +248,12 @@ impl VmConfig {
     pub fn kernel_cmdline(&self) -> String {
         let base = self.cmdline.as_deref().unwrap_or(DEFAULT_CMDLINE);
         let append = self.append.as_deref().unwrap_or_default();
-        [base, append].iter().map(|s| s.trim()).filter(|s| !s.is_empty()).collect::<Vec<_>>().join(" ")
+        [base, append]
+            .iter()
+            .map(|s| s.trim())
+            .filter(|s| !s.is_empty())
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 }
 
@@ -251,7 +279,8 @@ mod tests {
         assert_eq!(config.deadline, Some(Span(Duration::from_secs(90))));
         assert_eq!(config.kernel_cmdline(), format!("{DEFAULT_CMDLINE} -- sh"));
         config.validate().unwrap();
-        let again: VmConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        let again: VmConfig =
+            serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
     }
 
@@ -265,7 +294,10 @@ mod tests {
         assert!(chain(r#"{"kernel": "k", "memory": "1Q"}"#).contains("512M or 2G"));
         assert!(chain(r#"{"kernel": "k", "#).contains("EOF"));
         assert!(chain(r#"{"cpus": -1}"#).contains("-1"));
-        assert!(matches!(parse(&" ".repeat(1 << 21)), Err(ConfigError::TooLarge { .. })));
+        assert!(matches!(
+            parse(&" ".repeat(1 << 21)),
+            Err(ConfigError::TooLarge { .. })
+        ));
     }
 
     #[test]
@@ -277,14 +309,26 @@ mod tests {
             ..VmConfig::default()
         };
         assert!(config(1, 16 << 20).validate().is_ok());
-        assert!(matches!(config(0, 16 << 20).validate(), Err(ConfigError::Cpus(0))));
-        assert!(matches!(config(65, 16 << 20).validate(), Err(ConfigError::Cpus(65))));
+        assert!(matches!(
+            config(0, 16 << 20).validate(),
+            Err(ConfigError::Cpus(0))
+        ));
+        assert!(matches!(
+            config(65, 16 << 20).validate(),
+            Err(ConfigError::Cpus(65))
+        ));
         for bytes in [512, 1 << 20, (16 << 20) + 1, u64::MAX, 4 << 40] {
-            assert!(matches!(config(1, bytes).validate(), Err(ConfigError::Memory(..))), "{bytes}");
+            assert!(
+                matches!(config(1, bytes).validate(), Err(ConfigError::Memory(..))),
+                "{bytes}"
+            );
         }
         let error = config(1, 512).validate().unwrap_err().to_string();
         assert!(error.contains("512B") && error.contains("unit"), "{error}");
-        assert!(matches!(VmConfig::default().validate(), Err(ConfigError::NoKernel)));
+        assert!(matches!(
+            VmConfig::default().validate(),
+            Err(ConfigError::NoKernel)
+        ));
     }
 
     #[test]

@@ -27,9 +27,16 @@ pub struct DeviceManager {
 
 impl DeviceManager {
     /// Attaches every device.
-    pub fn new(interrupts: &Interrupts, events: &EventSink, serial: Serial) -> Result<Self, BusError> {
+    pub fn new(
+        interrupts: &Interrupts,
+        events: &EventSink,
+        serial: Serial,
+    ) -> Result<Self, BusError> {
         let mut devices = Self {
-            buses: Buses { pio: Bus::default(), mmio: Bus::default() },
+            buses: Buses {
+                pio: Bus::default(),
+                mmio: Bus::default(),
+            },
             acpi: Vec::new(),
             serial: Arc::new(Mutex::new(serial)),
         };
@@ -53,7 +60,9 @@ impl DeviceManager {
         count: u64,
         device: impl BusDevice + 'static,
     ) -> Result<(), BusError> {
-        self.buses.pio.insert(port.into(), count, Arc::new(Mutex::new(device)))
+        self.buses
+            .pio
+            .insert(port.into(), count, Arc::new(Mutex::new(device)))
     }
 
     fn attach_pvpanic(&mut self, events: &EventSink) -> Result<(), BusError> {
@@ -69,7 +78,9 @@ impl DeviceManager {
     }
 
     fn attach_serial(&mut self) -> Result<(), BusError> {
-        self.buses.pio.insert(layout::COM1_PORT.into(), 8, self.serial.clone())?;
+        self.buses
+            .pio
+            .insert(layout::COM1_PORT.into(), 8, self.serial.clone())?;
         self.acpi.push(AcpiDevice {
             name: "COM1".into(),
             hid: Hid::Eisa("PNP0501"),

@@ -16,7 +16,12 @@ use crate::exit_status::Outcome;
 use crate::vcpu::Control;
 
 /// Signals that end the VM in good order.
-const STOP_SIGNALS: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+const STOP_SIGNALS: [Signal; 4] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+];
 
 /// The process's signals, as a file descriptor.
 pub struct Signals(SignalFd);
@@ -28,16 +33,18 @@ impl Signals {
         let mut set: SigSet = STOP_SIGNALS.into_iter().collect();
         set.add(Signal::SIGCONT);
         set.thread_block()?;
-        Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+        Ok(Self(SignalFd::with_flags(
+            &set,
+            SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC,
+        )?))
     }
 
     /// The next signal that asks minivmm to stop, if one has come. Resumption after a stop takes the terminal back.
     pub fn stop_requested(&self) -> Option<i32> {
         while let Ok(Some(info)) = self.0.read_signal() {
-            if info.ssi_signo as i32 == Signal::SIGCONT as i32 {
-                console::reenter_raw();
-            } else {
-                return Some(info.ssi_signo as i32);
+            match info.ssi_signo as i32 {
+                libc::SIGCONT => console::reenter_raw(),
+                signal => return Some(signal),
             }
         }
         None
@@ -74,19 +81,34 @@ impl<'a> EventLoop<'a> {
     ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let add = |fd: RawFd, events, source: Source| {
-            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, source as u64))
+            epoll.ctl(
+                ControlOperation::Add,
+                fd,
+                EpollEvent::new(events, source as u64),
+            )
         };
         add(control.ended().as_raw_fd(), EventSet::IN, Source::Ended)?;
         add(signals.0.as_raw_fd(), EventSet::IN, Source::Signal)?;
         add(guest_ready.as_raw_fd(), EventSet::IN, Source::GuestReady)?;
         if let Some(fd) = input.fd() {
-            match add(fd, EventSet::IN | EventSet::EDGE_TRIGGERED, Source::Input) {
+            match add(
+                fd.as_raw_fd(),
+                EventSet::IN | EventSet::EDGE_TRIGGERED,
+                Source::Input,
+            ) {
                 // A regular file or /dev/null: always ready, so the guest's readiness is all there is to wait for.
                 Err(e) if e.raw_os_error() == Some(libc::EPERM) => {}
                 result => result?,
             }
         }
-        Ok(Self { epoll, control, signals, input, guest_ready, deadline })
+        Ok(Self {
+            epoll,
+            control,
+            signals,
+            input,
+            guest_ready,
+            deadline,
+        })
     }
 
     /// Runs until the VM has ended.
@@ -120,6 +142,8 @@ impl<'a> EventLoop<'a> {
                             self.control.end(Outcome::Signal(signal));
                             return Ok(());
                         }
+                        // After a SIGCONT there may be input that gave no event.
+                        self.pump(serial);
                     }
                     d => {
                         if d == Source::GuestReady as u64 {
@@ -133,10 +157,8 @@ impl<'a> EventLoop<'a> {
     }
 
     fn pump(&mut self, serial: &Mutex<Serial>) {
-        match self.input.pump(serial) {
-            Ok(InputOutcome::Quit) => self.control.end(Outcome::Quit),
-            Ok(InputOutcome::Continue) => {}
-            Err(e) => log::warn!("console input ends here: {e}"),
+        if self.input.pump(serial) == InputOutcome::Quit {
+            self.control.end(Outcome::Quit);
         }
     }
 }

@@ -14,7 +14,9 @@ pub const MIN_SIZE: u64 = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The host's address space has no room.
-    #[error("cannot reserve {size} bytes of address space for guest memory; ask for less with --memory")]
+    #[error(
+        "cannot reserve {size} bytes of address space for guest memory; ask for less with --memory"
+    )]
     Map {
         /// Bytes asked for.
         size: u64,
@@ -47,14 +49,17 @@ fn ranges(size: u64) -> Vec<(GuestAddress, usize)> {
 
 /// First GPA behind `size` bytes of RAM.
 pub fn end_of_ram(size: u64) -> u64 {
-    if size > MMIO_GAP_START { size + (MMIO_GAP_END - MMIO_GAP_START) } else { size }
+    if size > MMIO_GAP_START {
+        size + (MMIO_GAP_END - MMIO_GAP_START)
+    } else {
+        size
+    }
 }
 
 /// Maps `size` bytes of guest RAM: private, anonymous, and not reserved, so that a guest may be given more than the
 /// host has free and pays for what it touches.
 pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    GuestMemoryMmap::from_ranges(&ranges(size))
-        .map_err(|source| MemoryError::Map { size, source })
+    GuestMemoryMmap::from_ranges(&ranges(size)).map_err(|source| MemoryError::Map { size, source })
 }
 
 /// Registers every region as a memslot. To be called before any interrupt controller is there: afterwards each call
@@ -88,7 +93,10 @@ mod tests {
     fn ram_leaves_the_mmio_gap_free() {
         assert_eq!(ranges(16 << 20), [(GuestAddress(0), 16 << 20)]);
         assert_eq!(ranges(3 << 30), [(GuestAddress(0), 3 << 30)]);
-        assert_eq!(ranges(6 << 30), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 3 << 30)]);
+        assert_eq!(
+            ranges(6 << 30),
+            [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 3 << 30)]
+        );
         assert_eq!(end_of_ram(6 << 30), 7 << 30);
         assert_eq!(end_of_ram(1 << 30), 1 << 30);
     }

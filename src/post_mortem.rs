@@ -42,7 +42,11 @@ impl Scene<'_> {
     /// A few lines for stderr.
     pub fn report(&self) -> String {
         let mut out = String::new();
-        let registers = self.vcpu.fd.get_regs().and_then(|r| Ok((r, self.vcpu.fd.get_sregs()?)));
+        let registers = self
+            .vcpu
+            .fd
+            .get_regs()
+            .and_then(|r| Ok((r, self.vcpu.fd.get_sregs()?)));
         // Writing to a string cannot fail.
         let _ = writeln!(
             out,
@@ -71,11 +75,19 @@ impl Scene<'_> {
             return;
         }
         let rows = [
-            [("rip", regs.rip), ("rsp", regs.rsp), ("rflags", regs.rflags)],
+            [
+                ("rip", regs.rip),
+                ("rsp", regs.rsp),
+                ("rflags", regs.rflags),
+            ],
             [("rax", regs.rax), ("rbx", regs.rbx), ("rcx", regs.rcx)],
             [("rdx", regs.rdx), ("rsi", regs.rsi), ("rdi", regs.rdi)],
             [("cr0", sregs.cr0), ("cr2", sregs.cr2), ("cr3", sregs.cr3)],
-            [("cr4", sregs.cr4), ("efer", sregs.efer), ("cs", sregs.cs.selector.into())],
+            [
+                ("cr4", sregs.cr4),
+                ("efer", sregs.efer),
+                ("cs", sregs.cs.selector.into()),
+            ],
         ];
         for row in rows {
             let _ = write!(out, " ");
@@ -95,7 +107,11 @@ impl Scene<'_> {
         let translation = self.vcpu.fd.translate_gva(rip).ok()?;
         let mut code = [0; CODE_BYTES];
         (translation.valid != 0)
-            .then(|| self.mem.read_slice(&mut code, GuestAddress(translation.physical_address)).ok())
+            .then(|| {
+                self.mem
+                    .read_slice(&mut code, GuestAddress(translation.physical_address))
+                    .ok()
+            })
             .flatten()?;
         Some(code)
     }
@@ -107,7 +123,9 @@ impl Scene<'_> {
         );
         let listens = self.cmdline.contains("console=ttyS0");
         match self.outcome {
-            Outcome::VcpuFailed(VcpuFailure::TripleFault) if self.console_bytes == 0 && at_entry => {
+            Outcome::VcpuFailed(VcpuFailure::TripleFault)
+                if self.console_bytes == 0 && at_entry =>
+            {
                 "the kernel's first instruction faulted: the file is not what its header says, or is damaged"
             }
             Outcome::VcpuFailed(VcpuFailure::TripleFault) if self.console_bytes == 0 => {
@@ -118,11 +136,15 @@ impl Scene<'_> {
                 "a fault with no handler left, or a kernel told to reboot by triple fault (reboot=t); the last lines on \
                  the console tell more"
             }
-            Outcome::VcpuFailed(VcpuFailure::InternalError { .. } | VcpuFailure::EntryFailed { .. }) => {
+            Outcome::VcpuFailed(
+                VcpuFailure::InternalError { .. } | VcpuFailure::EntryFailed { .. },
+            ) => {
                 "the guest reached a state or an instruction that this host's KVM does not handle; `minivmm doctor` says \
                  what KVM offers, the kernel's log (dmesg) may name the instruction"
             }
-            Outcome::VcpuFailed(VcpuFailure::RunFailed { errno }) if *errno == libc::EFAULT || *errno == libc::ENOMEM => {
+            Outcome::VcpuFailed(VcpuFailure::RunFailed { errno })
+                if *errno == libc::EFAULT || *errno == libc::ENOMEM =>
+            {
                 "the host could not give the guest a page of its memory: it is out of memory, or a memory limit was hit"
             }
             Outcome::VcpuFailed(_) => "this host's KVM; `minivmm doctor` says what it offers",
@@ -142,8 +164,9 @@ impl Scene<'_> {
 pub fn is_called_for(outcome: &Outcome, console_bytes: u64) -> bool {
     match outcome {
         Outcome::VcpuFailed(_) => true,
-        Outcome::Reset | Outcome::Deadline | Outcome::Quit | Outcome::Signal(_) => console_bytes == 0,
+        Outcome::Reset | Outcome::Deadline | Outcome::Quit | Outcome::Signal(_) => {
+            console_bytes == 0
+        }
         _ => false,
     }
 }
-

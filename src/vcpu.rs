@@ -77,14 +77,21 @@ impl fmt::Display for VcpuFailure {
         match self {
             Self::TripleFault => write!(f, "the guest triple-faulted"),
             Self::EntryFailed { reason } => {
-                write!(f, "the processor refused to enter the guest (reason {reason:#x})")
+                write!(
+                    f,
+                    "the processor refused to enter the guest (reason {reason:#x})"
+                )
             }
             Self::InternalError { suberror: 1 } => {
                 write!(f, "KVM could not emulate the guest's instruction")
             }
             Self::InternalError { suberror } => write!(f, "KVM internal error {suberror}"),
             Self::RunFailed { errno } => {
-                write!(f, "KVM_RUN failed: {}", std::io::Error::from_raw_os_error(*errno))
+                write!(
+                    f,
+                    "KVM_RUN failed: {}",
+                    std::io::Error::from_raw_os_error(*errno)
+                )
             }
             Self::UnknownExit(exit) => write!(f, "KVM stopped with an unknown exit: {exit}"),
         }
@@ -130,7 +137,10 @@ impl Control {
 
     /// Why the VM ended, and the index of the vCPU whose failure it was.
     pub fn outcome(&self) -> Option<(Outcome, Option<u8>)> {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.outcome
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     fn is_stopping(&self) -> bool {
@@ -161,8 +171,17 @@ pub struct Access {
 
 impl Access {
     fn new(address: u64, is_port: bool, is_write: bool, data: &[u8]) -> Self {
-        let value = data.iter().take(4).rev().fold(0, |v, b| v << 8 | u32::from(*b));
-        Self { address, is_port, is_write, value }
+        let value = data
+            .iter()
+            .take(4)
+            .rev()
+            .fold(0, |v, b| v << 8 | u32::from(*b));
+        Self {
+            address,
+            is_port,
+            is_write,
+            value,
+        }
     }
 }
 
@@ -197,8 +216,16 @@ impl Vcpu {
         tsc_deadline: bool,
         entry: Option<Entry>,
     ) -> Result<Self, VcpuError> {
-        let refused = |step| move |source| VcpuError::SetUp { step, index, source };
-        let fd = vm.create_vcpu(index.into()).map_err(refused("create the state"))?;
+        let refused = |step| {
+            move |source| VcpuError::SetUp {
+                step,
+                index,
+                source,
+            }
+        };
+        let fd = vm
+            .create_vcpu(index.into())
+            .map_err(refused("create the state"))?;
         fd.set_cpuid2(&cpuid::vcpu_cpuid(supported, index, cpus, tsc_deadline))
             .map_err(refused("set the CPUID"))?;
 
@@ -206,21 +233,37 @@ impl Vcpu {
         if let Ok(list) = Msrs::from_entries(&entries) {
             let set = fd.set_msrs(&list).map_err(refused("set the MSRs"))?;
             if let Some(refused) = entries.get(set) {
-                return Err(VcpuError::Msr { msr: refused.index, index });
+                return Err(VcpuError::Msr {
+                    msr: refused.index,
+                    index,
+                });
             }
         }
         if let Some(entry) = entry {
-            let sregs = fd.get_sregs().map_err(refused("read the system registers"))?;
+            let sregs = fd
+                .get_sregs()
+                .map_err(refused("read the system registers"))?;
             let (regs, sregs) = regs::boot_registers(entry, sregs);
-            fd.set_sregs(&sregs).map_err(refused("set the system registers"))?;
+            fd.set_sregs(&sregs)
+                .map_err(refused("set the system registers"))?;
             fd.set_regs(&regs).map_err(refused("set the registers"))?;
-            fd.set_fpu(&regs::boot_fpu()).map_err(refused("set the floating-point state"))?;
+            fd.set_fpu(&regs::boot_fpu())
+                .map_err(refused("set the floating-point state"))?;
         }
-        Ok(Self { fd, index, last_access: None, exits: 0 })
+        Ok(Self {
+            fd,
+            index,
+            last_access: None,
+            exits: 0,
+        })
     }
 
     /// Runs the vCPU on a thread of its own until the VM ends.
-    pub fn start(mut self, buses: Arc<Buses>, control: Arc<Control>) -> Result<RunningVcpu, VcpuError> {
+    pub fn start(
+        mut self,
+        buses: Arc<Buses>,
+        control: Arc<Control>,
+    ) -> Result<RunningVcpu, VcpuError> {
         let index = self.index;
         let immediate_exit: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
         #[allow(unsafe_code, reason = "KVM shares this byte with other threads")]
@@ -235,7 +278,10 @@ impl Vcpu {
                 self
             })
             .map_err(|source| VcpuError::Thread { index, source })?;
-        Ok(RunningVcpu { thread, immediate_exit })
+        Ok(RunningVcpu {
+            thread,
+            immediate_exit,
+        })
     }
 
     fn run(&mut self, buses: &Buses, control: &Control) {
@@ -393,14 +439,26 @@ mod tests {
     fn exits_mean_what_the_contract_says() {
         assert_eq!(handle_exit(&VcpuExit::Intr), Ok(None));
         assert_eq!(handle_exit(&VcpuExit::IoapicEoi(3)), Ok(None));
-        assert_eq!(handle_exit(&VcpuExit::Shutdown), Err(VcpuFailure::TripleFault));
+        assert_eq!(
+            handle_exit(&VcpuExit::Shutdown),
+            Err(VcpuFailure::TripleFault)
+        );
         assert_eq!(
             handle_exit(&VcpuExit::FailEntry(0x21, 0)),
             Err(VcpuFailure::EntryFailed { reason: 0x21 })
         );
-        assert_eq!(handle_exit(&VcpuExit::SystemEvent(1, &[])), Ok(Some(Outcome::PowerOff)));
-        assert_eq!(handle_exit(&VcpuExit::SystemEvent(2, &[])), Ok(Some(Outcome::Reset)));
-        assert!(matches!(handle_exit(&VcpuExit::Hyperv), Err(VcpuFailure::UnknownExit(_))));
+        assert_eq!(
+            handle_exit(&VcpuExit::SystemEvent(1, &[])),
+            Ok(Some(Outcome::PowerOff))
+        );
+        assert_eq!(
+            handle_exit(&VcpuExit::SystemEvent(2, &[])),
+            Ok(Some(Outcome::Reset))
+        );
+        assert!(matches!(
+            handle_exit(&VcpuExit::Hyperv),
+            Err(VcpuFailure::UnknownExit(_))
+        ));
         assert!(matches!(
             handle_exit(&VcpuExit::Unsupported(99)),
             Err(VcpuFailure::UnknownExit(_))

@@ -1,8 +1,8 @@
 //! A VM: built in boot order, run, ended.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -15,7 +15,7 @@ use crate::acpi;
 use crate::arch::x86_64::{layout, mptable, regs};
 use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{ConfigError, MemorySize, OnReboot, VmConfig};
-use crate::console::{Console, ConsoleError, ConsoleInput};
+use crate::console::{Console, ConsoleError, ConsoleInput, RawTerminal, SerialMode};
 use crate::device_manager::DeviceManager;
 use crate::doctor;
 use crate::event_loop::{EventLoop, Signals};
@@ -29,6 +29,9 @@ const KVM_DEVICE: &str = "/dev/kvm";
 
 /// The API version that KVM has had since Linux 2.6.22.
 const KVM_API_VERSION: i32 = 12;
+
+/// How long a VM that was stopped from outside waits for the reader of its last output.
+const STOPPED_FLUSH: Duration = Duration::from_millis(100);
 
 /// Why a VM could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +139,10 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
     let mut vm = Vm::prepare(config)?;
     let (console, mut input) = Console::open(&config.serial)?;
+    let _terminal = match config.serial {
+        SerialMode::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
+        _ => None,
+    };
     if let Some(path) = console.pty_path() {
         log::warn!("the serial console is {}", path.display());
     }
@@ -148,10 +155,18 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
         log::info!("the guest reset the machine: booting again");
         vm = Vm::prepare(config)?;
     };
-    console.finish(&|| signals.stop_requested().is_some());
-    if console.bytes_dropped() > 0 {
-        log::warn!("{} bytes of console output had no taker and were dropped", console.bytes_dropped());
-    }
+    // A guest that ended by itself has its last words delivered however slow the reader is. Whoever stops a VM does not
+    // want to wait for that.
+    let stopped = matches!(
+        outcome,
+        Outcome::Signal(_) | Outcome::Quit | Outcome::Deadline
+    );
+    let limit = Instant::now() + STOPPED_FLUSH;
+    console.finish(&|| {
+        signals.stop_requested().is_some()
+            || (stopped && Instant::now() > limit)
+            || deadline.is_some_and(|deadline| Instant::now() > deadline)
+    });
     Ok(outcome)
 }
 
@@ -184,12 +199,17 @@ impl Vm {
         )?;
 
         let kvm = open_kvm()?;
-        if is_stock_linux(&kernel) && doctor::host::host_is_pvm() {
-            return Err(VmError::SoftwareKvm { kernel: config.kernel.clone() });
+        if is_stock_linux(&kernel) && doctor::host_is_pvm() {
+            return Err(VmError::SoftwareKvm {
+                kernel: config.kernel.clone(),
+            });
         }
         let max = kvm.get_max_vcpus();
         if usize::from(config.cpus) > max {
-            return Err(VmError::TooManyCpus { asked: config.cpus, max });
+            return Err(VmError::TooManyCpus {
+                asked: config.cpus,
+                max,
+            });
         }
         let fd = create_vm(&kvm)?;
         // Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
@@ -210,8 +230,9 @@ impl Vm {
     /// Makes interrupt controllers, vCPUs and devices, and writes the tables by which the guest finds them.
     fn boot(self, console: &Console) -> Result<BootedVm, VmError> {
         let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
-        let interrupts = Interrupts::new(Arc::clone(&self.fd))
-            .map_err(refused("split the interrupt controller (KVM_CAP_SPLIT_IRQCHIP)"))?;
+        let interrupts = Interrupts::new(Arc::clone(&self.fd)).map_err(refused(
+            "split the interrupt controller (KVM_CAP_SPLIT_IRQCHIP)",
+        ))?;
 
         let supported = self
             .kvm
@@ -241,7 +262,10 @@ impl Vm {
         let weak = Arc::downgrade(&serial);
         console.on_output_ready(Arc::new(move || {
             if let Some(serial) = weak.upgrade() {
-                serial.lock().unwrap_or_else(PoisonError::into_inner).output_ready();
+                serial
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .output_ready();
             }
         }));
 
@@ -313,6 +337,16 @@ impl BootedVm {
             buses.pio.unclaimed_reads() + buses.mmio.unclaimed_reads(),
             buses.pio.unclaimed_writes() + buses.mmio.unclaimed_writes(),
         );
+        let lost = self
+            .serial
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .dropped();
+        if lost > 0 {
+            log::warn!(
+                "{lost} bytes of console output were lost: the guest did not wait for their reader"
+            );
+        }
         let console_bytes = self.console.bytes_out();
         if post_mortem::is_called_for(&outcome, console_bytes)
             && let Some(vcpu) = vcpus.get(usize::from(culprit.unwrap_or(0)))
@@ -349,7 +383,7 @@ fn open_kvm() -> Result<Kvm, VmError> {
             libc::ENOENT => "it is not there; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
                              firmware, or turn nested virtualization on for this VM"
                 .into(),
-            libc::EACCES => format!("permission denied; {}", doctor::host::kvm_permission_mend(Path::new(KVM_DEVICE))),
+            libc::EACCES => format!("permission denied; {}", doctor::kvm_permission_mend()),
             libc::ENODEV => "no KVM behind it; load it (modprobe kvm_intel or kvm_amd)".into(),
             _ => e.to_string(),
         },
@@ -372,11 +406,18 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
 
 /// CPUID leaf 0x80000008 EAX, bits 0-7: physical address bits.
 fn check_address_bits(vm: &Vm, supported: &CpuId) -> Result<(), VmError> {
-    let leaf = supported.as_slice().iter().find(|e| e.function == 0x8000_0008);
+    let leaf = supported
+        .as_slice()
+        .iter()
+        .find(|e| e.function == 0x8000_0008);
     let bits = leaf.map_or(36, |e| e.eax as u8);
     let end = memory::end_of_ram(vm.memory.bytes);
     if bits < 64 && end > 1 << bits {
-        return Err(VmError::TooMuchMemory { asked: vm.memory, end, bits });
+        return Err(VmError::TooMuchMemory {
+            asked: vm.memory,
+            end,
+            bits,
+        });
     }
     Ok(())
 }

@@ -10,17 +10,26 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{minivmm, run, run_with_input, Ended};
+use common::{Ended, minivmm, run, run_with_input};
 
 fn guests() -> PathBuf {
-    let dir = std::env::var_os("MINIVMM_GUESTS").map_or_else(|| common::project("build"), PathBuf::from);
-    assert!(dir.is_dir(), "{} is not there: make guests makes it", dir.display());
+    let dir =
+        std::env::var_os("MINIVMM_GUESTS").map_or_else(|| common::project("build"), PathBuf::from);
+    assert!(
+        dir.is_dir(),
+        "{} is not there: make guests makes it",
+        dir.display()
+    );
     dir
 }
 
 fn kernel(flavor: &str, file: &str) -> String {
     let path = guests().join("kernels").join(flavor).join(file);
-    assert!(path.exists(), "{} is not there: make guests makes it", path.display());
+    assert!(
+        path.exists(),
+        "{} is not there: make guests makes it",
+        path.display()
+    );
     path.to_str().unwrap().into()
 }
 
@@ -46,60 +55,120 @@ fn expect(kernel: &str, args: &[&str], script: &str, wanted: &[&str]) -> Ended {
     let ended = boot(kernel, args, script);
     ended.assert_code(0);
     for line in wanted {
-        assert!(ended.out().contains(line), "no {line:?} in: {}\n{}", ended.out(), ended.stderr);
+        assert!(
+            ended.out().contains(line),
+            "no {line:?} in: {}\n{}",
+            ended.out(),
+            ended.stderr
+        );
     }
     ended
 }
 
 /// The MemTotal that /proc/meminfo showed, in MiB.
 fn mem_total_mib(out: &str) -> u64 {
-    let line = out.lines().find(|line| line.contains("MemTotal:")).expect("MemTotal");
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() >> 10
+    let line = out
+        .lines()
+        .find(|line| line.contains("MemTotal:"))
+        .expect("MemTotal");
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<u64>()
+        .unwrap()
+        >> 10
 }
 
 #[test]
 fn cloud_bzimage() {
-    let version = expect(&kernel("cloud", "bzImage"), &[], "uname -r; nproc", &["-cloud-amd64", "\n1\r\n"]).out();
+    let version = expect(
+        &kernel("cloud", "bzImage"),
+        &[],
+        "uname -r; nproc",
+        &["-cloud-amd64", "\n1\r\n"],
+    )
+    .out();
     let host = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    assert!(!version.contains(host.trim()), "its own kernel, not the host's");
+    assert!(
+        !version.contains(host.trim()),
+        "its own kernel, not the host's"
+    );
 }
 
 #[test]
 fn generic_bzimage_two_cpus() {
-    expect(&kernel("generic", "bzImage"), &["--cpus", "2"], "uname -r; nproc", &["-amd64", "\n2\r\n"]);
+    expect(
+        &kernel("generic", "bzImage"),
+        &["--cpus", "2"],
+        "uname -r; nproc",
+        &["-amd64", "\n2\r\n"],
+    );
 }
 
 #[test]
 fn bzimage_of_6_12_four_cpus() {
-    expect(&kernel("6.12", "bzImage"), &["--cpus", "4"], "uname -r; nproc", &["6.12.", "\n4\r\n"]);
+    expect(
+        &kernel("6.12", "bzImage"),
+        &["--cpus", "4"],
+        "uname -r; nproc",
+        &["6.12.", "\n4\r\n"],
+    );
 }
 
 #[test]
 fn vmlinux_by_the_64_bit_entry() {
     let vmlinux = kernel("cloud", "vmlinux");
-    expect(&vmlinux, &["--boot-protocol", "linux64"], "uname -r", &["-cloud-amd64"]);
+    expect(
+        &vmlinux,
+        &["--boot-protocol", "linux64"],
+        "uname -r",
+        &["-cloud-amd64"],
+    );
 }
 
 #[test]
 fn vmlinux_by_pvh() {
     let script = "uname -r; dmesg | grep -i pvh; true";
-    let ended = expect(&kernel("cloud", "vmlinux"), &["--boot-protocol", "pvh"], script, &["-cloud-amd64"]);
-    assert!(ended.out().contains("Booting paravirtualized kernel"), "{}", ended.out());
+    let ended = expect(
+        &kernel("cloud", "vmlinux"),
+        &["--boot-protocol", "pvh"],
+        script,
+        &["-cloud-amd64"],
+    );
+    assert!(
+        ended.out().contains("Booting paravirtualized kernel"),
+        "{}",
+        ended.out()
+    );
 }
 
 #[test]
 fn without_acpi_on_the_mp_table() {
-    let script = "uname -r; nproc; grep -c ACPI /proc/interrupts; cat /proc/interrupts | grep ttyS0";
+    let script =
+        "uname -r; nproc; grep -c ACPI /proc/interrupts; cat /proc/interrupts | grep ttyS0";
     let args = ["--cpus", "2", "--append", ""];
     _ = args;
     let generic = kernel("generic", "bzImage");
-    let mut command = minivmm(&["--kernel", &generic, "--initrd", &initramfs(), "--cpus", "2", "--deadline", "100s"]);
+    let mut command = minivmm(&[
+        "--kernel",
+        &generic,
+        "--initrd",
+        &initramfs(),
+        "--cpus",
+        "2",
+        "--deadline",
+        "100s",
+    ]);
     let append = format!("acpi=off loglevel=4 -- sh -c \"{script}\"");
     command.args(["--append", &append]);
     let ended = run(&mut command);
     ended.assert_code(0);
     for wanted in ["-amd64", "\n2\r\n", "IO-APIC"] {
-        assert!(ended.out().contains(wanted), "no {wanted:?} in {}", ended.out());
+        assert!(
+            ended.out().contains(wanted),
+            "no {wanted:?} in {}",
+            ended.out()
+        );
     }
 }
 
@@ -108,15 +177,30 @@ fn little_memory_and_much() {
     let cloud = kernel("cloud", "bzImage");
     // What a kernel keeps for itself, at most: its image, and its page structures (1/64 of RAM).
     for (size, mib) in [("128M", 128), ("6G", 6144)] {
-        let ended = expect(&cloud, &["--memory", size], "cat /proc/meminfo", &["MemTotal"]);
+        let ended = expect(
+            &cloud,
+            &["--memory", size],
+            "cat /proc/meminfo",
+            &["MemTotal"],
+        );
         let total = mem_total_mib(&ended.out());
-        assert!(total <= mib && total >= mib - mib / 32 - 60, "{size}: MemTotal is {total} MiB");
+        assert!(
+            total <= mib && total >= mib - mib / 32 - 60,
+            "{size}: MemTotal is {total} MiB"
+        );
     }
 }
 
 #[test]
 fn a_poweroff_is_0_and_takes_no_time() {
-    let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage"), "--initrd", &initramfs(), "--deadline", "100s"]);
+    let mut command = minivmm(&[
+        "--kernel",
+        &kernel("cloud", "bzImage"),
+        "--initrd",
+        &initramfs(),
+        "--deadline",
+        "100s",
+    ]);
     let ended = run_with_input(&mut command, b"echo here-I-am\npoweroff\n");
     ended.assert_code(0);
     assert!(ended.out().contains("\nhere-I-am"), "{}", ended.out());
@@ -125,14 +209,26 @@ fn a_poweroff_is_0_and_takes_no_time() {
 #[test]
 fn a_reboot_ends_or_starts_again() {
     let cloud = kernel("cloud", "bzImage");
-    let args = ["--kernel", &cloud, "--initrd", &initramfs(), "--deadline", "100s"];
+    let args = [
+        "--kernel",
+        &cloud,
+        "--initrd",
+        &initramfs(),
+        "--deadline",
+        "100s",
+    ];
     run_with_input(&mut minivmm(&args), b"reboot\n").assert_code(0);
     // The second boot reads on where the first has stopped.
     let mut command = minivmm(&args);
     command.args(["--on-reboot", "restart"]);
     let ended = run_with_input(&mut command, b"echo first; reboot\necho second; poweroff\n");
     ended.assert_code(0);
-    assert_eq!(ended.out().matches("minivmm-demo: userspace").count(), 2, "{}", ended.out());
+    assert_eq!(
+        ended.out().matches("minivmm-demo: userspace").count(),
+        2,
+        "{}",
+        ended.out()
+    );
 }
 
 #[test]
@@ -143,18 +239,36 @@ fn the_workloads_status_is_handed_on() {
 #[test]
 fn a_panic_is_134() {
     // No root file system: an early panic, before any module could tell pvpanic.
-    let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage"), "--deadline", "100s"]);
+    let mut command = minivmm(&[
+        "--kernel",
+        &kernel("cloud", "bzImage"),
+        "--deadline",
+        "100s",
+    ]);
     let ended = run(&mut command);
     ended.assert_code(134);
-    assert!(ended.out().contains("Kernel panic - not syncing"), "{}", ended.out());
+    assert!(
+        ended.out().contains("Kernel panic - not syncing"),
+        "{}",
+        ended.out()
+    );
     // And one from a running system.
-    let ended = boot(&kernel("cloud", "bzImage"), &[], "echo c > /proc/sysrq-trigger");
+    let ended = boot(
+        &kernel("cloud", "bzImage"),
+        &[],
+        "echo c > /proc/sysrq-trigger",
+    );
     ended.assert_code(134);
 }
 
 #[test]
 fn too_little_memory_is_told_before_it_hurts() {
-    let ended = run(&mut minivmm(&["--kernel", &kernel("cloud", "bzImage"), "--memory", "32M"]));
+    let ended = run(&mut minivmm(&[
+        "--kernel",
+        &kernel("cloud", "bzImage"),
+        "--memory",
+        "32M",
+    ]));
     ended.assert_code(125);
     assert!(ended.stderr.contains("memory"), "{}", ended.stderr);
 }
@@ -162,8 +276,20 @@ fn too_little_memory_is_told_before_it_hurts() {
 #[test]
 fn debians_own_initrd_gets_to_its_rescue_shell() {
     let initrd = guests().join("debian-initrd.img");
-    let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage"), "--memory", "512M", "--deadline", "100s"]);
-    command.args(["--initrd", initrd.to_str().unwrap(), "--append", "break=premount"]);
+    let mut command = minivmm(&[
+        "--kernel",
+        &kernel("cloud", "bzImage"),
+        "--memory",
+        "512M",
+        "--deadline",
+        "100s",
+    ]);
+    command.args([
+        "--initrd",
+        initrd.to_str().unwrap(),
+        "--append",
+        "break=premount",
+    ]);
     let ended = run_with_input(&mut command, b"echo rescue-$((6*7)); poweroff -f\n");
     ended.assert_code(0);
     assert!(ended.out().contains("rescue-42"), "{}", ended.out());
@@ -171,9 +297,16 @@ fn debians_own_initrd_gets_to_its_rescue_shell() {
 
 #[test]
 fn sigterm_ends_a_running_guest_at_once() {
-    let child = minivmm(&["--kernel", &kernel("cloud", "bzImage"), "--initrd", &initramfs(), "--cpus", "2"])
-        .spawn()
-        .unwrap();
+    let child = minivmm(&[
+        "--kernel",
+        &kernel("cloud", "bzImage"),
+        "--initrd",
+        &initramfs(),
+        "--cpus",
+        "2",
+    ])
+    .spawn()
+    .unwrap();
     thread::sleep(Duration::from_secs(3));
     common::signal(&child, "TERM");
     let start = Instant::now();

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{boot_tiny, minivmm, run, run_with_input, signal, tiny, wait, PATIENCE};
+use common::{PATIENCE, boot_tiny, minivmm, run, run_with_input, signal, tiny, wait};
 
 #[test]
 fn a_byte_then_power_off() {
@@ -20,7 +20,16 @@ fn a_byte_then_power_off() {
 
 #[test]
 fn every_end_has_its_status() {
-    for (cmdline, status) in [("p", 0), ("r", 0), ("k", 0), ("c", 134), ("L", 134), ("e*", 42), ("eA", 65), ("t", 139)] {
+    for (cmdline, status) in [
+        ("p", 0),
+        ("r", 0),
+        ("k", 0),
+        ("c", 134),
+        ("L", 134),
+        ("e*", 42),
+        ("eA", 65),
+        ("t", 139),
+    ] {
         let ended = run(&mut boot_tiny("ends", cmdline, &[]));
         assert_eq!(ended.code(), status, "{cmdline}: {}", ended.stderr);
     }
@@ -46,7 +55,9 @@ fn a_deadline_ends_a_guest_that_spins_or_halts() {
 fn signals_end_a_guest_that_spins_or_halts() {
     for cmdline in ["s", "h"] {
         for (name, status) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
-            let child = boot_tiny("ends", cmdline, &["--cpus", "2"]).spawn().unwrap();
+            let child = boot_tiny("ends", cmdline, &["--cpus", "2"])
+                .spawn()
+                .unwrap();
             thread::sleep(Duration::from_millis(200));
             signal(&child, name);
             let output = wait(child, Duration::from_secs(20));
@@ -74,9 +85,17 @@ fn quiet_says_nothing_even_then() {
 #[test]
 fn restart_boots_again_in_the_same_process() {
     // The guest prints a line that looks like a panic, but resets each time: restart goes on until the deadline.
-    let ended = run(&mut boot_tiny("ends", "r", &["--on-reboot", "restart", "--deadline", "1s"]));
+    let ended = run(&mut boot_tiny(
+        "ends",
+        "r",
+        &["--on-reboot", "restart", "--deadline", "1s"],
+    ));
     ended.assert_code(124);
-    let ended = run(&mut boot_tiny("ends", "r", &["--on-reboot", "restart", "--deadline", "1s", "-v"]));
+    let ended = run(&mut boot_tiny(
+        "ends",
+        "r",
+        &["--on-reboot", "restart", "--deadline", "1s", "-v"],
+    ));
     let boots = ended.stderr.matches("booting again").count();
     assert!(boots >= 2, "{boots} restarts: {}", ended.stderr);
 }
@@ -113,7 +132,10 @@ fn input_from_a_file_comes_too() {
 
 #[test]
 fn the_end_of_input_is_not_the_end_of_the_guest() {
-    let ended = run_with_input(&mut boot_tiny("echo", "", &["--deadline", "500ms"]), b"hello");
+    let ended = run_with_input(
+        &mut boot_tiny("echo", "", &["--deadline", "500ms"]),
+        b"hello",
+    );
     ended.assert_code(124);
     assert_eq!(ended.out(), "hello");
 }
@@ -136,7 +158,10 @@ fn a_slow_reader_gets_every_byte() {
     });
     assert_eq!(wait(child, PATIENCE).status.code(), Some(0));
     let expected: String = (0..0x1_0000).map(|i| format!("{i:08x}\n")).collect();
-    assert!(reader.join().unwrap() == expected.into_bytes(), "lines are lost or torn");
+    assert!(
+        reader.join().unwrap() == expected.into_bytes(),
+        "lines are lost or torn"
+    );
 }
 
 #[test]
@@ -168,11 +193,17 @@ fn a_reader_that_stalls_holds_neither_memory_nor_a_signal() {
     signal(&child, "TERM");
     // Nobody reads while minivmm flushes: a second signal breaks that off.
     thread::sleep(Duration::from_millis(300));
-    _ = std::process::Command::new("kill").arg(child.id().to_string()).stderr(Stdio::null()).status();
+    _ = std::process::Command::new("kill")
+        .arg(child.id().to_string())
+        .stderr(Stdio::null())
+        .status();
     let start = Instant::now();
     let mut child = child;
     while child.try_wait().unwrap().is_none() {
-        assert!(start.elapsed() < Duration::from_secs(10), "two SIGTERMs and still there");
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "two SIGTERMs and still there"
+        );
         thread::sleep(Duration::from_millis(5));
     }
     assert_eq!(child.wait().unwrap().code(), Some(143));
@@ -180,8 +211,15 @@ fn a_reader_that_stalls_holds_neither_memory_nor_a_signal() {
 
 #[test]
 fn closed_standard_streams_do_no_harm() {
-    let script = format!("exec {} --memory 16M --cmdline p --kernel {} <&- >&- 2>&-", env!("CARGO_BIN_EXE_minivmm"), tiny("lines").display());
-    let status = std::process::Command::new("sh").args(["-c", &script]).status().unwrap();
+    let script = format!(
+        "exec {} --memory 16M --cmdline p --kernel {} <&- >&- 2>&-",
+        env!("CARGO_BIN_EXE_minivmm"),
+        tiny("lines").display()
+    );
+    let status = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .status()
+        .unwrap();
     assert_eq!(status.code(), Some(0));
 }
 
@@ -192,7 +230,10 @@ fn the_console_goes_to_a_file_or_nowhere() {
     let serial = format!("file={}", path.display());
     let ended = run(&mut boot_tiny("hello", "", &["--serial", &serial]));
     ended.assert_code(0);
-    assert_eq!((fs::read_to_string(&path).unwrap(), ended.out()), ("!".into(), String::new()));
+    assert_eq!(
+        (fs::read_to_string(&path).unwrap(), ended.out()),
+        ("!".into(), String::new())
+    );
     let ended = run(&mut boot_tiny("hello", "", &["--serial", "none"]));
     ended.assert_code(0);
     assert_eq!(ended.out(), "");
@@ -204,7 +245,8 @@ fn the_console_goes_to_a_file_or_nowhere() {
 fn a_vm_comes_from_a_file_and_arguments_go_over_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("vm.json");
-    let json = serde_json::json!({"kernel": tiny("ends"), "cmdline": "e*", "memory": "16M", "cpus": 2});
+    let json =
+        serde_json::json!({"kernel": tiny("ends"), "cmdline": "e*", "memory": "16M", "cpus": 2});
     fs::write(&path, json.to_string()).unwrap();
     let config = path.to_str().unwrap();
     run(&mut minivmm(&["--config", config])).assert_code(42);
@@ -229,5 +271,9 @@ fn more_memory_than_the_host_has() {
     let ended = run(&mut command);
     // A host with fewer address bits says so; none may be slow or reserve the memory.
     assert!(matches!(ended.code(), 0 | 125), "{}", ended.stderr);
-    assert!(ended.code() == 0 || ended.stderr.contains("physical address bits"), "{}", ended.stderr);
+    assert!(
+        ended.code() == 0 || ended.stderr.contains("physical address bits"),
+        "{}",
+        ended.stderr
+    );
 }

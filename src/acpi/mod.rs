@@ -88,7 +88,13 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
 fn fadt(dsdt_address: u64) -> Vec<u8> {
     let port = |offset: u64| {
         let address = u64::from(ACPI_POWER_PORT) + offset;
-        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
+        GAS::new(
+            AddressSpace::SystemIo,
+            8,
+            0,
+            AccessSize::ByteAccess,
+            address,
+        )
     };
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt_address)
@@ -192,7 +198,10 @@ mod tests {
             table
         };
         let rsdp = read(ACPI_START, 36);
-        assert_eq!((&rsdp[..8], sum(&rsdp[..20]), sum(&rsdp)), (&b"RSD PTR "[..], 0, 0));
+        assert_eq!(
+            (&rsdp[..8], sum(&rsdp[..20]), sum(&rsdp)),
+            (&b"RSD PTR "[..], 0, 0)
+        );
         let xsdt = table(u64::from_le_bytes(rsdp[24..32].try_into().unwrap()));
         let mut signatures = Vec::new();
         for entry in xsdt[36..].chunks_exact(8) {

@@ -197,7 +197,7 @@ pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> Bo
         ),
         FileKind::Qcow2 => (
             "a qcow2 disk image".to_owned(),
-            "give the kernel that is in it; disks go with --disk, in raw format".to_owned(),
+            "give the kernel that is in it".to_owned(),
         ),
         FileKind::Tar => (
             "a tar archive".to_owned(),
@@ -240,10 +240,7 @@ pub(crate) fn check_initrd_kind(input: &InputFile, head: &[u8]) -> Result<(), Bo
             "a cpio archive in an old format, which no kernel unpacks",
             "repack it in the newc format (cpio -o -H newc)",
         ),
-        FileKind::Qcow2 => (
-            "a qcow2 disk image",
-            "an initrd is a cpio archive; disks go with --disk, in raw format",
-        ),
+        FileKind::Qcow2 => ("a qcow2 disk image", "an initrd is a cpio archive"),
         _ => return Ok(()),
     };
     Err(BootError::WrongKind {

@@ -48,7 +48,7 @@ fn too_big(path: &Path, size: u64, floor: u64, ceiling: u64, ram_end: u64) -> Bo
         "the kernel's own limit (initrd_addr_max) forbids more: make the initrd smaller".to_owned()
     } else if floor.saturating_add(size) > layout::MMIO_GAP_START {
         format!(
-            "kernel and initrd must fit below {} MiB together: make the initrd smaller or use a disk (--disk)",
+            "kernel and initrd must fit below {} MiB together: make the initrd smaller",
             layout::MMIO_GAP_START / MIB
         )
     } else {

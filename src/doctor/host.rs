@@ -211,24 +211,44 @@ fn check_kvm(dev_kvm: &DevKvm, cpu: &Cpu, modules: Modules) -> Vec<Check> {
             checks.push(check_module(cpu, modules));
             checks.extend(check_facts(facts));
         }
-        DevKvm::Absent => checks.push(Check::fail(subject, "absent").mend(absent_mend(cpu, modules))),
+        DevKvm::Absent => {
+            checks.push(Check::fail(subject, "absent").mend(absent_mend(cpu, modules)))
+        }
         DevKvm::NotADevice => checks.push(
             Check::fail(subject, "is not a character device")
                 .mend("remove it and make it again: rm /dev/kvm && mknod /dev/kvm c 10 232"),
         ),
-        DevKvm::Denied { group } if group == "root" => checks.push(
-            Check::fail(subject, "permission denied; it belongs to the group root")
-                .mend("give it to a group of its own: groupadd kvm; chgrp kvm /dev/kvm; chmod 660 /dev/kvm; usermod -aG kvm $USER"),
-        ),
         DevKvm::Denied { group } => checks.push(
-            Check::fail(subject, format!("permission denied; it belongs to the group {group}"))
-                .mend(format!("usermod -aG {group} $USER, then log in again")),
+            Check::fail(
+                subject,
+                format!("permission denied; it belongs to the group {group}"),
+            )
+            .mend(denied_mend(group)),
         ),
         DevKvm::Failed(error) => {
-            checks.push(Check::fail(subject, format!("cannot be opened: {error}")).mend(absent_mend(cpu, modules)));
+            checks.push(
+                Check::fail(subject, format!("cannot be opened: {error}"))
+                    .mend(absent_mend(cpu, modules)),
+            );
         }
     }
     checks
+}
+
+/// What lets this user open /dev/kvm.
+pub fn kvm_permission_mend() -> String {
+    let group = fs::metadata("/dev/kvm").map_or_else(|_| "kvm".into(), |m| group_name(m.gid()));
+    denied_mend(&group)
+}
+
+fn denied_mend(group: &str) -> String {
+    if group == "root" {
+        "give it to a group of its own: groupadd kvm; chgrp kvm /dev/kvm; chmod 660 /dev/kvm; usermod -aG kvm $USER".into()
+    } else {
+        format!(
+            "add yourself to the group that owns it: usermod -aG {group} $USER, then log in again"
+        )
+    }
 }
 
 fn check_cpu(cpu: &Cpu, kvm_works: bool) -> Check {

@@ -22,7 +22,10 @@ pub fn tiny(name: &str) -> PathBuf {
     let dir = DIR.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tiny");
         let build = project("guest-kernels/tiny/build");
-        let status = Command::new(build).arg(&dir).status().expect("the build script runs");
+        let status = Command::new(build)
+            .arg(&dir)
+            .status()
+            .expect("the build script runs");
         assert!(status.success(), "assembling the tiny guests");
         dir
     });
@@ -32,7 +35,11 @@ pub fn tiny(name: &str) -> PathBuf {
 /// minivmm with these arguments.
 pub fn minivmm<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     command
 }
 
@@ -53,7 +60,9 @@ pub struct Ended {
 
 impl Ended {
     pub fn code(&self) -> i32 {
-        self.status.code().unwrap_or_else(|| panic!("killed by a signal: {:?}", self.status))
+        self.status
+            .code()
+            .unwrap_or_else(|| panic!("killed by a signal: {:?}", self.status))
     }
 
     pub fn out(&self) -> String {
@@ -62,7 +71,13 @@ impl Ended {
 
     #[track_caller]
     pub fn assert_code(&self, code: i32) -> &Self {
-        assert_eq!(self.code(), code, "stdout: {}\nstderr: {}", self.out(), self.stderr);
+        assert_eq!(
+            self.code(),
+            code,
+            "stdout: {}\nstderr: {}",
+            self.out(),
+            self.stderr
+        );
         self
     }
 }
@@ -123,11 +138,17 @@ pub fn wait(mut child: Child, patience: Duration) -> Output {
         }
         thread::sleep(Duration::from_millis(1));
     };
-    Output { status, stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
+    Output {
+        status,
+        stdout: stdout.join().unwrap(),
+        stderr: stderr.join().unwrap(),
+    }
 }
 
 /// Sends a signal to a child.
 pub fn signal(child: &Child, name: &str) {
-    let status = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).status();
+    let status = Command::new("kill")
+        .args([format!("-{name}"), child.id().to_string()])
+        .status();
     assert!(status.expect("kill runs").success());
 }

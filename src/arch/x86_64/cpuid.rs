@@ -31,13 +31,23 @@ pub fn vcpu_cpuid(supported: &CpuId, index: u8, cpus: u8, tsc_deadline: bool) ->
                 if tsc_deadline {
                     entry.ecx |= TSC_DEADLINE;
                 }
-                entry.edx = if cpus > 1 { entry.edx | HTT } else { entry.edx & !HTT };
+                entry.edx = if cpus > 1 {
+                    entry.edx | HTT
+                } else {
+                    entry.edx & !HTT
+                };
             }
             // Caches: level 1 and 2 belong to a core, level 3 to the package; cores per package in bits 26-31.
             4 if entry.eax & 0x1f != 0 => {
                 let level = entry.eax >> 5 & 0x7;
-                let sharing = if level >= 3 { count.next_power_of_two() - 1 } else { 0 };
-                entry.eax = entry.eax & 0x3fff | sharing << 14 | (count.next_power_of_two() - 1).min(63) << 26;
+                let sharing = if level >= 3 {
+                    count.next_power_of_two() - 1
+                } else {
+                    0
+                };
+                entry.eax = entry.eax & 0x3fff
+                    | sharing << 14
+                    | (count.next_power_of_two() - 1).min(63) << 26;
             }
             6 => entry.eax |= ARAT,
             // AMD: cores in the package and the width of the core ID (APM vol. 3, CPUID Fn8000_0008).
@@ -82,11 +92,20 @@ mod tests {
     use super::*;
 
     fn entry(function: u32, index: u32, eax: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 { function, index, eax, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ..Default::default()
+        }
     }
 
     fn find(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
-        *cpuid.as_slice().iter().find(|e| e.function == function && e.index == index).unwrap()
+        *cpuid
+            .as_slice()
+            .iter()
+            .find(|e| e.function == function && e.index == index)
+            .unwrap()
     }
 
     #[test]
@@ -104,10 +123,21 @@ mod tests {
         let guest = vcpu_cpuid(&host, 2, 3, true);
         let leaf1 = find(&guest, 1, 0);
         assert_eq!(leaf1.ebx >> 16, 0x0204, "APIC ID 2, room for 4");
-        assert_eq!(leaf1.ecx & (TSC_DEADLINE | HYPERVISOR), TSC_DEADLINE | HYPERVISOR);
+        assert_eq!(
+            leaf1.ecx & (TSC_DEADLINE | HYPERVISOR),
+            TSC_DEADLINE | HYPERVISOR
+        );
         assert_ne!(leaf1.edx & HTT, 0);
-        assert_eq!(find(&guest, 4, 0).eax >> 14, 3 << 12, "L1 is a core's own, 4 core IDs");
-        assert_eq!(find(&guest, 4, 3).eax >> 14 & 0xfff, 3, "L3 is the package's");
+        assert_eq!(
+            find(&guest, 4, 0).eax >> 14,
+            3 << 12,
+            "L1 is a core's own, 4 core IDs"
+        );
+        assert_eq!(
+            find(&guest, 4, 3).eax >> 14 & 0xfff,
+            3,
+            "L3 is the package's"
+        );
         assert_eq!(find(&guest, 0xb, 1).ebx, 3);
         assert_eq!(find(&guest, 0xb, 1).eax, 2);
         assert_eq!(find(&guest, 0xb, 0).edx, 2);
@@ -117,7 +147,11 @@ mod tests {
 
     #[test]
     fn one_vcpu_claims_no_siblings_and_no_timer_that_kvm_lacks() {
-        let host = CpuId::from_entries(&[kvm_cpuid_entry2 { edx: HTT, ..entry(1, 0, 0) }]).unwrap();
+        let host = CpuId::from_entries(&[kvm_cpuid_entry2 {
+            edx: HTT,
+            ..entry(1, 0, 0)
+        }])
+        .unwrap();
         let leaf1 = find(&vcpu_cpuid(&host, 0, 1, false), 1, 0);
         assert_eq!(leaf1.edx & HTT, 0);
         assert_eq!(leaf1.ecx & TSC_DEADLINE, 0);

@@ -91,12 +91,19 @@ mod tests {
             let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
             write(&mem, cpus).unwrap();
             let mut pointer = [0u8; 16];
-            mem.read_slice(&mut pointer, GuestAddress(MPTABLE_START)).unwrap();
+            mem.read_slice(&mut pointer, GuestAddress(MPTABLE_START))
+                .unwrap();
             assert_eq!(pointer.iter().fold(0u8, |s, b| s.wrapping_add(*b)), 0);
             let table = config_table(cpus);
             assert_eq!(table.iter().fold(0u8, |s, b| s.wrapping_add(*b)), 0);
-            assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
-            assert_eq!(u16::from_le_bytes([table[34], table[35]]), u16::from(cpus) + 2 + 24 + 2);
+            assert_eq!(
+                usize::from(u16::from_le_bytes([table[4], table[5]])),
+                table.len()
+            );
+            assert_eq!(
+                u16::from_le_bytes([table[34], table[35]]),
+                u16::from(cpus) + 2 + 24 + 2
+            );
             assert!(table.len() as u64 + 16 <= MPTABLE_MAX_SIZE);
         }
     }
