@@ -1,0 +1,57 @@
+# The two commands that matter: make boot, make test. `make help` lists the rest.
+KERNEL ?= cloud
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+DEMO := build/demo.cpio
+
+MINIVMM := $(TARGET)/release/minivmm
+
+.PHONY: help build boot test lint guests deps clean
+
+help:
+	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, ...); ends with poweroff'
+	@echo 'make build    the static release binary, $(MINIVMM)'
+	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
+	@echo 'make lint     formatting, clippy and shellcheck'
+	@echo 'make guests   fetch the kernels and build the demo initramfs ($(DEMO))'
+	@echo 'make deps     install what is missing, as the other targets do'
+	@echo 'make clean    remove what was built; the cache of fetched kernels stays'
+
+build: deps
+	$(CARGO) build --release
+	@mkdir -p $(TARGET)/release
+	@ln -sf ../x86_64-unknown-linux-gnu/release/minivmm $(MINIVMM)
+
+boot: build
+	@guest-kernels/fetch $(KERNEL) >/dev/null
+	@guest-kernels/initramfs/build-initramfs $(DEMO)
+	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage --initrd $(DEMO)
+
+# Ring 1 and 2 natively; ring 3 in one boot of the lab.
+test: deps
+	$(CARGO) test --workspace
+	tests/lab/suite
+
+lint: deps
+	@command -v shellcheck >/dev/null || $(call install,shellcheck)
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	shellcheck -x $$(git ls-files | xargs grep -lE '^#!/bin/(ba)?sh')
+
+guests: deps
+	guest-kernels/fetch all
+	guest-kernels/initramfs/build-initramfs $(DEMO)
+
+# QEMU, which only the lab needs, and decompressors, which only fetch needs, are installed by those.
+deps:
+	@command -v cc >/dev/null || $(call install,gcc libc6-dev)
+	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust 1.88 or later (https://rustup.rs)'; exit 1; }
+
+clean:
+	$(CARGO) clean
+	rm -rf build
+
+# install PACKAGES: or say what to install.
+install = { [ "$$(id -u)" = 0 ] || { echo 'Missing; run: sudo apt-get install $(1)'; exit 1; }; \
+	echo 'Installing $(1)'; apt-get install -qqy --no-install-recommends $(1) || \
+	{ apt-get update -qq && apt-get install -qqy --no-install-recommends $(1); }; }
