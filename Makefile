@@ -45,7 +45,7 @@ guests: deps
 # QEMU, which only the lab needs, and decompressors, which only fetch needs, are installed by those.
 deps:
 	@command -v cc >/dev/null || $(call install,gcc libc6-dev)
-	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust 1.88 or later (https://rustup.rs)'; exit 1; }
+	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust 1.88 or later'; exit 1; }
 
 clean:
 	$(CARGO) clean

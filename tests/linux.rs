@@ -1,40 +1,46 @@
 //! Ring 3: real Linux. Stock distribution kernels boot to userspace, on a host whose KVM can run them or in the lab.
 //!
 //! `make test` runs it where it can run; on a KVM that cannot, every test here fails and says so. It is no part of a plain
-//! `cargo test`. The guests come from `make guests`; MINIVMM_GUESTS names their directory.
+//! `cargo test`. The guests come from `make guests`.
 
 mod common;
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Ended, minivmm, run, run_with_input};
 
-fn guests() -> PathBuf {
-    let dir =
-        std::env::var_os("MINIVMM_GUESTS").map_or_else(|| common::project("build"), PathBuf::from);
+/// What a script of guest-kernels/ prints: where in the cache a guest is. The lab has no network, so `make guests` has put
+/// it there.
+fn guest(script: &str, args: &[&str]) -> PathBuf {
+    let output = Command::new(common::project("guest-kernels").join(script))
+        .args(args)
+        .output()
+        .expect(script);
     assert!(
-        dir.is_dir(),
-        "{} is not there: make guests makes it",
-        dir.display()
+        output.status.success(),
+        "{script}: {}",
+        String::from_utf8_lossy(&output.stderr)
     );
-    dir
+    String::from_utf8(output.stdout)
+        .expect("a path")
+        .trim()
+        .into()
 }
 
 fn kernel(flavor: &str, file: &str) -> String {
-    let path = guests().join("kernels").join(flavor).join(file);
-    assert!(
-        path.exists(),
-        "{} is not there: make guests makes it",
-        path.display()
-    );
-    path.to_str().unwrap().into()
+    guest("fetch", &["--offline", flavor])
+        .join(file)
+        .to_str()
+        .unwrap()
+        .into()
 }
 
 fn initramfs() -> String {
-    guests().join("initramfs.cpio").to_str().unwrap().into()
+    common::project("build/demo.cpio").to_str().unwrap().into()
 }
 
 /// A boot of the demo initramfs that runs `script` with sh, its output on stdout.
@@ -146,8 +152,6 @@ fn vmlinux_by_pvh() {
 fn without_acpi_on_the_mp_table() {
     let script =
         "uname -r; nproc; grep -c ACPI /proc/interrupts; cat /proc/interrupts | grep ttyS0";
-    let args = ["--cpus", "2", "--append", ""];
-    _ = args;
     let generic = kernel("generic", "bzImage");
     let mut command = minivmm(&[
         "--kernel",
@@ -275,7 +279,7 @@ fn too_little_memory_is_told_before_it_hurts() {
 
 #[test]
 fn debians_own_initrd_gets_to_its_rescue_shell() {
-    let initrd = guests().join("debian-initrd.img");
+    let initrd = guest("debian-initrd", &["cloud"]);
     let mut command = minivmm(&[
         "--kernel",
         &kernel("cloud", "bzImage"),

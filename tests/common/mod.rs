@@ -10,14 +10,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Longest that a test lets minivmm run: far above what anything here takes, so that a hang is a failure, not a wait.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-pub fn project(path: &str) -> PathBuf {
+pub(crate) fn project(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
 /// A tiny guest, assembled once a test process.
-pub fn tiny(name: &str) -> PathBuf {
+pub(crate) fn tiny(name: &str) -> PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     let dir = DIR.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tiny");
@@ -33,7 +33,7 @@ pub fn tiny(name: &str) -> PathBuf {
 }
 
 /// minivmm with these arguments.
-pub fn minivmm<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
+pub(crate) fn minivmm<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
     command
         .args(args)
@@ -44,33 +44,33 @@ pub fn minivmm<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
 }
 
 /// minivmm with a tiny guest.
-pub fn boot_tiny(guest: &str, cmdline: &str, args: &[&str]) -> Command {
+pub(crate) fn boot_tiny(guest: &str, cmdline: &str, args: &[&str]) -> Command {
     let mut command = minivmm(&["--memory", "16M", "--cmdline", cmdline, "--kernel"]);
     command.arg(tiny(guest)).args(args);
     command
 }
 
 /// What a finished minivmm left.
-pub struct Ended {
-    pub status: ExitStatus,
-    pub stdout: Vec<u8>,
-    pub stderr: String,
-    pub took: Duration,
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: String,
+    pub(crate) took: Duration,
 }
 
 impl Ended {
-    pub fn code(&self) -> i32 {
+    pub(crate) fn code(&self) -> i32 {
         self.status
             .code()
             .unwrap_or_else(|| panic!("killed by a signal: {:?}", self.status))
     }
 
-    pub fn out(&self) -> String {
+    pub(crate) fn out(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
     #[track_caller]
-    pub fn assert_code(&self, code: i32) -> &Self {
+    pub(crate) fn assert_code(&self, code: i32) -> &Self {
         assert_eq!(
             self.code(),
             code,
@@ -83,12 +83,12 @@ impl Ended {
 }
 
 /// Runs to the end with no input; a hang is killed and fails the test.
-pub fn run(command: &mut Command) -> Ended {
+pub(crate) fn run(command: &mut Command) -> Ended {
     run_with_input(command, b"")
 }
 
 /// Runs to the end with this on its standard input, then end of file.
-pub fn run_with_input(command: &mut Command, input: &[u8]) -> Ended {
+pub(crate) fn run_with_input(command: &mut Command, input: &[u8]) -> Ended {
     let start = Instant::now();
     if !input.is_empty() {
         command.stdin(Stdio::piped());
@@ -112,7 +112,7 @@ pub fn run_with_input(command: &mut Command, input: &[u8]) -> Ended {
 }
 
 /// Waits for a child and collects its output; kills it and fails when it takes longer than `patience`.
-pub fn wait(mut child: Child, patience: Duration) -> Output {
+pub(crate) fn wait(mut child: Child, patience: Duration) -> Output {
     fn drain(stream: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
         thread::spawn(move || {
             let mut bytes = Vec::new();
@@ -146,7 +146,7 @@ pub fn wait(mut child: Child, patience: Duration) -> Output {
 }
 
 /// Sends a signal to a child.
-pub fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     let status = Command::new("kill")
         .args([format!("-{name}"), child.id().to_string()])
         .status();
