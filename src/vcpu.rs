@@ -428,11 +428,11 @@ mod tests {
         let mut data = [0; 3];
         port_read(&pio, 0x11, 1, &mut data);
         assert_eq!(data, [2, 2, 2]);
+        // A width of zero, which KVM never reports, must not divide by zero.
+        port_write(&pio, 0x10, 0, &[9]);
         let seen = &device.lock().unwrap().0;
         assert_eq!(seen[..2], [vec![1, 2], vec![3, 4]]);
-        assert_eq!(seen.len(), 5);
-        // A width of zero, which KVM never reports, must not divide by zero.
-        port_write(&pio, 0x10, 0, &[1]);
+        assert_eq!((seen.len(), &seen[5]), (6, &vec![9]));
     }
 
     #[test]
