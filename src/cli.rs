@@ -95,9 +95,9 @@ pub struct VmArgs {
     /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 quiet"]
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// Add to the kernel command line, as in --append 'loglevel=7 -- /bin/sh'
+    /// Add to the kernel command line, as in --append 'loglevel=7 -- /bin/sh'; may be given again
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
-    pub append: Option<String>,
+    pub append: Vec<String>,
     /// vCPUs, 1 to 64 [default: 1]
     #[arg(short, long, value_name = "N")]
     pub cpus: Option<u8>,
@@ -133,7 +133,11 @@ impl VmArgs {
             kernel: self.kernel.unwrap_or(base.kernel),
             initrd: self.initrd.or(base.initrd),
             cmdline: self.cmdline.or(base.cmdline),
-            append: self.append.or(base.append),
+            append: if self.append.is_empty() {
+                base.append
+            } else {
+                Some(self.append.join(" "))
+            },
             cpus: self.cpus.unwrap_or(base.cpus),
             memory: self.memory.unwrap_or(base.memory),
             serial: self.serial.unwrap_or(base.serial),
@@ -159,7 +163,7 @@ mod tests {
         ]);
         let config = cli.vm.into_config().unwrap();
         assert_eq!((config.cpus, config.memory.bytes), (4, 2 << 30));
-        assert_eq!(config.append.as_deref(), Some("-- sh"));
+        assert_eq!(config.append.as_deref(), Some("a -- sh"));
     }
 
     impl Cli {

@@ -33,9 +33,19 @@ impl Scene<'_> {
     pub fn headline(&self) -> String {
         match self.outcome {
             Outcome::VcpuFailed(failure) => failure.to_string(),
-            Outcome::Reset => "the guest reset the machine without a word on the console".into(),
-            Outcome::Deadline => "the deadline passed without a word on the console".into(),
-            _ => "the guest was stopped without a word on the console".into(),
+            outcome => {
+                let end = match outcome {
+                    Outcome::Reset => "the guest reset the machine",
+                    Outcome::Deadline => "the deadline passed",
+                    _ => "the guest was stopped",
+                };
+                let silent = if self.console_bytes == 0 {
+                    " without a word on the console"
+                } else {
+                    ""
+                };
+                format!("{end}{silent}")
+            }
         }
     }
 
@@ -148,6 +158,7 @@ impl Scene<'_> {
                 "the host could not give the guest a page of its memory: it is out of memory, or a memory limit was hit"
             }
             Outcome::VcpuFailed(_) => "this host's KVM; `minivmm doctor` says what it offers",
+            _ if self.console_bytes > 0 => "the last lines on the console tell more",
             _ if !listens => {
                 "the kernel command line names no console=ttyS0, so that the guest may well have run, unseen"
             }
@@ -159,14 +170,17 @@ impl Scene<'_> {
     }
 }
 
-/// Whether an end calls for a post-mortem: a vCPU that failed, or a guest that ended without a word although it had a
-/// console to say it on. A tiny guest that ends on purpose says so by power-off or exit port.
-pub fn is_called_for(outcome: &Outcome, console_bytes: u64) -> bool {
+/// How loudly an end calls for a post-mortem: a vCPU that failed, or a guest that ended without a word although it had a
+/// console to say it on, is an error; one that had to be stopped may be worth a look. A tiny guest that ends on purpose
+/// says so by power-off or exit port.
+pub fn level(outcome: &Outcome, console_bytes: u64) -> Option<log::Level> {
     match outcome {
-        Outcome::VcpuFailed(_) => true,
-        Outcome::Reset | Outcome::Deadline | Outcome::Quit | Outcome::Signal(_) => {
-            console_bytes == 0
+        Outcome::VcpuFailed(_) => Some(log::Level::Error),
+        Outcome::Reset if console_bytes == 0 => Some(log::Level::Error),
+        Outcome::Deadline | Outcome::Quit | Outcome::Signal(_) if console_bytes == 0 => {
+            Some(log::Level::Error)
         }
-        _ => false,
+        Outcome::Deadline | Outcome::Quit | Outcome::Signal(_) => Some(log::Level::Info),
+        _ => None,
     }
 }

@@ -348,7 +348,8 @@ impl BootedVm {
             );
         }
         let console_bytes = self.console.bytes_out();
-        if post_mortem::is_called_for(&outcome, console_bytes)
+        if let Some(level) = post_mortem::level(&outcome, console_bytes)
+            && log::log_enabled!(level)
             && let Some(vcpu) = vcpus.get(usize::from(culprit.unwrap_or(0)))
         {
             let scene = Scene {
@@ -359,7 +360,7 @@ impl BootedVm {
                 console_bytes,
                 cmdline: &self.vm.cmdline,
             };
-            log::error!("{}\n{}", scene.headline(), scene.report());
+            log::log!(level, "{}\n{}", scene.headline(), scene.report());
         }
         Ok(outcome)
     }

@@ -121,30 +121,28 @@ fn bzimage_of_6_12_four_cpus() {
     );
 }
 
+/// Linux tells who loaded it: 0xff is a loader without a number of its own, 0x90 is PVH.
+const BOOTLOADER: &str = "uname -r; echo loader $(cat /proc/sys/kernel/bootloader_type)";
+
 #[test]
 fn vmlinux_by_the_64_bit_entry() {
-    let vmlinux = kernel("cloud", "vmlinux");
+    let wanted = ["-cloud-amd64", "loader 255"];
     expect(
-        &vmlinux,
+        &kernel("cloud", "vmlinux"),
         &["--boot-protocol", "linux64"],
-        "uname -r",
-        &["-cloud-amd64"],
+        BOOTLOADER,
+        &wanted,
     );
 }
 
 #[test]
 fn vmlinux_by_pvh() {
-    let script = "uname -r; dmesg | grep -i pvh; true";
-    let ended = expect(
+    let wanted = ["-cloud-amd64", "loader 144"];
+    expect(
         &kernel("cloud", "vmlinux"),
         &["--boot-protocol", "pvh"],
-        script,
-        &["-cloud-amd64"],
-    );
-    assert!(
-        ended.out().contains("Booting paravirtualized kernel"),
-        "{}",
-        ended.out()
+        BOOTLOADER,
+        &wanted,
     );
 }
 
@@ -291,8 +289,9 @@ fn debians_own_initrd_gets_to_its_rescue_shell() {
     command.args([
         "--initrd",
         initrd.to_str().unwrap(),
-        "--append",
-        "break=premount",
+        // With panic=, which minivmm's default has, Debian's scripts reset rather than give a shell.
+        "--cmdline",
+        "console=ttyS0 break=premount",
     ]);
     let ended = run_with_input(&mut command, b"echo rescue-$((6*7)); poweroff -f\n");
     ended.assert_code(0);

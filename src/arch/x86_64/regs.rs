@@ -3,7 +3,7 @@
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use super::layout::{GDT_START, IDT_START, PAGE_TABLES_START};
+use super::layout::{GDT_START, IDT_START, PAGE_TABLES_START, RESET_VECTOR};
 use crate::boot::Entry;
 
 /// Bits of CR0, CR4 and EFER (SDM vol. 3 § 2.5, § 2.2.1).
@@ -29,6 +29,9 @@ const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 /// PVH asks for a 32-bit task-state segment in TR.
 const TSS_SELECTOR: u16 = 0x20;
+
+/// mov $0xfe, %al; out %al, $0x64; hlt: the i8042's reset command.
+const RESET_STUB: [u8; 5] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4];
 
 /// The registers and tables with which the boot vCPU enters a kernel.
 ///
@@ -89,13 +92,14 @@ pub fn boot_fpu() -> kvm_fpu {
     }
 }
 
-/// Writes the descriptor tables and, for a 64-bit entry, the page tables.
+/// Writes the descriptor tables, the reset stub and, for a 64-bit entry, the page tables.
 pub fn write_boot_tables(mem: &GuestMemoryMmap, entry: Entry) -> Result<(), GuestMemoryError> {
     let long_mode = matches!(entry, Entry::Linux64 { .. });
     for (i, descriptor) in (0u64..).zip(gdt(long_mode)) {
         mem.write_obj(descriptor, GuestAddress(GDT_START + i * 8))?;
     }
     mem.write_obj(0u64, GuestAddress(IDT_START))?;
+    mem.write_slice(&RESET_STUB, GuestAddress(RESET_VECTOR))?;
     if !long_mode {
         return Ok(());
     }
