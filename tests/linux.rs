@@ -121,7 +121,7 @@ fn bzimage_of_6_12_four_cpus() {
     );
 }
 
-/// Linux tells who loaded it: 0xff is a loader without a number of its own, 0x90 is PVH.
+/// Linux tells who loaded it: 0xff is a loader without a number of its own, 0xb0 is PVH.
 const BOOTLOADER: &str = "uname -r; echo loader $(cat /proc/sys/kernel/bootloader_type)";
 
 #[test]
@@ -137,7 +137,7 @@ fn vmlinux_by_the_64_bit_entry() {
 
 #[test]
 fn vmlinux_by_pvh() {
-    let wanted = ["-cloud-amd64", "loader 144"];
+    let wanted = ["-cloud-amd64", "loader 176"];
     expect(
         &kernel("cloud", "vmlinux"),
         &["--boot-protocol", "pvh"],

@@ -1,9 +1,10 @@
-# Echoes the console until it reads Ctrl-D, then ends with the exclusive-or of all bytes as status. It asks for receive interrupts, as
-# a driver does that listens, and polls all the same.
+# Echoes the console until it reads Ctrl-D, then ends with the exclusive-or of all bytes as status. It asks for receive interrupts
+# and raises DTR and RTS, as a driver does that listens, and polls all the same.
 .include "tiny.inc"
 .globl _start
 _start:
     outb 1, COM1_IER
+    outb 3, COM1_MCR
     xor  %ebx, %ebx
 next:
     mov  $COM1_LSR, %dx

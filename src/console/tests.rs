@@ -67,6 +67,7 @@ impl Guest {
     fn open(&self) {
         self.out(2, 0x87);
         self.out(1, 1);
+        self.out(4, 3);
     }
 
     fn out(&self, offset: u64, value: u8) {

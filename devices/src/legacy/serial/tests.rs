@@ -83,6 +83,7 @@ impl Bench {
         self.outb(MCR, MCR_OUT2);
         self.outb(IER, IER_RECEIVE | IER_LINE_STATUS);
         self.outb(IIR_FCR, FCR_ENABLE | 0x80);
+        self.outb(MCR, MCR_OUT2 | MCR_DTR | MCR_RTS);
         self.pulses.take();
         self.kicks();
     }
@@ -227,6 +228,8 @@ fn nothing_is_received_before_the_guest_opens_the_port() {
     b.outb(IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVE);
     assert_eq!(b.kicks(), 0);
     b.outb(IER, IER_RECEIVE);
+    assert_eq!(b.kicks(), 0, "a probe does that, too");
+    b.outb(MCR, MCR_DTR | MCR_RTS);
     assert_eq!(b.kicks(), 1);
     assert_eq!(b.serial.receive(b"early"), 5);
     assert_eq!(b.pulses.take(), 1);
@@ -237,6 +240,9 @@ fn nothing_is_received_before_the_guest_opens_the_port() {
 fn switching_the_fifos_on_loses_nothing() {
     let mut b = Bench::new();
     b.outb(IER, IER_RECEIVE);
+    assert_eq!(b.serial.wants_input(), 0, "a probe: the modem lines are down");
+    b.outb(MCR, MCR_RTS);
+    assert_eq!(b.kicks(), 1);
     assert_eq!(b.serial.wants_input(), 1);
     assert_eq!(b.serial.receive(b"xy"), 1);
     b.outb(IIR_FCR, FCR_ENABLE | 0x80);
