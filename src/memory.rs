@@ -9,6 +9,9 @@ use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
 
 /// Least guest RAM in bytes: 16 MiB.
 pub const MIN_SIZE: u64 = 16 << 20;
+/// Most guest RAM in bytes: 4 TiB. It keeps every address calculation far from overflow; a host's own limit is lower or
+/// comes later.
+pub const MAX_SIZE: u64 = 4 << 40;
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
