@@ -97,7 +97,9 @@ pub fn host_is_pvm() -> bool {
 /// KVM that works on a processor without hardware virtualization is made of software. Where the processor has it, the
 /// module counts only if it is alone: one of the hardware modules takes precedence when both are there.
 fn is_pvm(cpu: &Cpu, modules: Modules) -> bool {
-    !cpu.virtualization || (modules.pvm && !modules.intel && !modules.amd)
+    // Without /proc there is no model, and no saying.
+    let software = !cpu.virtualization && !cpu.model.is_empty();
+    software || (modules.pvm && !modules.intel && !modules.amd)
 }
 
 fn read_cpu() -> Cpu {
@@ -436,6 +438,7 @@ mod tests {
             assert!(fails[0].mend.as_ref().unwrap().contains("tests/lab/run"));
         }
         assert!(!is_pvm(&cpu(true, false), Modules { pvm: true, ..INTEL }));
+        assert!(!is_pvm(&Cpu::default(), INTEL), "/proc is not mounted");
     }
 
     #[test]
