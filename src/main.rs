@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::Parser;
 use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs};
 use minivmm::config::ConfigError;
-use minivmm::{console, doctor, exit_status, vm};
+use minivmm::{console, doctor, error_chain, exit_status, vm};
 
 fn main() {
     let started = Instant::now();
@@ -43,14 +43,8 @@ fn usage_error(error: &ConfigError) -> u8 {
 
 /// Prints an error and its causes, once, on one line.
 fn failure(error: &dyn Error) -> u8 {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        message.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
     console::restore_terminal();
-    log::error!("{message}");
+    log::error!("{}", error_chain(error));
     exit_status::MONITOR_FAILED
 }
 
@@ -94,7 +88,11 @@ fn start_log(args: &LogArgs) {
 fn end_in_good_order_on_panic() {
     std::panic::set_hook(Box::new(|info| {
         console::restore_terminal();
-        eprintln!("minivmm: this is a bug in minivmm: {info}");
+        // Not eprintln, which panics when nobody reads.
+        let _ = writeln!(
+            std::io::stderr(),
+            "minivmm: this is a bug in minivmm: {info}"
+        );
         exit(exit_status::MONITOR_FAILED.into())
     }));
 }
