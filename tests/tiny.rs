@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -360,6 +361,27 @@ fn the_console_goes_to_a_file_or_nowhere() {
     assert_eq!(ended.out(), "");
     run(&mut boot_tiny("hello", "", &["--serial", "file=/"])).assert_code(125);
     run(&mut boot_tiny("hello", "", &["--serial", "file=/dev/full"])).assert_code(0);
+}
+
+#[test]
+fn a_fifo_is_a_console_once_it_has_a_reader() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&path).status();
+    assert!(made.unwrap().success());
+    let serial = format!("file={}", path.display());
+    let ended = run(&mut boot_tiny("hello", "", &["--serial", &serial]));
+    ended.assert_code(125);
+    assert!(ended.stderr.contains("reader first"), "{}", ended.stderr);
+    let reader = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&path)
+        .unwrap();
+    run(&mut boot_tiny("hello", "", &["--serial", &serial])).assert_code(0);
+    let mut text = String::new();
+    { reader }.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "!");
 }
 
 #[test]
