@@ -48,9 +48,7 @@ overwrite:                      # from the end of the MP table down over ACPI an
     hlt
 
 odd_interrupts:                 # delivery modes that no device has, edge and level; then one that must arrive, by level
-    mov  $VECTOR, %ecx
-    lea  arrived(%rip), %rax
-    call set_gate
+    set_gate VECTOR, arrived
     mov  $LAPIC, %edi
     movl $0x1ff, 0xf0(%rdi)     # spurious vector 0xff, APIC on
     mov  $IOAPIC, %edi
@@ -75,9 +73,7 @@ arrived:
     exit_al
 
 msrs:                           # reads those around every block there is, and writes one that is in none
-    mov  $13, %ecx
-    lea  general_protection(%rip), %rax
-    call set_gate
+    set_gate 13, general_protection
     lea  blocks(%rip), %rsi
 1:  mov  (%rsi), %ecx
     mov  4(%rsi), %ebx
@@ -133,22 +129,6 @@ ap: mov  $AP_HERE - AP_PAGE, %bx
 ap_end:
     .code64
 
-set_gate:                       # vector ECX to RAX; loads the IDT
-    shl  $4, %ecx
-    lea  idt(%rip), %rdx
-    add  %rcx, %rdx
-    mov  %ax, (%rdx)
-    mov  %cs, 2(%rdx)
-    movw $0x8e00, 4(%rdx)
-    shr  $16, %rax
-    mov  %ax, 6(%rdx)
-    shr  $16, %rax
-    mov  %eax, 8(%rdx)
-    lea  idt(%rip), %rax
-    mov  %rax, idtr + 2(%rip)
-    lidt idtr(%rip)
-    ret
-
 modes:                          # SMI edge and level, reserved, ExtINT, reserved, a vector below 16; then fixed, level
     .long 0x200, 0x8200, 0x8300, 0x700, 0x8700, 0x8600, 0x01, 0x8000 + VECTOR, 0
 blocks:
@@ -156,13 +136,7 @@ blocks:
 no_idt:
     .word 0
     .quad 0
-    .align 16
-idtr:
-    .word 4095
-    .quad 0
-    .align 16
-idt:
-    .fill 4096
+    idt_space
     .fill 512
 stack_top:
 text:
