@@ -332,6 +332,22 @@ fn limits_are_no_signal_deaths() {
 }
 
 #[test]
+fn a_log_that_nobody_reads_holds_nothing_up() {
+    let start = Instant::now();
+    let mut child = boot_tiny("abuse", "b", &["-v", "--deadline", "1s"])
+        .spawn()
+        .unwrap();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > Duration::from_secs(20) {
+            _ = child.kill();
+            panic!("minivmm waits for its log's reader");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(124));
+}
+
+#[test]
 fn closed_standard_streams_do_no_harm() {
     let script = format!(
         "exec {} --memory 16M --cmdline p --kernel {} <&- >&- 2>&-",

@@ -20,6 +20,8 @@ _start:
     je   odd_interrupts
     cmp  $'m', %al
     je   msrs
+    cmp  $'b', %al
+    je   marks_for_ever
     cmp  $'2', %al
     je   two_at_once
     outb 99, EXIT_PORT
@@ -96,6 +98,10 @@ general_protection:             # passes over the two bytes of RDMSR and WRMSR
     addq $2, (%rsp)
     inc  %edi
     iretq
+
+marks_for_ever:                 # each is a line in the log of -v
+    outb 1, MARK_PORT
+    jmp  marks_for_ever
 
 two_at_once:                    # an AP in real mode and this processor flood the marks, and each ends the VM
     cld
