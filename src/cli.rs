@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::boot::BootProtocol;
-use crate::config::{ConfigError, MemorySize, OnReboot, Span, VmConfig};
+use crate::config::{ConfigError, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig};
 use crate::console::SerialMode;
 
 const EXAMPLES: &str = "\
@@ -99,7 +99,7 @@ pub struct VmArgs {
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub append: Vec<String>,
     /// vCPUs, 1 to 64 [default: 1]
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS.into()))]
     pub cpus: Option<u8>,
     /// Guest memory, as in 512M or 2G [default: 256M]
     #[arg(short, long, value_name = "SIZE")]
@@ -159,7 +159,7 @@ mod tests {
         std::fs::write(&file, r#"{"kernel": "k", "cpus": 4, "memory": "1G"}"#).unwrap();
         let path = file.path().to_str().unwrap();
         let cli = Cli::parse_from([
-            "minivmm", "--config", path, "--memory", "2G", "--append", "-- sh",
+            "minivmm", "--config", path, "--memory", "2G", "--append", "a", "--append", "-- sh",
         ]);
         let config = cli.vm.into_config().unwrap();
         assert_eq!((config.cpus, config.memory.bytes), (4, 2 << 30));

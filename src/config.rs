@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
 use crate::boot::BootProtocol;
 use crate::console::SerialMode;
 use crate::memory;
@@ -230,10 +229,8 @@ impl VmConfig {
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(ConfigError::Cpus(self.cpus));
         }
-        // The upper bound keeps every address calculation far from overflow; the host's own limit comes later.
-        let max = (4 << 40) - (MMIO_GAP_END - MMIO_GAP_START);
         let bytes = self.memory.bytes;
-        if !(memory::MIN_SIZE..=max).contains(&bytes) || !bytes.is_multiple_of(4096) {
+        if !(memory::MIN_SIZE..=memory::MAX_SIZE).contains(&bytes) || !bytes.is_multiple_of(4096) {
             let hint = if bytes < 1 << 20 {
                 "; did you leave out the unit, as in 512M?"
             } else {
@@ -317,7 +314,8 @@ mod tests {
             config(65, 16 << 20).validate(),
             Err(ConfigError::Cpus(65))
         ));
-        for bytes in [512, 1 << 20, (16 << 20) + 1, u64::MAX, 4 << 40] {
+        assert!(config(1, 4 << 40).validate().is_ok());
+        for bytes in [512, 1 << 20, (16 << 20) + 1, u64::MAX, (4 << 40) + 4096] {
             assert!(
                 matches!(config(1, bytes).validate(), Err(ConfigError::Memory(..))),
                 "{bytes}"

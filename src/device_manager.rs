@@ -4,11 +4,12 @@ use std::sync::{Arc, Mutex};
 
 use minivmm_devices::bus::{Bus, BusDevice, BusError};
 use minivmm_devices::event::EventSink;
-use minivmm_devices::legacy::control::{BootMarkPort, ExitPort};
-use minivmm_devices::legacy::i8042::I8042;
-use minivmm_devices::legacy::power::AcpiPower;
-use minivmm_devices::legacy::pvpanic::Pvpanic;
-use minivmm_devices::legacy::serial::Serial;
+use minivmm_devices::legacy::control::{self, BootMarkPort, ExitPort};
+use minivmm_devices::legacy::i8042::{self, I8042};
+use minivmm_devices::legacy::ioapic;
+use minivmm_devices::legacy::power::{self, AcpiPower};
+use minivmm_devices::legacy::pvpanic::{self, Pvpanic};
+use minivmm_devices::legacy::serial::{self, Serial};
 
 use crate::acpi::{AcpiDevice, Hid};
 use crate::arch::x86_64::layout;
@@ -40,15 +41,26 @@ impl DeviceManager {
             acpi: Vec::new(),
             serial: Arc::new(Mutex::new(serial)),
         };
-        devices.buses.mmio.insert(
-            layout::IOAPIC_START,
-            layout::IOAPIC_SIZE,
-            interrupts.ioapic.clone(),
+        devices
+            .buses
+            .mmio
+            .insert(layout::IOAPIC_START, ioapic::LEN, interrupts.ioapic.clone())?;
+        devices.attach_port(
+            layout::EXIT_PORT,
+            control::PORT_LEN,
+            ExitPort::new(events.clone()),
         )?;
-        devices.attach_port(layout::EXIT_PORT, 1, ExitPort::new(events.clone()))?;
-        devices.attach_port(layout::BOOT_MARK_PORT, 1, BootMarkPort::new(events.clone()))?;
-        devices.attach_port(layout::I8042_PORT, 5, I8042::new(events.clone()))?;
-        devices.attach_port(layout::ACPI_POWER_PORT, 3, AcpiPower::new(events.clone()))?;
+        devices.attach_port(
+            layout::BOOT_MARK_PORT,
+            control::PORT_LEN,
+            BootMarkPort::new(events.clone()),
+        )?;
+        devices.attach_port(layout::I8042_PORT, i8042::LEN, I8042::new(events.clone()))?;
+        devices.attach_port(
+            layout::ACPI_POWER_PORT,
+            power::LEN,
+            AcpiPower::new(events.clone()),
+        )?;
         devices.attach_pvpanic(events)?;
         devices.attach_serial()?;
         Ok(devices)
@@ -66,26 +78,32 @@ impl DeviceManager {
     }
 
     fn attach_pvpanic(&mut self, events: &EventSink) -> Result<(), BusError> {
-        self.attach_port(layout::PVPANIC_PORT, 1, Pvpanic::new(events.clone()))?;
+        self.attach_port(
+            layout::PVPANIC_PORT,
+            pvpanic::PORT_LEN,
+            Pvpanic::new(events.clone()),
+        )?;
         self.acpi.push(AcpiDevice {
             name: "PEVT".into(),
             hid: Hid::Acpi("QEMU0001"),
             uid: 0,
-            ports: Some((layout::PVPANIC_PORT, 1)),
+            ports: Some((layout::PVPANIC_PORT, pvpanic::PORT_LEN as u8)),
             gsi: None,
         });
         Ok(())
     }
 
     fn attach_serial(&mut self) -> Result<(), BusError> {
-        self.buses
-            .pio
-            .insert(layout::COM1_PORT.into(), 8, self.serial.clone())?;
+        self.buses.pio.insert(
+            layout::COM1_PORT.into(),
+            serial::PORT_LEN,
+            self.serial.clone(),
+        )?;
         self.acpi.push(AcpiDevice {
             name: "COM1".into(),
             hid: Hid::Eisa("PNP0501"),
             uid: 0,
-            ports: Some((layout::COM1_PORT, 8)),
+            ports: Some((layout::COM1_PORT, serial::PORT_LEN as u8)),
             gsi: Some(layout::COM1_GSI),
         });
         Ok(())

@@ -15,12 +15,16 @@ use crate::console::{self, ConsoleInput, InputOutcome};
 use crate::exit_status::Outcome;
 use crate::vcpu::Control;
 
-/// Signals that end the VM in good order.
-const STOP_SIGNALS: [Signal; 4] = [
+/// Signals that end the VM in good order: those that people and supervisors send, and the warning of a CPU limit.
+const STOP_SIGNALS: [Signal; 8] = [
     Signal::SIGINT,
     Signal::SIGTERM,
     Signal::SIGHUP,
     Signal::SIGQUIT,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGALRM,
+    Signal::SIGXCPU,
 ];
 
 /// The process's signals, as a file descriptor.
@@ -32,7 +36,13 @@ impl Signals {
     pub fn block() -> io::Result<Self> {
         let mut set: SigSet = STOP_SIGNALS.into_iter().collect();
         set.add(Signal::SIGCONT);
+        // Started by nohup: a signal that is ignored would come through a descriptor all the same.
+        if is_ignored(Signal::SIGHUP) {
+            set.remove(Signal::SIGHUP);
+        }
         set.thread_block()?;
+        // A file size limit (ulimit -f) that the console's file reaches is a failed write, not an end.
+        SigSet::from(Signal::SIGXFSZ).thread_block()?;
         Ok(Self(SignalFd::with_flags(
             &set,
             SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC,
@@ -49,6 +59,20 @@ impl Signals {
         }
         None
     }
+}
+
+#[allow(
+    unsafe_code,
+    reason = "no safe interface tells how a signal is handled"
+)]
+fn is_ignored(signal: Signal) -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: without a new action, sigaction only writes the current one to `action`, which is ours.
+    if unsafe { libc::sigaction(signal as i32, std::ptr::null(), action.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: the call succeeded, so it has written `action`.
+    unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
 /// What the event loop waits for.

@@ -11,9 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::VmFd;
 use minivmm_devices::interrupt::{InterruptSink, IrqLine};
-use minivmm_devices::legacy::ioapic::{Ioapic, Msi, MsiRouter};
-
-use crate::arch::x86_64::layout::IOAPIC_PINS;
+use minivmm_devices::legacy::ioapic::{self, Ioapic, Msi, MsiRouter};
 
 /// What the guest has programmed for each I/O APIC pin; `None` for a masked one.
 type PinTable = Arc<[Mutex<Option<Msi>>]>;
@@ -34,10 +32,10 @@ impl Interrupts {
             ..Default::default()
         };
         // GSIs that belong to the I/O APIC: KVM tells of an end of interrupt for these.
-        cap.args[0] = u64::from(IOAPIC_PINS);
+        cap.args[0] = u64::from(ioapic::PINS);
         vm.enable_cap(&cap)?;
 
-        let pins: PinTable = (0..IOAPIC_PINS).map(|_| Mutex::new(None)).collect();
+        let pins: PinTable = (0..ioapic::PINS).map(|_| Mutex::new(None)).collect();
         let ioapic = Ioapic::new(Box::new(Router(Arc::clone(&pins))));
         Ok(Self {
             ioapic: Arc::new(Mutex::new(ioapic)),

@@ -17,3 +17,19 @@ pub mod memory;
 pub mod post_mortem;
 pub mod vcpu;
 pub mod vm;
+
+/// An error and its causes on one line. A cause that the message ends with already, as some libraries make it, is not
+/// repeated.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut chain = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !chain.ends_with(&text) {
+            chain.push_str(": ");
+            chain.push_str(&text);
+        }
+        cause = error.source();
+    }
+    chain
+}

@@ -1,14 +1,15 @@
 //! The command line of minivmm: parse, start the log, run, print the error chain, return the exit status.
 
 use std::error::Error;
-use std::io::Write;
+use std::io::{self, Write};
 use std::process::exit;
 use std::time::Instant;
 
 use clap::Parser;
 use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs};
 use minivmm::config::ConfigError;
-use minivmm::{console, doctor, exit_status, vm};
+use minivmm::{console, doctor, error_chain, exit_status, vm};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 fn main() {
     let started = Instant::now();
@@ -43,25 +44,19 @@ fn usage_error(error: &ConfigError) -> u8 {
 
 /// Prints an error and its causes, once, on one line.
 fn failure(error: &dyn Error) -> u8 {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        message.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
     console::restore_terminal();
-    log::error!("{message}");
+    log::error!("{}", error_chain(error));
     exit_status::MONITOR_FAILED
 }
 
 fn run_doctor(args: &DoctorArgs) -> u8 {
-    let mut out = std::io::stdout().lock();
+    let mut out = io::stdout().lock();
     let kernel = args.kernel.as_deref();
     match doctor::run(kernel, args.initrd.as_deref(), args.json, &mut out) {
         Ok(true) => 0,
         Ok(false) => 1,
         // A reader that has seen enough, as in `minivmm doctor | head`.
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => 1,
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => 1,
         Err(e) => failure(&e),
     }
 }
@@ -76,6 +71,7 @@ fn start_log(args: &LogArgs) {
     };
     env_logger::Builder::new()
         .filter_level(level)
+        .target(env_logger::Target::Pipe(Box::new(PatientStderr)))
         .format(|out, record| {
             let level = match record.level() {
                 log::Level::Error => "error: ",
@@ -89,12 +85,41 @@ fn start_log(args: &LogArgs) {
         .init();
 }
 
+/// stderr for a thread that must not wait for ever: a guest can make its vCPU's thread log, and a reader that has stopped
+/// would hold that thread, and with it the VM's end. A message that nobody takes for so long is lost.
+struct PatientStderr;
+
+impl PatientStderr {
+    const PATIENCE: Timespec = Timespec {
+        tv_sec: 0,
+        tv_nsec: 200_000_000,
+    };
+}
+
+impl Write for PatientStderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let stderr = rustix::stdio::stderr();
+        match poll(
+            &mut [PollFd::new(&stderr, PollFlags::OUT)],
+            Some(&Self::PATIENCE),
+        ) {
+            Ok(0) => Ok(bytes.len()),
+            _ => io::stderr().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A panic is a bug in minivmm: the terminal is put right, and the status is not that of a guest that panicked (an abort
 /// would be 134).
 fn end_in_good_order_on_panic() {
     std::panic::set_hook(Box::new(|info| {
         console::restore_terminal();
-        eprintln!("minivmm: this is a bug in minivmm: {info}");
+        // Not eprintln, which panics when nobody reads.
+        let _ = writeln!(io::stderr(), "minivmm: this is a bug in minivmm: {info}");
         exit(exit_status::MONITOR_FAILED.into())
     }));
 }

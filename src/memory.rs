@@ -6,20 +6,24 @@ use vm_memory::mmap::FromRangesError;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
+use crate::config::MemorySize;
 
 /// Least guest RAM in bytes: 16 MiB.
 pub const MIN_SIZE: u64 = 16 << 20;
+/// Most guest RAM in bytes: 4 TiB. It keeps every address calculation far from overflow; a host's own limit is lower or
+/// comes later.
+pub const MAX_SIZE: u64 = 4 << 40;
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The host's address space has no room.
     #[error(
-        "cannot reserve {size} bytes of address space for guest memory; ask for less with --memory"
+        "cannot reserve address space for {size} of guest memory; ask for less with --memory, or raise its limit (ulimit -v)"
     )]
     Map {
-        /// Bytes asked for.
-        size: u64,
+        /// Asked for.
+        size: MemorySize,
         /// What the host said.
         #[source]
         source: FromRangesError,
@@ -59,7 +63,10 @@ pub fn end_of_ram(size: u64) -> u64 {
 /// Maps `size` bytes of guest RAM: private, anonymous, and not reserved, so that a guest may be given more than the
 /// host has free and pays for what it touches.
 pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    GuestMemoryMmap::from_ranges(&ranges(size)).map_err(|source| MemoryError::Map { size, source })
+    GuestMemoryMmap::from_ranges(&ranges(size)).map_err(|source| MemoryError::Map {
+        size: MemorySize { bytes: size },
+        source,
+    })
 }
 
 /// Registers every region as a memslot. To be called before any interrupt controller is there: afterwards each call

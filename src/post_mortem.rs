@@ -157,6 +157,7 @@ impl Scene<'_> {
             {
                 "the host could not give the guest a page of its memory: it is out of memory, or a memory limit was hit"
             }
+            Outcome::VcpuFailed(VcpuFailure::Bug) => "minivmm itself: please report it",
             Outcome::VcpuFailed(_) => "this host's KVM; `minivmm doctor` says what it offers",
             _ if self.console_bytes > 0 => "the last lines on the console tell more",
             _ if !listens => {

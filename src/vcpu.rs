@@ -1,6 +1,7 @@
 //! vCPUs: set-up, the run loop, and what each exit means.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -9,7 +10,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::bus::Bus;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::arch::x86_64::{cpuid, msrs, regs};
 use crate::boot::Entry;
@@ -38,7 +39,9 @@ pub enum VcpuError {
         index: u8,
     },
     /// The host could not make a thread.
-    #[error("cannot start a thread for vCPU {index}")]
+    #[error(
+        "cannot start a thread for vCPU {index}; raise the limit on processes (ulimit -u, pids.max)"
+    )]
     Thread {
         /// Which vCPU.
         index: u8,
@@ -70,6 +73,8 @@ pub enum VcpuFailure {
     },
     /// An exit that minivmm does not know.
     UnknownExit(String),
+    /// Its thread panicked.
+    Bug,
 }
 
 impl fmt::Display for VcpuFailure {
@@ -94,6 +99,7 @@ impl fmt::Display for VcpuFailure {
                 )
             }
             Self::UnknownExit(exit) => write!(f, "KVM stopped with an unknown exit: {exit}"),
+            Self::Bug => write!(f, "a vCPU thread panicked, which is a bug in minivmm"),
         }
     }
 }
@@ -268,13 +274,20 @@ impl Vcpu {
         let immediate_exit: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
         #[allow(unsafe_code, reason = "KVM shares this byte with other threads")]
         // SAFETY: the byte lies in the vCPU's shared mapping, which lives as long as `self.fd`: that moves to the
-        // thread, which hands it back through the join handle that `RunningVcpu` keeps beside this reference. An atomic
-        // has the layout of its integer, and the kernel reads the byte only.
+        // thread, which hands it back, even after a panic, through the join handle that `RunningVcpu` keeps beside this
+        // reference. An atomic has the layout of its integer, and the kernel reads the byte only.
         let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
-                self.run(&buses, &control);
+                // Whoever started minivmm may have blocked the signal, and a process inherits that.
+                if let Err(e) = unblock_signal(SIGRTMIN()) {
+                    log::debug!("vCPU {index} cannot be kicked out of a guest that spins: {e:?}");
+                }
+                let ran = catch_unwind(AssertUnwindSafe(|| self.run(&buses, &control)));
+                if ran.is_err() {
+                    control.end_by(Outcome::VcpuFailed(VcpuFailure::Bug), Some(index));
+                }
                 self
             })
             .map_err(|source| VcpuError::Thread { index, source })?;
@@ -358,7 +371,7 @@ impl RunningVcpu {
         }
     }
 
-    /// Waits for the thread and gives the vCPU back; `None` if the thread panicked.
+    /// Waits for the thread and gives the vCPU back.
     pub fn join(self) -> Option<Vcpu> {
         self.thread.join().ok()
     }

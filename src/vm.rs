@@ -58,8 +58,16 @@ pub enum VmError {
         why: String,
     },
     /// KVM is not what it should be.
-    #[error("{KVM_DEVICE} has API version {0}, not {KVM_API_VERSION}")]
+    #[error(
+        "{KVM_DEVICE} has API version {0}, not {KVM_API_VERSION}: it is not KVM's device; make it again (rm {KVM_DEVICE}; \
+         mknod {KVM_DEVICE} c 10 232)"
+    )]
     ApiVersion(i32),
+    /// Another hypervisor has the processor.
+    #[error(
+        "KVM refused to create a VM: another hypervisor (VirtualBox, VMware) holds the processor's virtualization; stop it"
+    )]
+    Busy,
     /// KVM refused a step of the set-up.
     #[error("KVM refused to {step}")]
     Kvm {
@@ -175,11 +183,12 @@ struct Vm {
     // Dropped in this order: KVM's view of the memory goes before the memory.
     fd: Arc<VmFd>,
     kvm: Kvm,
+    /// The CPUID that this host's KVM can give a guest.
+    supported: CpuId,
     mem: GuestMemoryMmap,
     kernel: LoadedKernel,
     cmdline: String,
     cpus: u8,
-    memory: MemorySize,
 }
 
 impl Vm {
@@ -211,6 +220,11 @@ impl Vm {
                 max,
             });
         }
+        // Before the memslots, where KVM would refuse the address with an error number alone.
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused("tell the CPUID that it supports"))?;
+        check_address_bits(config.memory, &supported)?;
         let fd = create_vm(&kvm)?;
         // Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
         memory::register(&fd, &mem)?;
@@ -219,11 +233,11 @@ impl Vm {
         Ok(Self {
             fd: Arc::new(fd),
             kvm,
+            supported,
             mem,
             kernel,
             cmdline,
             cpus: config.cpus,
-            memory: config.memory,
         })
     }
 
@@ -234,16 +248,18 @@ impl Vm {
             "split the interrupt controller (KVM_CAP_SPLIT_IRQCHIP)",
         ))?;
 
-        let supported = self
-            .kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(refused("tell the CPUID that it supports"))?;
-        check_address_bits(&self, &supported)?;
         let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
         let vcpus = (0..self.cpus)
             .map(|index| {
                 let entry = (index == 0).then_some(self.kernel.entry);
-                Vcpu::new(&self.fd, index, self.cpus, &supported, tsc_deadline, entry)
+                Vcpu::new(
+                    &self.fd,
+                    index,
+                    self.cpus,
+                    &self.supported,
+                    tsc_deadline,
+                    entry,
+                )
             })
             .collect::<Result<Vec<_>, _>>()?;
 
@@ -400,25 +416,22 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
     loop {
         match kvm.create_vm() {
             Err(e) if e.errno() == libc::EINTR => {}
+            Err(e) if e.errno() == libc::EBUSY => return Err(VmError::Busy),
             result => return result.map_err(refused("create a VM")),
         }
     }
 }
 
 /// CPUID leaf 0x80000008 EAX, bits 0-7: physical address bits.
-fn check_address_bits(vm: &Vm, supported: &CpuId) -> Result<(), VmError> {
+fn check_address_bits(asked: MemorySize, supported: &CpuId) -> Result<(), VmError> {
     let leaf = supported
         .as_slice()
         .iter()
         .find(|e| e.function == 0x8000_0008);
     let bits = leaf.map_or(36, |e| e.eax as u8);
-    let end = memory::end_of_ram(vm.memory.bytes);
+    let end = memory::end_of_ram(asked.bytes);
     if bits < 64 && end > 1 << bits {
-        return Err(VmError::TooMuchMemory {
-            asked: vm.memory,
-            end,
-            bits,
-        });
+        return Err(VmError::TooMuchMemory { asked, end, bits });
     }
     Ok(())
 }

@@ -4,9 +4,12 @@ mod common;
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::SigSet;
 
 use common::{PATIENCE, boot_tiny, minivmm, run, run_with_input, signal, tiny, wait};
 
@@ -101,8 +104,64 @@ fn restart_boots_again_in_the_same_process() {
 }
 
 #[test]
+fn restarts_leave_nothing_behind() {
+    let args = ["--on-reboot", "restart", "--deadline", "3s", "--cpus", "2"];
+    let child = boot_tiny("ends", "r", &args).spawn().unwrap();
+    let most = |what: &str| {
+        let dir = format!("/proc/{}/{what}", child.id());
+        let end = Instant::now() + Duration::from_millis(500);
+        let mut most = 0;
+        while Instant::now() < end {
+            most = most.max(fs::read_dir(&dir).unwrap().count());
+        }
+        most
+    };
+    let early = (most("fd"), most("task"));
+    thread::sleep(Duration::from_millis(500));
+    let late = (most("fd"), most("task"));
+    assert!(
+        late.0 <= early.0.max(20) && late.1 <= early.1.max(5),
+        "{early:?} {late:?}"
+    );
+    assert_eq!(wait(child, PATIENCE).status.code(), Some(124));
+}
+
+#[test]
 fn every_port_and_hole_may_be_touched() {
     run(&mut boot_tiny("holes", "", &[])).assert_code(0);
+}
+
+#[test]
+fn what_no_kernel_would_do_is_survived() {
+    for (cmdline, statuses) in [
+        // outl to the exit port.
+        ("w", 7..=7),
+        // SMI, ExtINT and reserved delivery modes; a level-triggered interrupt arrives all the same.
+        ("i", 0x42..=0x42),
+        // Over its own ACPI tables and page tables.
+        ("o", 139..=139),
+        // MSRs: the number of faults from one that does not exist, fewer where the host's KVM ignores those.
+        ("m", 0..=2),
+        // Two processors flood the boot marks and end at once.
+        ("2", 7..=7),
+    ] {
+        let args = ["--cpus", "2", "--deadline", "20s"];
+        let ended = run(&mut boot_tiny("abuse", cmdline, &args));
+        assert!(
+            statuses.contains(&ended.code()),
+            "{cmdline}: {} {}",
+            ended.code(),
+            ended.stderr
+        );
+    }
+}
+
+#[test]
+fn one_string_instruction_may_be_longer_than_a_page() {
+    let ended = run(&mut boot_tiny("abuse", "s", &[]));
+    ended.assert_code(0);
+    assert!(ended.stdout.iter().all(|byte| *byte == b'x'));
+    assert_eq!(ended.stdout.len(), 10_000);
 }
 
 #[test]
@@ -210,6 +269,85 @@ fn a_reader_that_stalls_holds_neither_memory_nor_a_signal() {
 }
 
 #[test]
+fn signals_that_were_blocked_before_the_start_hold_nothing_up() {
+    // On a thread of its own: a child inherits the mask of the thread that makes it.
+    thread::spawn(|| {
+        SigSet::all().thread_block().unwrap();
+        let child = boot_tiny("ends", "h", &["--deadline", "300ms", "--cpus", "2"])
+            .spawn()
+            .unwrap();
+        assert_eq!(wait(child, PATIENCE).status.code(), Some(124));
+    })
+    .join()
+    .unwrap();
+}
+
+/// minivmm behind a shell's words, such as `ulimit -f 1;`.
+fn shell(before: &str, cmdline: &str, guest: &str, args: &str) -> std::process::Command {
+    let mut command = std::process::Command::new("sh");
+    let minivmm = env!("CARGO_BIN_EXE_minivmm");
+    let guest = tiny(guest);
+    command
+        .arg("-c")
+        .arg(format!(
+            "{before} exec {minivmm} --memory 16M --cmdline '{cmdline}' {args} --kernel {}",
+            guest.display()
+        ))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn nohup_is_respected() {
+    let child = shell("trap '' HUP;", "s", "ends", "--deadline 1s")
+        .spawn()
+        .unwrap();
+    thread::sleep(Duration::from_millis(300));
+    signal(&child, "HUP");
+    assert_eq!(wait(child, PATIENCE).status.code(), Some(124));
+}
+
+#[test]
+fn limits_are_no_signal_deaths() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("console");
+    let serial = format!("--serial file={} --deadline 2s", file.display());
+    let ended = run(&mut shell("ulimit -f 1;", "", "flood", &serial));
+    ended.assert_code(124);
+    assert!(ended.stderr.contains("discarded"), "{}", ended.stderr);
+    for (limit, fragment) in [
+        ("ulimit -n 4;", "Too many open files"),
+        ("ulimit -n 10;", "Too many open files"),
+        ("ulimit -v 15000;", "ulimit -v"),
+    ] {
+        let ended = run(&mut shell(limit, "", "hello", ""));
+        ended.assert_code(125);
+        assert!(ended.stderr.contains(fragment), "{limit} {}", ended.stderr);
+    }
+    // The warning of a CPU limit; the kernel's kill would come with the hard limit.
+    let ended = run(&mut shell("ulimit -St 1;", "s", "ends", "--deadline 60s"));
+    ended.assert_code(128 + 24);
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_nothing_up() {
+    let start = Instant::now();
+    let mut child = boot_tiny("abuse", "b", &["-v", "--deadline", "1s"])
+        .spawn()
+        .unwrap();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > Duration::from_secs(20) {
+            _ = child.kill();
+            panic!("minivmm waits for its log's reader");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(124));
+}
+
+#[test]
 fn closed_standard_streams_do_no_harm() {
     let script = format!(
         "exec {} --memory 16M --cmdline p --kernel {} <&- >&- 2>&-",
@@ -239,6 +377,27 @@ fn the_console_goes_to_a_file_or_nowhere() {
     assert_eq!(ended.out(), "");
     run(&mut boot_tiny("hello", "", &["--serial", "file=/"])).assert_code(125);
     run(&mut boot_tiny("hello", "", &["--serial", "file=/dev/full"])).assert_code(0);
+}
+
+#[test]
+fn a_fifo_is_a_console_once_it_has_a_reader() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&path).status();
+    assert!(made.unwrap().success());
+    let serial = format!("file={}", path.display());
+    let ended = run(&mut boot_tiny("hello", "", &["--serial", &serial]));
+    ended.assert_code(125);
+    assert!(ended.stderr.contains("reader first"), "{}", ended.stderr);
+    let reader = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&path)
+        .unwrap();
+    run(&mut boot_tiny("hello", "", &["--serial", &serial])).assert_code(0);
+    let mut text = String::new();
+    { reader }.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "!");
 }
 
 #[test]

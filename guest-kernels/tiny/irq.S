@@ -6,21 +6,7 @@
 .globl _start
 _start:
     lea  stack_top(%rip), %rsp
-    # The IDT is made at run time: a gate's address comes in three pieces.
-    lea  handler(%rip), %rax
-    lea  idt + VECTOR * 16(%rip), %rdi
-    mov  %ax, (%rdi)
-    mov  %cs, %cx
-    mov  %cx, 2(%rdi)
-    movw $0x8e00, 4(%rdi)
-    shr  $16, %rax
-    mov  %ax, 6(%rdi)
-    shr  $16, %rax
-    mov  %eax, 8(%rdi)
-    lea  idt(%rip), %rax
-    mov  %rax, idtr + 2(%rip)
-    lidt idtr(%rip)
-
+    set_gate VECTOR, handler
     mov  $LAPIC, %edi
     movl $0x1ff, 0xf0(%rdi)     # spurious vector 0xff, APIC on
     mov  $IOAPIC, %edi
@@ -37,12 +23,6 @@ handler:
     mov  $VECTOR, %al
     exit_al
 
-    .align 16
-idtr:
-    .word 4095
-    .quad 0
-    .align 16
-idt:
-    .fill 4096
+    idt_space
     .fill 512
 stack_top:

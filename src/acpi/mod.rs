@@ -99,6 +99,7 @@ fn fadt(dsdt_address: u64) -> Vec<u8> {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt_address)
         .preferred_pm_profile(PmProfile::Unspecified)
+        .flag(Flags::Wbinvd)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         // Without this a kernel looks for fixed-hardware buttons.

@@ -93,7 +93,7 @@ impl Console {
                 )
             }
             SerialMode::File(path) => {
-                let file = File::create(path).map_err(|source| ConsoleError::File {
+                let file = create(path).map_err(|source| ConsoleError::File {
                     path: path.clone(),
                     source,
                 })?;
@@ -168,4 +168,20 @@ impl Console {
     pub fn finish(&self, give_up: &dyn Fn() -> bool) {
         self.0.shared.finish(give_up);
     }
+}
+
+/// Creates or empties the file for the output. It does not wait for a FIFO's reader: signals are blocked by now, so that
+/// nothing but SIGKILL would end the wait.
+fn create(path: &std::path::Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::ENXIO) => io::Error::other("nobody reads this FIFO; start its reader first"),
+            _ => error,
+        })
 }

@@ -89,15 +89,18 @@ pub fn check_host() -> Vec<Check> {
     checks
 }
 
-/// Whether this host's KVM is PVM or another one in software: it runs guests that are made for it, and no stock kernels.
+/// Whether this host's KVM, which works, is PVM or another one in software: it runs guests that are made for it, and no
+/// stock kernels.
 pub fn host_is_pvm() -> bool {
-    is_pvm(&read_cpu(), read_modules()) && Kvm::new().is_ok()
+    is_pvm(&read_cpu(), read_modules())
 }
 
 /// KVM that works on a processor without hardware virtualization is made of software. Where the processor has it, the
 /// module counts only if it is alone: one of the hardware modules takes precedence when both are there.
 fn is_pvm(cpu: &Cpu, modules: Modules) -> bool {
-    !cpu.virtualization || (modules.pvm && !modules.intel && !modules.amd)
+    // Without /proc there is no model, and no saying.
+    let software = !cpu.virtualization && !cpu.model.is_empty();
+    software || (modules.pvm && !modules.intel && !modules.amd)
 }
 
 fn read_cpu() -> Cpu {
@@ -436,6 +439,7 @@ mod tests {
             assert!(fails[0].mend.as_ref().unwrap().contains("tests/lab/run"));
         }
         assert!(!is_pvm(&cpu(true, false), Modules { pvm: true, ..INTEL }));
+        assert!(!is_pvm(&Cpu::default(), INTEL), "/proc is not mounted");
     }
 
     #[test]

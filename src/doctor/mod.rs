@@ -99,13 +99,7 @@ impl Check {
 
     /// A file that cannot be loaded. The messages of [`crate::boot::BootError`] carry their mends.
     fn unusable(subject: &str, error: &dyn std::error::Error) -> Self {
-        let mut found = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            found.push_str(": ");
-            found.push_str(&cause.to_string());
-            source = cause.source();
-        }
+        let found = crate::error_chain(error);
         match found.split_once("; ") {
             Some((found, mend)) => Check::fail(subject, found).mend(mend),
             None => Check::fail(subject, found),

@@ -1,6 +1,6 @@
 //! Two ports of minivmm's own, one byte each: the guest's exit status and its boot marks.
 //!
-//! A wider access counts as its first byte: `outl` of a status must not report four events.
+//! A wider access counts as its first byte: `outl` of a status reports one event, not four.
 
 use crate::bus::BusDevice;
 use crate::event::{EventSink, GuestEvent};

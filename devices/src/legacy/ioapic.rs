@@ -1,7 +1,8 @@
 //! The I/O APIC's register model (Intel 82093AA data sheet, § 3).
 //!
 //! It only translates: a redirection entry that the guest writes becomes an MSI route, and interrupts go straight from a
-//! device's wire to the processor by that route. See [`MsiRouter`].
+//! device's wire to the processor by that route. See [`MsiRouter`]. Each wire sends edges, never a level that could still
+//! be high, so no entry ever has its remote IRR set and there is nothing to do at the end of an interrupt.
 
 use crate::bus::BusDevice;
 
@@ -109,14 +110,6 @@ impl Ioapic {
             },
             router,
         }
-    }
-
-    /// A processor has finished the interrupt `vector`.
-    ///
-    /// Nothing is left to do: each wire sends edges, never a level that could still be high, so no entry ever has its
-    /// remote IRR set and there is nothing to send again. Level-triggered entries are delivered as one message a pulse.
-    pub fn end_of_interrupt(&mut self, vector: u8) {
-        log::trace!("end of interrupt {vector:#x}");
     }
 
     fn read_register(&self) -> u32 {
@@ -270,8 +263,6 @@ mod tests {
             data: 0xc142,
         });
         assert_eq!(routes.lock().unwrap().last(), Some(&(4, msi)));
-        assert_eq!(routes.lock().unwrap().len(), 3);
-        dev.end_of_interrupt(0x42);
         assert_eq!(routes.lock().unwrap().len(), 3);
     }
 

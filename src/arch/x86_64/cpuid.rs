@@ -21,8 +21,13 @@ pub fn vcpu_cpuid(supported: &CpuId, index: u8, cpus: u8, tsc_deadline: bool) ->
 
     let mut cpuid = supported.clone();
     let has_leaf_b = supported.as_slice().iter().any(|e| e.function == 0xb);
-    // Leaves 0xb and 0x1f are built anew: their subleaves describe the host.
-    cpuid.retain(|e| !matches!(e.function, 0xb | 0x1f));
+    let amd = supported
+        .as_slice()
+        .iter()
+        .any(|e| e.function == 0 && matches!(&e.ebx.to_le_bytes(), b"Auth" | b"Hygo"));
+    // The extended topology describes the host: leaf 0xb is built anew, its successors (0x1f of Intel, 0x80000026 of AMD),
+    // which a kernel would ask first, are left out.
+    cpuid.retain(|e| !matches!(e.function, 0xb | 0x1f | 0x8000_0026));
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => {
@@ -50,8 +55,8 @@ pub fn vcpu_cpuid(supported: &CpuId, index: u8, cpus: u8, tsc_deadline: bool) ->
                     | (count.next_power_of_two() - 1).min(63) << 26;
             }
             6 => entry.eax |= ARAT,
-            // AMD: cores in the package and the width of the core ID (APM vol. 3, CPUID Fn8000_0008).
-            0x8000_0008 => entry.ecx = id_bits << 12 | (count - 1),
+            // AMD: cores in the package and the width of the core ID (APM vol. 3, CPUID Fn8000_0008); reserved by Intel.
+            0x8000_0008 if amd => entry.ecx = id_bits << 12 | (count - 1),
             // AMD: cache sharing, as above (Fn8000_001D).
             0x8000_001d if entry.eax & 0x1f != 0 => {
                 let level = entry.eax >> 5 & 0x7;
@@ -110,7 +115,12 @@ mod tests {
 
     #[test]
     fn topology_is_that_of_the_vm() {
+        let vendor = u32::from_le_bytes(*b"Auth");
         let host = CpuId::from_entries(&[
+            kvm_cpuid_entry2 {
+                ebx: vendor,
+                ..entry(0, 0, 0)
+            },
             entry(1, 0, 0),
             entry(4, 0, 1 << 5 | 1 | 0x3f << 26),
             entry(4, 3, 3 << 5 | 3 | 0xfff << 14),
@@ -118,6 +128,7 @@ mod tests {
             entry(0xb, 1, 7),
             entry(0x1f, 0, 7),
             entry(0x8000_0008, 0, 0),
+            entry(0x8000_0026, 0, 7),
         ])
         .unwrap();
         let guest = vcpu_cpuid(&host, 2, 3, true);
@@ -141,7 +152,12 @@ mod tests {
         assert_eq!(find(&guest, 0xb, 1).ebx, 3);
         assert_eq!(find(&guest, 0xb, 1).eax, 2);
         assert_eq!(find(&guest, 0xb, 0).edx, 2);
-        assert!(guest.as_slice().iter().all(|e| e.function != 0x1f));
+        assert!(
+            guest
+                .as_slice()
+                .iter()
+                .all(|e| !matches!(e.function, 0x1f | 0x8000_0026))
+        );
         assert_eq!(find(&guest, 0x8000_0008, 0).ecx, 2 << 12 | 2);
     }
 

@@ -46,11 +46,10 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 pub const MMIO_GAP_START: u64 = 0xc000_0000;
 /// I/O APIC registers (SDM vol. 3 § 11.4.1 has the local APIC at 1 MiB behind it).
 pub const IOAPIC_START: u64 = 0xfec0_0000;
-/// Size of the I/O APIC's register window in bytes.
-pub const IOAPIC_SIZE: u64 = 0x1000;
 /// Local APIC registers, emulated by KVM.
 pub const LAPIC_START: u64 = 0xfee0_0000;
-/// KVM's scratch pages on Intel hosts: three for the TSS, one for the identity map, out of the guest's sight.
+/// KVM's scratch pages on Intel hosts: three for the TSS, and right below them, where KVM puts it by itself, one for the
+/// identity map.
 pub const KVM_TSS_START: u64 = 0xfffb_d000;
 /// End of the MMIO gap: RAM goes on at 4 GiB.
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
@@ -70,5 +69,3 @@ pub const ACPI_POWER_PORT: u16 = 0x600;
 
 /// GSI of COM1, as on a PC.
 pub const COM1_GSI: u32 = 4;
-/// Pins of the I/O APIC.
-pub const IOAPIC_PINS: u32 = 24;

@@ -1,8 +1,9 @@
 //! The MP table (Intel MultiProcessor Specification 1.4), for kernels built or booted without ACPI.
 
+use minivmm_devices::legacy::ioapic;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use super::layout::{IOAPIC_PINS, IOAPIC_START, LAPIC_START, MPTABLE_START};
+use super::layout::{IOAPIC_START, LAPIC_START, MPTABLE_START};
 
 /// Version that local and I/O APIC report: an integrated APIC.
 const APIC_VERSION: u8 = 0x14;
@@ -55,7 +56,7 @@ fn config_table(cpus: u8) -> Vec<u8> {
     ioapic[4..].copy_from_slice(&(IOAPIC_START as u32).to_le_bytes());
     add(&ioapic);
 
-    for pin in 0..IOAPIC_PINS as u8 {
+    for pin in 0..ioapic::PINS as u8 {
         // Type INT, polarity and trigger as the bus has them.
         add(&[IO_INTERRUPT, 0, 0, 0, ISA_BUS, pin, cpus, pin]);
     }

@@ -1,0 +1,239 @@
+//! The mistakes that people make most: each gets one clear message with the mend, and its status.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::{Ended, boot_tiny, minivmm, run, tiny};
+
+/// The least that is a bzImage: a setup header of protocol 2.15, and code that halts.
+fn bzimage() -> Vec<u8> {
+    let mut image = vec![0; 3 * 512];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[2]); // setup_sects
+    put(0x1f4, &(0x1000u32 / 16).to_le_bytes()); // syssize
+    put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
+    put(0x202, b"HdrS\x0f\x02");
+    put(0x211, &[1]); // loadflags: LOADED_HIGH
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes()); // initrd_addr_max
+    put(0x230, &0x20_0000u32.to_le_bytes()); // kernel_alignment
+    put(0x236, &[1]); // xloadflags: XLF_KERNEL_64
+    put(0x238, &2047u32.to_le_bytes()); // cmdline_size
+    put(0x258, &0x100_0000u64.to_le_bytes()); // pref_address
+    put(0x260, &0x200_0000u32.to_le_bytes()); // init_size
+    image.resize(3 * 512 + 0x1000, 0xf4);
+    image
+}
+
+/// hello with one of its bytes changed.
+fn elf_with(at: usize, value: u8) -> Vec<u8> {
+    let mut elf = fs::read(tiny("hello")).unwrap();
+    elf[at] = value;
+    elf
+}
+
+/// minivmm given these bytes as the file named `name`, as its kernel, with `args`.
+fn kernel(name: &str, bytes: &[u8], args: &[&str]) -> Ended {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(name);
+    fs::write(&path, bytes).unwrap();
+    let mut command = minivmm(&["--kernel", path.to_str().unwrap()]);
+    run(command.args(args))
+}
+
+/// Status 125, and one line with all of these in it.
+#[track_caller]
+fn says(ended: &Ended, fragments: &[&str]) {
+    ended.assert_code(125);
+    assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+    for fragment in fragments {
+        assert!(
+            ended.stderr.contains(fragment),
+            "no {fragment:?} in {}",
+            ended.stderr
+        );
+    }
+    let causes = ended.stderr.matches("os error").count();
+    assert!(causes <= 1, "a cause is repeated: {}", ended.stderr);
+}
+
+/// A file system of one's own at /dev, in which `make_kvm` prepares /dev/kvm. `None` where this host does not let us.
+fn with_dev(make_kvm: &str) -> Option<Ended> {
+    let script = format!("mount -t tmpfs none /dev || exit 77; {make_kvm} exec \"$@\"");
+    let mut command = Command::new("unshare");
+    command
+        .args(["--map-root-user", "--mount", "sh", "-c", &script, "sh"])
+        .arg(env!("CARGO_BIN_EXE_minivmm"))
+        .arg("--kernel")
+        .arg(tiny("hello"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let ended = run(&mut command);
+    if matches!(ended.code(), 1 | 77 | 127) {
+        eprintln!("skipped, no mount namespace here: {}", ended.stderr);
+        return None;
+    }
+    Some(ended)
+}
+
+#[test]
+fn no_dev_kvm() {
+    if let Some(ended) = with_dev("") {
+        says(&ended, &["/dev/kvm", "not there", "modprobe kvm_intel"]);
+    }
+}
+
+#[test]
+fn a_dev_kvm_that_is_none() {
+    if let Some(ended) = with_dev("touch /dev/kvm;") {
+        says(&ended, &["/dev/kvm", "mknod /dev/kvm c 10 232"]);
+    }
+}
+
+#[test]
+fn no_permission() {
+    // Copied to where everybody may look.
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let copy = |from: &Path, name: &str| {
+        let to = dir.path().join(name);
+        fs::copy(from, &to).unwrap();
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
+        to
+    };
+    let minivmm = copy(Path::new(env!("CARGO_BIN_EXE_minivmm")), "minivmm");
+    let guest = copy(&tiny("hello"), "hello");
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+        .arg(minivmm)
+        .arg("--kernel")
+        .arg(guest)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let ended = run(&mut command);
+    if ended.stderr.starts_with("setpriv:") || ended.code() == 0 {
+        eprintln!("skipped, not root, or KVM is open to all: {}", ended.stderr);
+        return;
+    }
+    says(&ended, &["/dev/kvm", "permission denied", "group"]);
+}
+
+#[test]
+fn not_a_kernel() {
+    let ended = kernel("notes.txt", b"dear diary", &[]);
+    says(&ended, &["notes.txt", "not a kernel", "bzImage (vmlinuz)"]);
+}
+
+#[test]
+fn a_kernel_for_another_machine() {
+    // e_machine.
+    says(&kernel("k", &elf_with(18, 183), &[]), &["ARM64", "amd64"]);
+    says(
+        &kernel("k", &elf_with(18, 40), &[]),
+        &["ARM (32-bit)", "amd64"],
+    );
+    let mut arm_image = vec![0; 4096];
+    arm_image[0x38..0x3c].copy_from_slice(b"ARM\x64");
+    says(&kernel("Image", &arm_image, &[]), &["ARM64", "amd64"]);
+    let mut old = bzimage();
+    old[0x236] = 0;
+    says(
+        &kernel("vmlinuz", &old, &[]),
+        &["32-bit", "give a 64-bit one"],
+    );
+}
+
+#[test]
+fn a_truncated_kernel() {
+    let image = bzimage();
+    for cut in [0x210, 600, image.len() - 1] {
+        let ended = kernel("vmlinuz", &image[..cut], &[]);
+        says(&ended, &["truncated", &format!("{cut} bytes"), "again"]);
+    }
+    let elf = fs::read(tiny("hello")).unwrap();
+    says(&kernel("vmlinux", &elf[..70], &[]), &["truncated", "again"]);
+    says(&kernel("vmlinux", b"", &[]), &["empty"]);
+}
+
+#[test]
+fn no_such_file() {
+    let ended = run(&mut minivmm(&["--kernel", "/no/where"]));
+    says(&ended, &["no kernel at /no/where"]);
+    let ended = run(&mut boot_tiny("hello", "", &["--initrd", "/no/where"]));
+    says(&ended, &["no initrd at /no/where"]);
+}
+
+#[test]
+fn an_initrd_too_big() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(20 << 20).unwrap();
+    let initrd = file.path().to_str().unwrap();
+    let ended = run(&mut boot_tiny("hello", "", &["--initrd", initrd]));
+    says(&ended, &["initrd", "20971520 bytes", "--memory "]);
+    // No memory would do.
+    file.as_file().set_len(1 << 40).unwrap();
+    let ended = run(&mut boot_tiny("hello", "", &["--initrd", initrd]));
+    says(&ended, &["make the initrd smaller"]);
+}
+
+#[test]
+fn too_little_memory() {
+    let ended = kernel("vmlinuz", &bzimage(), &["--memory", "32M"]);
+    says(&ended, &["memory too small", "48 MiB", "--memory 48M"]);
+}
+
+#[test]
+fn a_directory_for_a_file() {
+    says(
+        &run(&mut minivmm(&["--kernel", "/"])),
+        &["directory", "kernel file itself"],
+    );
+    let ended = run(&mut boot_tiny("hello", "", &["--initrd", "/"]));
+    says(&ended, &["directory", "initrd file itself"]);
+    says(&run(&mut minivmm(&["--config", "/"])), &["directory"]);
+}
+
+#[test]
+fn a_compressed_vmlinux() {
+    let ended = kernel("vmlinux.gz", b"\x1f\x8b\x08\0\0\0\0\0", &[]);
+    says(&ended, &["compressed with gzip", "gzip -dc", "> vmlinux"]);
+}
+
+#[test]
+fn a_kvm_that_runs_no_stock_kernel() {
+    let ended = kernel("vmlinuz", &bzimage(), &["--deadline", "1s"]);
+    if ended.code() == 124 {
+        eprintln!("skipped: this KVM runs stock kernels");
+        return;
+    }
+    says(&ended, &["PVM", "tests/lab/run", "minivmm doctor"]);
+}
+
+#[test]
+fn a_wrong_command_line() {
+    for (args, fragment) in [
+        (&["--kernel", "k", "--cpus", "65"][..], "1..=64"),
+        (&["--kernel", "k", "--memory", "512"], "512M"),
+        (&["--kernel", "k", "--memory", "4M"], "16M to 4T"),
+        (&["--kernel", "k", "--memory", "5T"], "16M to 4T"),
+        (&["--kernel", "k", "--memory", "lots"], "512M or 2G"),
+        (&["--kernel", "k", "--deadline", "10"], "10s"),
+        (&["--kernel", "k", "--serial", "tty"], "file=PATH"),
+        (&["--kernel", "k", "--colour", "red"], "--help"),
+        (&[], "--kernel FILE"),
+    ] {
+        let ended = run(&mut minivmm(args));
+        ended.assert_code(2);
+        assert!(
+            ended.stderr.contains(fragment),
+            "{args:?}: {}",
+            ended.stderr
+        );
+    }
+}
