@@ -159,7 +159,7 @@ mod tests {
         std::fs::write(&file, r#"{"kernel": "k", "cpus": 4, "memory": "1G"}"#).unwrap();
         let path = file.path().to_str().unwrap();
         let cli = Cli::parse_from([
-            "minivmm", "--config", path, "--memory", "2G", "--append", "-- sh",
+            "minivmm", "--config", path, "--memory", "2G", "--append", "a", "--append", "-- sh",
         ]);
         let config = cli.vm.into_config().unwrap();
         assert_eq!((config.cpus, config.memory.bytes), (4, 2 << 30));
