@@ -29,7 +29,7 @@ use thiserror::Error;
 
 pub use input::{ConsoleInput, InputOutcome};
 pub use mode::{SerialMode, SerialModeError};
-pub use terminal::{RawTerminal, is_raw, reenter_raw, restore_terminal};
+pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
 use output::{Destination, Shared, Sink};
 use transcript::Transcript;
