@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use minivmm_devices::legacy::serial::Serial;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -33,13 +33,15 @@ pub struct Signals(SignalFd);
 impl Signals {
     /// Blocks the signals in this thread and all that it starts, and takes them from a file descriptor instead. To be
     /// called before any other thread is there.
+    ///
+    /// What the parent has had ignored stays so: nohup does that to SIGHUP, a shell to its background's SIGINT.
     pub fn block() -> io::Result<Self> {
-        let mut set: SigSet = STOP_SIGNALS.into_iter().collect();
+        let mut set: SigSet = STOP_SIGNALS
+            .into_iter()
+            .chain([Signal::SIGTSTP])
+            .filter(|signal| !is_ignored(*signal))
+            .collect();
         set.add(Signal::SIGCONT);
-        // Started by nohup: a signal that is ignored would come through a descriptor all the same.
-        if is_ignored(Signal::SIGHUP) {
-            set.remove(Signal::SIGHUP);
-        }
         set.thread_block()?;
         // A file size limit (ulimit -f) that the console's file reaches is a failed write, not an end.
         SigSet::from(Signal::SIGXFSZ).thread_block()?;
@@ -49,11 +51,16 @@ impl Signals {
         )?))
     }
 
-    /// The next signal that asks minivmm to stop, if one has come. Resumption after a stop takes the terminal back.
+    /// The next signal that asks minivmm to end, if one has come. The terminal is lent to the shell for the time that
+    /// minivmm is stopped.
     pub fn stop_requested(&self) -> Option<i32> {
         while let Ok(Some(info)) = self.0.read_signal() {
             match info.ssi_signo as i32 {
                 libc::SIGCONT => console::reenter_raw(),
+                libc::SIGTSTP => {
+                    console::lend_terminal();
+                    stop_self();
+                }
                 signal => return Some(signal),
             }
         }
@@ -61,18 +68,30 @@ impl Signals {
     }
 }
 
+/// Does what SIGTSTP does by default: stops the process, unless nobody is there to have it go on (POSIX calls its process
+/// group orphaned).
+fn stop_self() {
+    let stop = SigSet::from(Signal::SIGTSTP);
+    let stopped = raise(Signal::SIGTSTP)
+        .and_then(|()| stop.thread_unblock())
+        .and_then(|()| stop.thread_block());
+    if let Err(e) = stopped {
+        log::warn!("cannot stop at SIGTSTP: {e}");
+    }
+    // It may not have stopped, and then no SIGCONT comes.
+    console::reenter_raw();
+}
+
 #[allow(
     unsafe_code,
-    reason = "no safe interface tells how a signal is handled"
+    reason = "no safe interface reads what is done about a signal"
 )]
 fn is_ignored(signal: Signal) -> bool {
-    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: without a new action, sigaction only writes the current one to `action`, which is ours.
-    if unsafe { libc::sigaction(signal as i32, std::ptr::null(), action.as_mut_ptr()) } != 0 {
-        return false;
-    }
-    // SAFETY: the call succeeded, so it has written `action`.
-    unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+    // SAFETY: an all-zero sigaction is a valid value.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: with a null new action, sigaction only writes the current one to `action`, which is ours.
+    let result = unsafe { libc::sigaction(signal as i32, std::ptr::null(), &mut action) };
+    result == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
 /// What the event loop waits for.

@@ -1,7 +1,7 @@
 //! The command line of minivmm: parse, start the log, run, print the error chain, return the exit status.
 
 use std::error::Error;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::exit;
 use std::time::Instant;
 
@@ -61,24 +61,33 @@ fn run_doctor(args: &DoctorArgs) -> u8 {
     }
 }
 
-/// minivmm's words go to stderr; a raw terminal needs the carriage return.
+/// minivmm's words go to stderr; where that is a raw terminal, a line needs the carriage return.
 fn start_log(args: &LogArgs) {
+    let on_terminal = std::io::stderr().is_terminal();
     let level = match (args.quiet, args.verbose) {
         (true, _) => log::LevelFilter::Off,
         (_, 0) => log::LevelFilter::Warn,
         (_, 1) => log::LevelFilter::Info,
         _ => log::LevelFilter::Debug,
     };
-    env_logger::Builder::new()
-        .filter_level(level)
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level);
+    if !args.quiet {
+        builder.filter_module(vm::NOTICE, level.max(log::LevelFilter::Info));
+    }
+    builder
         .target(env_logger::Target::Pipe(Box::new(PatientStderr)))
-        .format(|out, record| {
+        .format(move |out, record| {
             let level = match record.level() {
                 log::Level::Error => "error: ",
                 log::Level::Warn => "warning: ",
                 _ => "",
             };
-            let end = if console::is_raw() { "\r\n" } else { "\n" };
+            let end = if on_terminal && console::is_raw() {
+                "\r\n"
+            } else {
+                "\n"
+            };
             let message = record.args().to_string().replace('\n', end);
             write!(out, "minivmm: {level}{message}{end}")
         })

@@ -15,7 +15,7 @@ use crate::acpi;
 use crate::arch::x86_64::{layout, mptable, regs};
 use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{ConfigError, MemorySize, OnReboot, VmConfig};
-use crate::console::{Console, ConsoleError, ConsoleInput, RawTerminal, SerialMode};
+use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal, SerialMode};
 use crate::device_manager::DeviceManager;
 use crate::doctor;
 use crate::event_loop::{EventLoop, Signals};
@@ -25,13 +25,20 @@ use crate::memory::{self, MemoryError};
 use crate::post_mortem::{self, Scene};
 use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError};
 
+/// The log's target for what the user has to know to go on, which is no warning.
+pub const NOTICE: &str = "minivmm::notice";
+
 const KVM_DEVICE: &str = "/dev/kvm";
 
 /// The API version that KVM has had since Linux 2.6.22.
 const KVM_API_VERSION: i32 = 12;
 
-/// How long a VM that was stopped from outside waits for the reader of its last output.
-const STOPPED_FLUSH: Duration = Duration::from_millis(100);
+/// How long the reader of the last output may take before it is somebody's business: a VM that was stopped from outside
+/// waits no longer.
+const FLUSH: Duration = Duration::from_millis(100);
+
+/// How loud, and what it says.
+type PostMortem = (log::Level, String);
 
 /// Why a VM could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -147,18 +154,21 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
     let mut vm = Vm::prepare(config)?;
     let (console, mut input) = Console::open(&config.serial)?;
-    let _terminal = match config.serial {
+    let terminal = match config.serial {
         SerialMode::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
         _ => None,
     };
     if let Some(path) = console.pty_path() {
-        log::warn!("the serial console is {}", path.display());
+        log::info!(target: NOTICE, "the serial console is {}", path.display());
     }
-    let outcome = loop {
+    let (outcome, post_mortem) = loop {
         console.start_of_vm();
-        let outcome = vm.boot(&console)?.run(&signals, &mut input, deadline)?;
+        let (outcome, post_mortem) = vm.boot(&console)?.run(&signals, &mut input, deadline)?;
         if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
-            break outcome;
+            break (outcome, post_mortem);
+        }
+        if let Some((level, text)) = post_mortem {
+            log::log!(level, "{text}");
         }
         log::info!("the guest reset the machine: booting again");
         vm = Vm::prepare(config)?;
@@ -169,12 +179,22 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
         outcome,
         Outcome::Signal(_) | Outcome::Quit | Outcome::Deadline
     );
-    let limit = Instant::now() + STOPPED_FLUSH;
+    let limit = Instant::now() + FLUSH;
     console.finish(&|| {
+        let late = Instant::now() > limit;
+        if late {
+            // Keys go nowhere any more; cooked, Ctrl-C at least is a signal.
+            console::restore_terminal();
+        }
         signals.stop_requested().is_some()
-            || (stopped && Instant::now() > limit)
+            || (stopped && late)
             || deadline.is_some_and(|deadline| Instant::now() > deadline)
     });
+    // Behind the guest's last words, and on a terminal that is no longer raw.
+    drop(terminal);
+    if let Some((level, text)) = post_mortem {
+        log::log!(level, "{text}");
+    }
     Ok(outcome)
 }
 
@@ -312,13 +332,13 @@ struct BootedVm {
 }
 
 impl BootedVm {
-    /// Runs the VM to its end and stops all of its threads.
+    /// Runs the VM to its end and stops all of its threads. Where the end calls for a post-mortem, that comes back too.
     fn run(
         self,
         signals: &Signals,
         input: &mut ConsoleInput,
         deadline: Option<Instant>,
-    ) -> Result<Outcome, VmError> {
+    ) -> Result<(Outcome, Option<PostMortem>), VmError> {
         let events = EventLoop::new(&self.control, signals, input, self.guest_ready, deadline)
             .map_err(host("the event loop"))?;
         let buses = Arc::new(self.devices.buses);
@@ -364,6 +384,7 @@ impl BootedVm {
             );
         }
         let console_bytes = self.console.bytes_out();
+        let mut post_mortem = None;
         if let Some(level) = post_mortem::level(&outcome, console_bytes)
             && log::log_enabled!(level)
             && let Some(vcpu) = vcpus.get(usize::from(culprit.unwrap_or(0)))
@@ -376,9 +397,9 @@ impl BootedVm {
                 console_bytes,
                 cmdline: &self.vm.cmdline,
             };
-            log::log!(level, "{}\n{}", scene.headline(), scene.report());
+            post_mortem = Some((level, format!("{}\n{}", scene.headline(), scene.report())));
         }
-        Ok(outcome)
+        Ok((outcome, post_mortem))
     }
 }
 

@@ -1,9 +1,16 @@
-# Ends in the way that the first letter of its command line names.
+# Does what the letters of its command line say, one after the other, until one of them ends the machine.
 .include "tiny.inc"
 .globl _start
 _start:
     mov  CMDLINE_PTR(%rsi), %ebx
+    dec  %rbx
+next_letter:
+    inc  %rbx
     mov  (%rbx), %al
+    cmp  $'w', %al
+    je   wait_for_key
+    cmp  $'m', %al
+    je   message
     cmp  $'p', %al
     je   power_off
     cmp  $'r', %al
@@ -24,6 +31,19 @@ _start:
     je   spin
     outb 99, EXIT_PORT
 
+wait_for_key:                   # asks for receive interrupts, as a driver does that listens, and polls
+    outb 1, COM1_IER
+1:  mov  $COM1_LSR, %dx
+    in   %dx, %al
+    test $1, %al
+    jz   1b
+    mov  $COM1, %dx
+    in   %dx, %al
+    jmp  next_letter
+message:                        # words without an end of line, as a prompt is
+    lea  words(%rip), %rsi
+    puts_rsi
+    jmp  next_letter
 power_off:
     poweroff
 acpi_reset:
@@ -53,6 +73,8 @@ halt:
 spin:
     jmp  spin
 
+words:
+    .asciz "tiny# "
 line:
     .asciz "[    0.123456] Kernel panic - not syncing: tiny\r\n"
 no_idt:

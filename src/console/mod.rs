@@ -12,13 +12,14 @@ mod input;
 mod mode;
 mod output;
 mod pty;
+mod screen;
 mod terminal;
 #[cfg(test)]
 mod tests;
 mod transcript;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,9 +30,10 @@ use thiserror::Error;
 
 pub use input::{ConsoleInput, InputOutcome};
 pub use mode::{SerialMode, SerialModeError};
-pub use terminal::{RawTerminal, is_raw, reenter_raw, restore_terminal};
+pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
 use output::{Destination, Shared, Sink};
+use screen::Screen;
 use transcript::Transcript;
 
 /// Why the console cannot be opened.
@@ -75,10 +77,14 @@ impl Console {
     /// [`RawTerminal::enter`].
     pub fn open(mode: &SerialMode) -> Result<(Self, ConsoleInput), ConsoleError> {
         let mut pty_path = None;
+        let mut screen = None;
         let (destination, input) = match mode {
             SerialMode::Stdio => {
                 // Without a stdout, the output is only remembered.
                 let stdout = io::stdout().as_fd().try_clone_to_owned().ok();
+                // A terminal answers on stdin, if at all.
+                let unheard = !io::stdin().is_terminal();
+                screen = io::stdout().is_terminal().then(|| Screen::new(unheard));
                 let destination =
                     stdout.map(|fd| Destination::Stream(Arc::new(fd), "stdout".to_owned()));
                 (destination, ConsoleInput::stdin())
@@ -97,20 +103,22 @@ impl Console {
                     path: path.clone(),
                     source,
                 })?;
+                screen = file.is_terminal().then(|| Screen::new(true));
                 let destination =
                     Destination::Stream(Arc::new(file.into()), path.display().to_string());
                 (Some(destination), ConsoleInput::none())
             }
             SerialMode::None => (None, ConsoleInput::none()),
         };
-        Ok((Self::start(destination, pty_path)?, input))
+        Ok((Self::start(destination, screen, pty_path)?, input))
     }
 
     fn start(
         destination: Option<Destination>,
+        screen: Option<Screen>,
         pty_path: Option<PathBuf>,
     ) -> Result<Self, ConsoleError> {
-        let shared = Shared::start(destination).map_err(ConsoleError::Start)?;
+        let shared = Shared::start(destination, screen).map_err(ConsoleError::Start)?;
         Ok(Self(Arc::new(Handle { shared, pty_path })))
     }
 
@@ -125,9 +133,11 @@ impl Console {
         self.0.shared.set_ready(callback);
     }
 
-    /// Forgets the output of the VM before: its panic, tail, byte count and first byte.
+    /// Forgets the output of the VM before: its panic, tail, byte count and first byte. A terminal is put in order.
     pub fn start_of_vm(&self) {
-        self.0.shared.state().transcript = Transcript::default();
+        let mut state = self.0.shared.state();
+        state.transcript = Transcript::default();
+        state.settle_screen();
     }
 
     /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.
@@ -161,10 +171,12 @@ impl Console {
         self.0.pty_path.clone()
     }
 
-    /// Writes what is left and ends the output; what comes later is dropped.
+    /// Writes what is left and ends the output; what comes later is dropped. A terminal is put in order after a guest that
+    /// could not do so itself: its shell's prompt begins a line, on the screen that it had, with a cursor.
     ///
     /// It waits as long as the reader takes, however slow, until `give_up` says so; that is asked every 20 ms, and answers
-    /// true on a second SIGINT or SIGTERM, say. A pty's reader that reads nothing for a second is given up anyway.
+    /// true on a second SIGINT or SIGTERM, say. A pty's reader has to read everything, or it would lose the rest; one that
+    /// reads nothing for a second is given up anyway.
     pub fn finish(&self, give_up: &dyn Fn() -> bool) {
         self.0.shared.finish(give_up);
     }

@@ -18,6 +18,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use vmm_sys_util::signal::block_signal;
 
+use super::pty;
+use super::screen::Screen;
 use super::transcript::Transcript;
 
 /// Bytes that wait for the host at most.
@@ -34,8 +36,11 @@ const FINISH_STEP: Duration = Duration::from_millis(20);
 const CANCEL_LIMIT: Duration = Duration::from_millis(100);
 /// How long, at the end, a pty's reader may read nothing: attached terminals are forgotten, readers of stdout are not.
 const PTY_PATIENCE: Duration = Duration::from_secs(1);
-/// The thread leaves these to the others, whose signalfd or handlers they are for.
-const BLOCKED: [libc::c_int; 9] = [
+/// How long, then, between two looks at whether it has read more.
+const PTY_STEP: Duration = Duration::from_millis(2);
+/// The thread leaves these to the others, whose signalfd or handlers they are for. SIGXFSZ is its own: blocked, a file
+/// that has reached the limit is an error to report like any other.
+const BLOCKED: [libc::c_int; 11] = [
     libc::SIGHUP,
     libc::SIGINT,
     libc::SIGQUIT,
@@ -43,6 +48,8 @@ const BLOCKED: [libc::c_int; 9] = [
     libc::SIGUSR2,
     libc::SIGALRM,
     libc::SIGTERM,
+    libc::SIGTSTP,
+    libc::SIGXFSZ,
     libc::SIGCHLD,
     libc::SIGCONT,
 ];
@@ -68,12 +75,14 @@ pub(super) struct Shared {
     ready: Mutex<Option<Callback>>,
     /// An eventfd: the thread stops waiting for its reader.
     cancel: OwnedFd,
-    is_pty: bool,
+    pty: Option<Arc<OwnedFd>>,
 }
 
 #[derive(Default)]
 pub(super) struct State {
     pending: VecDeque<u8>,
+    /// Of the terminal that the output goes to, if it is one.
+    screen: Option<Screen>,
     pub(super) transcript: Transcript,
     pub(super) dropped: u64,
     /// The thread has not ended: pending bytes go somewhere.
@@ -86,8 +95,15 @@ pub(super) struct State {
     closing: bool,
 }
 
-#[cfg(test)]
 impl State {
+    /// Has the terminal put in order behind what the guest has written so far.
+    pub(super) fn settle_screen(&mut self) {
+        if let Some(screen) = &mut self.screen {
+            self.pending.extend(screen.settle());
+        }
+    }
+
+    #[cfg(test)]
     pub(super) fn is_running(&self) -> bool {
         self.running
     }
@@ -102,18 +118,25 @@ enum Waiting {
 }
 
 impl Shared {
-    /// Starts the output. Without a destination, it is only remembered.
-    pub(super) fn start(destination: Option<Destination>) -> io::Result<Arc<Self>> {
+    /// Starts the output. Without a destination, it is only remembered. `screen` is there if the destination is a terminal.
+    pub(super) fn start(
+        destination: Option<Destination>,
+        screen: Option<Screen>,
+    ) -> io::Result<Arc<Self>> {
         let shared = Arc::new(Self {
             state: Mutex::new(State {
                 running: destination.is_some(),
+                screen,
                 ..State::default()
             }),
             work: Condvar::new(),
             ended: Condvar::new(),
             ready: Mutex::new(None),
             cancel: eventfd(0, EventfdFlags::CLOEXEC)?,
-            is_pty: matches!(destination, Some(Destination::Pty(_))),
+            pty: match &destination {
+                Some(Destination::Pty(master)) => Some(Arc::clone(master)),
+                _ => None,
+            },
         });
         if let Some(destination) = destination {
             let shared = shared.clone();
@@ -141,7 +164,7 @@ impl Shared {
             if now_left != left {
                 (left, since) = (now_left, Instant::now());
             }
-            if give_up() || (self.is_pty && since.elapsed() > PTY_PATIENCE) {
+            if give_up() || (self.pty.is_some() && since.elapsed() > PTY_PATIENCE) {
                 self.cancel();
                 if self.wait_for_end(CANCEL_LIMIT) {
                     log::warn!("the console's reader is stuck; leaving it");
@@ -149,11 +172,31 @@ impl Shared {
                 return;
             }
         }
+        self.await_pty_reader(give_up);
+    }
+
+    /// Once the master is closed, what an attached reader has not read is gone.
+    fn await_pty_reader(&self, give_up: &dyn Fn() -> bool) {
+        let Some(master) = &self.pty else { return };
+        let (mut left, mut since) = (usize::MAX, Instant::now());
+        loop {
+            let now_left = pty::unread(master);
+            if now_left != left {
+                (left, since) = (now_left, Instant::now());
+            }
+            if left == 0 || since.elapsed() > PTY_PATIENCE || give_up() {
+                return;
+            }
+            thread::sleep(PTY_STEP);
+        }
     }
 
     /// Lets the thread end once everything is written.
     pub(super) fn close(&self) {
-        self.state().closing = true;
+        let mut state = self.state();
+        state.settle_screen();
+        state.closing = true;
+        drop(state);
         self.work.notify_all();
     }
 
@@ -274,10 +317,17 @@ impl ConsoleOutput for Sink {
             .min(CAPACITY.saturating_sub(state.pending.len()));
         let taken = &bytes[..accepted];
         state.transcript.push(taken);
-        state.pending.extend(taken);
+        let State {
+            pending, screen, ..
+        } = &mut *state;
+        match screen {
+            // It may hold bytes back for a moment.
+            Some(screen) => taken.iter().for_each(|byte| screen.push(*byte, pending)),
+            None => pending.extend(taken),
+        }
         let wake = match state.waiting {
             Waiting::No => false,
-            Waiting::ForByte => accepted > 0,
+            Waiting::ForByte => !state.pending.is_empty(),
             Waiting::ForLine => state.pending.len() >= CHUNK || taken.last() == Some(&b'\n'),
         };
         if wake {

@@ -1,10 +1,11 @@
 //! A pseudo-terminal that others attach to and detach from as they like.
 
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
@@ -26,11 +27,40 @@ pub(super) fn open() -> Result<(OwnedFd, PathBuf), Errno> {
         &raw_modes(&tcgetattr(&master)?),
     )?;
     // A master whose slave was never open looks like one with somebody attached; once closed it reports a hang-up.
-    drop(rustix::pty::ioctl_tiocgptpeer(
-        &master,
-        OpenptFlags::RDWR | OpenptFlags::NOCTTY,
-    )?);
+    drop(slave(&master)?);
     // The file description is ours alone, so this disturbs nobody.
     rustix::io::ioctl_fionbio(&master, true)?;
     Ok((master, path))
+}
+
+fn slave(master: impl AsFd) -> Result<OwnedFd, Errno> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    rustix::pty::ioctl_tiocgptpeer(master, flags)
+}
+
+/// How much of what was written to the master an attached reader has yet to read; 0 if nobody is attached.
+pub(super) fn unread(master: &OwnedFd) -> usize {
+    if ready(master, PollFlags::OUT).contains(PollFlags::HUP) {
+        return 0;
+    }
+    // The slave knows. Asked whether it is readable, it first takes over what is still on its way, which a count alone
+    // would not see.
+    let Ok(slave) = slave(master) else { return 0 };
+    if !ready(&slave, PollFlags::IN).contains(PollFlags::IN) {
+        return 0;
+    }
+    let count = rustix::io::ioctl_fionread(&slave).unwrap_or(0);
+    usize::try_from(count).unwrap_or(usize::MAX)
+}
+
+fn ready(fd: impl AsFd, events: PollFlags) -> PollFlags {
+    let mut fds = [PollFd::new(&fd, events)];
+    let at_once = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    match poll(&mut fds, Some(&at_once)) {
+        Ok(_) => fds[0].revents(),
+        Err(_) => PollFlags::empty(),
+    }
 }

@@ -60,6 +60,11 @@ impl Drop for RawTerminal {
 /// signal handler; without [`RawTerminal::enter`] it does nothing.
 pub fn restore_terminal() {
     WANTED.store(false, Ordering::SeqCst);
+    lend_terminal();
+}
+
+/// Gives the terminal back as it was found until [`reenter_raw`]: for the time that the process is stopped.
+pub fn lend_terminal() {
     if RAW.load(Ordering::SeqCst) {
         let stdin = rustix::stdio::stdin();
         if let Some(original) = ORIGINAL.get()
@@ -137,31 +142,46 @@ fn restore_on_panic() {
     }));
 }
 
-/// The signals that end a process by its own fault.
-const FATAL: [libc::c_int; 5] = [
-    libc::SIGILL,
-    libc::SIGABRT,
-    libc::SIGBUS,
-    libc::SIGFPE,
-    libc::SIGSEGV,
-];
+/// What a faulting instruction ends a process with. They come again when the handler returns.
+const FAULTS: [libc::c_int; 4] = [libc::SIGILL, libc::SIGBUS, libc::SIGFPE, libc::SIGSEGV];
 /// What was done about them before, in the same order.
-static PREVIOUS: [OnceLock<libc::sigaction>; 5] = [const { OnceLock::new() }; 5];
+static PREVIOUS: [OnceLock<libc::sigaction>; 4] = [const { OnceLock::new() }; 4];
+/// The other signals that end a process, but for those that the event loop takes, SIGKILL and the real-time ones.
+const SENT: [libc::c_int; 13] = [
+    libc::SIGTRAP,
+    libc::SIGABRT,
+    libc::SIGSYS,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGSTKFLT,
+    libc::SIGXCPU,
+    libc::SIGXFSZ,
+    libc::SIGIO,
+    libc::SIGPWR,
+];
 
 #[allow(
     unsafe_code,
     reason = "no safe interface offers handlers for fatal signals"
 )]
 fn restore_on_fatal_signals() {
-    for (signal, previous) in FATAL.into_iter().zip(&PREVIOUS) {
+    let previous = PREVIOUS.iter().map(Some).chain(std::iter::repeat(None));
+    for (signal, previous) in FAULTS.into_iter().chain(SENT).zip(previous) {
         // SAFETY: an all-zero sigaction is a valid value: SIG_DFL, no flags, an empty mask.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         // SAFETY: with a null new action, sigaction only writes the current one to `action`, which is ours.
         if unsafe { libc::sigaction(signal, ptr::null(), &mut action) } != 0 {
             continue;
         }
-        // It must be there before the handler can run.
-        let _ = previous.set(action);
+        match previous {
+            // It must be there before the handler can run.
+            Some(previous) => _ = previous.set(action),
+            None if action.sa_sigaction == libc::SIG_IGN => continue,
+            None => {}
+        }
         action.sa_sigaction = on_fatal_signal as *const () as usize;
         // On the alternate stack where there is one, as a stack overflow needs.
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
@@ -181,7 +201,7 @@ extern "C" fn on_fatal_signal(
     restore_terminal();
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo.
     let sent = unsafe { (*info).si_code } <= 0;
-    let previous = FATAL
+    let previous = FAULTS
         .iter()
         .position(|s| *s == signal)
         .and_then(|i| PREVIOUS[i].get());

@@ -107,12 +107,13 @@ fn to(fd: impl Into<OwnedFd>) -> Console {
             "a pipe".to_owned(),
         )),
         None,
+        None,
     )
     .unwrap()
 }
 
 fn nowhere() -> Console {
-    Console::start(None, None).unwrap()
+    Console::start(None, None, None).unwrap()
 }
 
 fn text(len: u32) -> Vec<u8> {
@@ -450,6 +451,38 @@ fn a_pty_is_attached_to_and_detached_from_again_and_again() {
     }
     assert!(input.fd().is_some());
     console.finish(NEVER);
+}
+
+#[test]
+fn a_pty_reader_gets_the_last_bytes_however_late_it_reads() {
+    let (console, input) = Console::open(&SerialMode::Pty).unwrap();
+    let mut user = attach(&console.pty_path().unwrap());
+    Guest::opened(&console).write(b"reboot: Power down\r\n");
+    let reader = thread::spawn(move || {
+        let mut got = Vec::new();
+        let mut piece = [0; 5];
+        loop {
+            // Slow, but it goes on: that is not to be given up.
+            thread::sleep(Duration::from_millis(300));
+            match user.read(&mut piece) {
+                Ok(len) if len > 0 => got.extend_from_slice(&piece[..len]),
+                _ => return got,
+            }
+        }
+    });
+    console.finish(NEVER);
+    drop((console, input));
+    assert_eq!(reader.join().unwrap(), b"reboot: Power down\r\n");
+}
+
+#[test]
+fn a_pty_that_nobody_is_attached_to_is_not_waited_for() {
+    let (console, _input) = Console::open(&SerialMode::Pty).unwrap();
+    drop(attach(&console.pty_path().unwrap()));
+    Guest::opened(&console).write(&text(10_000));
+    let start = Instant::now();
+    console.finish(NEVER);
+    assert!(start.elapsed() < Duration::from_millis(500));
 }
 
 #[test]

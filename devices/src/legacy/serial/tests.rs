@@ -240,7 +240,11 @@ fn nothing_is_received_before_the_guest_opens_the_port() {
 fn switching_the_fifos_on_loses_nothing() {
     let mut b = Bench::new();
     b.outb(IER, IER_RECEIVE);
-    assert_eq!(b.serial.wants_input(), 0, "a probe: the modem lines are down");
+    assert_eq!(
+        b.serial.wants_input(),
+        0,
+        "a probe: the modem lines are down"
+    );
     b.outb(MCR, MCR_RTS);
     assert_eq!(b.kicks(), 1);
     assert_eq!(b.serial.wants_input(), 1);
