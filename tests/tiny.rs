@@ -22,6 +22,19 @@ fn a_byte_then_power_off() {
 }
 
 #[test]
+fn a_byte_then_power_off_by_the_pvh_entry() {
+    for protocol in ["auto", "pvh"] {
+        let ended = run(&mut boot_tiny(
+            "hello-pvh",
+            "",
+            &["--boot-protocol", protocol],
+        ));
+        ended.assert_code(0);
+        assert_eq!(ended.out(), "!");
+    }
+}
+
+#[test]
 fn every_end_has_its_status() {
     for (cmdline, status) in [
         ("p", 0),
