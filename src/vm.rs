@@ -188,6 +188,12 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
             || (stopped && late)
             || deadline.is_some_and(|deadline| Instant::now() > deadline)
     });
+    if console.bytes_dropped() > 0 {
+        log::info!(
+            "{} bytes of console output went nowhere",
+            console.bytes_dropped()
+        );
+    }
     // Behind the guest's last words, and on a terminal that is no longer raw.
     drop(terminal);
     say(last_words);
