@@ -425,7 +425,7 @@ fn a_vm_comes_from_a_file_and_arguments_go_over_it() {
     run(&mut minivmm(&["--config", config, "--cmdline", "eA"])).assert_code(65);
     fs::write(&path, r#"{"kernel": "k", "colour": "red"}"#).unwrap();
     let ended = run(&mut minivmm(&["--config", config]));
-    ended.assert_code(2);
+    ended.assert_code(125);
     assert!(ended.stderr.contains("colour"), "{}", ended.stderr);
 }
 
