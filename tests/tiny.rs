@@ -326,7 +326,7 @@ fn nohup_is_respected() {
 fn limits_are_no_signal_deaths() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("console");
-    let serial = format!("--serial file={} --deadline 2s", file.display());
+    let serial = format!("--serial file={} --deadline 10s", file.display());
     let ended = run(&mut shell("ulimit -f 1;", "", "flood", &serial));
     ended.assert_code(124);
     assert!(ended.stderr.contains("discarded"), "{}", ended.stderr);
