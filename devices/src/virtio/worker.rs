@@ -1,6 +1,7 @@
 //! A thread that runs the requests of one queue, so that no vCPU waits for them.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -58,7 +59,7 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// Waits for the request in hand and takes back queue and handler. `None` if the thread panicked.
+    /// Waits for the request in hand and takes back queue and handler.
     pub fn stop(mut self) -> Option<(Virtqueue, H)> {
         self.join()
     }
@@ -69,7 +70,12 @@ impl<H> Worker<H> {
         self.stop.store(true, Ordering::Release);
         let thread = self.thread.take()?;
         thread.thread().unpark();
-        thread.join().ok()
+        match thread.join() {
+            Ok(parts) => Some(parts),
+            // A bug, and not to be hidden.
+            Err(panic) if !thread::panicking() => resume_unwind(panic),
+            Err(_) => None,
+        }
     }
 }
 

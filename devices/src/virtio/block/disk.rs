@@ -22,7 +22,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// The file cannot be opened.
-    #[error("cannot open the disk {}{}", path.display(), if *read_only { "" } else { " for writing" })]
+    #[error("cannot open the disk {}{}", path.display(), how(*read_only, source))]
     Open {
         /// The file.
         path: PathBuf,
@@ -67,6 +67,18 @@ pub enum DiskError {
         /// Its length in bytes.
         len: u64,
     },
+}
+
+/// What it was to be opened for, and the mend where there may be one.
+fn how(read_only: bool, error: &io::Error) -> &'static str {
+    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    match error.kind() {
+        _ if read_only => "",
+        PermissionDenied | ReadOnlyFilesystem => {
+            " for writing (with ro, it would be opened for reading alone)"
+        }
+        _ => " for writing",
+    }
 }
 
 /// Direction of a transfer.
@@ -172,6 +184,15 @@ impl Disk {
     /// Whether nothing may be written to it.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// A disk whose every write fails in the host.
+    #[cfg(test)]
+    pub(super) fn claim_writable(self) -> Self {
+        Self {
+            read_only: false,
+            ..self
+        }
     }
 
     /// Moves all of `buffers` from or to the bytes at `offset`, straight from and to guest memory.

@@ -2,6 +2,8 @@
 
 mod disk;
 mod request;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::sync::Arc;

@@ -206,6 +206,11 @@ impl Core {
         self.queues.get(usize::try_from(self.queue_select).ok()?)
     }
 
+    fn selected_queue(&mut self) -> Option<&mut QueueState> {
+        self.queues
+            .get_mut(usize::try_from(self.queue_select).ok()?)
+    }
+
     /// The driver sets the selected queue's size.
     pub fn set_queue_size(&mut self, size: u32) {
         self.change_queue(|queue, _| {
@@ -240,13 +245,16 @@ impl Core {
                 Ok(())
             });
         }
+        if !self.queue().is_some_and(|queue| queue.ready) {
+            return;
+        }
         let was_running = self.running;
         self.stop();
-        let select = usize::try_from(self.queue_select).ok();
-        if let Some(queue) = select.and_then(|select| self.queues.get_mut(select)) {
+        if let Some(queue) = self.selected_queue() {
             queue.ready = false;
             (queue.next_avail, queue.next_used) = (0, 0);
         }
+        // The other queues go on from where they stand.
         if was_running {
             self.start();
         }
@@ -257,14 +265,15 @@ impl Core {
         &mut self,
         change: impl FnOnce(&mut QueueState, &GuestMemoryMmap) -> Result<(), Misuse>,
     ) {
-        let select = usize::try_from(self.queue_select).ok();
-        let Some(queue) = select.and_then(|select| self.queues.get_mut(select)) else {
+        let in_use = self.status & status::DRIVER_OK != 0;
+        let mem = self.mem.clone();
+        let Some(queue) = self.selected_queue() else {
             return;
         };
-        let result = if queue.ready || self.status & status::DRIVER_OK != 0 {
+        let result = if queue.ready || in_use {
             Err(Misuse::LateQueue)
         } else {
-            change(queue, &self.mem)
+            change(queue, &mem)
         };
         if let Err(misuse) = result {
             self.fail(misuse);
