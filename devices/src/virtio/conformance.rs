@@ -155,9 +155,11 @@ fn one_head_made_available_twice_is_done_twice() {
     });
 }
 
+type Breaks = dyn Fn(&mut Driver);
+
 /// What a driver may write into a ring that is wrong, by name.
-fn broken_rings() -> Vec<(&'static str, Box<dyn Fn(&mut Driver)>)> {
-    fn offered(prepare: impl Fn(&Driver) + 'static) -> Box<dyn Fn(&mut Driver)> {
+fn broken_rings() -> Vec<(&'static str, Box<Breaks>)> {
+    fn offered(prepare: impl Fn(&Driver) + 'static) -> Box<Breaks> {
         Box::new(move |driver| {
             prepare(driver);
             driver.offer(0);
@@ -256,6 +258,16 @@ fn broken_rings() -> Vec<(&'static str, Box<dyn Fn(&mut Driver)>)> {
         (
             "a buffer of 4 GiB",
             offered(|d| d.descriptor(0, 0, u32::MAX, WRITE, 0)),
+        ),
+        (
+            "more than 4 GiB in all",
+            offered(|d| {
+                d.descriptor(0, TABLE, 300 * 16, INDIRECT, 0);
+                for n in 0..300 {
+                    let next = if n == 299 { 0 } else { NEXT };
+                    d.descriptor_in(TABLE, n, HIGH, 0x100_0000, WRITE | next, n + 1);
+                }
+            }),
         ),
         (
             "a buffer that wraps",
@@ -393,7 +405,8 @@ fn status_goes_step_by_step() {
 
 #[test]
 fn what_was_agreed_on_does_not_change() {
-    let late: [(&str, fn(&mut Driver)); 7] = [
+    type Write = fn(&mut Driver);
+    let late: [(&str, Write); 7] = [
         ("features", |d| d.accept(F_VERSION_1)),
         ("queue size", |d| d.set(VIRTIO_MMIO_QUEUE_NUM, 8)),
         ("descriptor address", |d| {

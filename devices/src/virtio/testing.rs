@@ -37,7 +37,7 @@ pub(super) const GAP: u64 = 0x20_0000;
 /// Here it goes on.
 pub(super) const HIGH: u64 = 0x1_0000_0000;
 /// And here it ends.
-pub(super) const END: u64 = HIGH + 0x10_0000;
+pub(super) const END: u64 = HIGH + 0x100_0000;
 
 /// Far more than a worker takes.
 const PATIENCE: Duration = Duration::from_secs(20);
