@@ -108,7 +108,8 @@ pub struct VmArgs {
     pub memory: Option<MemorySize>,
     /// Disk, a raw image or a block device: path=FILE[,ro][,id=SERIAL], as in --disk path=root.img,id=root; may be given
     /// again, and the guest finds them in this order (/dev/vda, /dev/vdb, ...). What may be written is locked against
-    /// other processes; ro disks can be shared
+    /// other processes; ro disks can be shared. A kernel without ACPI is told of its disks if acpi=off is on its command
+    /// line
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
     /// Give the guest an entropy device (virtio-rng)

@@ -6,9 +6,9 @@
 mod common;
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -393,6 +393,81 @@ fn a_file_system_is_clean_after_the_guest() {
         &["/mnt/data: OK"],
     );
     sh("e2fsck -fn $DISK; debugfs -R 'cat /note' $DISK | grep 'from the guest'");
+}
+
+#[test]
+fn debians_own_initrd_finds_its_root_on_a_disk() {
+    // udev loads the drivers by what ACPI says; the root file system is as small as can be.
+    let tree = tempfile::tempdir().unwrap();
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(16 << 20).unwrap();
+    let busybox = guest("fetch", &["--offline", "busybox"]).join("busybox");
+    let script =
+        "cd $TREE; mkdir bin sbin dev proc sys run tmp; cp $BUSYBOX bin/busybox; cat >sbin/init
+        chmod 755 sbin/init; mkfs.ext4 -q -d $TREE $DISK";
+    let mut command = Command::new("sh");
+    let mut child = command
+        .args(["-ec", script])
+        .env("TREE", tree.path())
+        .env("DISK", disk.path())
+        .env("BUSYBOX", busybox)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let init = "#!/bin/busybox sh
+        busybox mount -o remount,rw /
+        busybox grep ' / ' /proc/mounts
+        echo written by process $$ >/note
+        busybox mount -o remount,ro /
+        busybox poweroff -f\n";
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(init.as_bytes())
+        .unwrap();
+    assert!(child.wait().unwrap().success());
+
+    let initrd = guest("debian-initrd", &["cloud"]);
+    let mut command = minivmm(&[
+        "--kernel",
+        &kernel("cloud", "bzImage"),
+        "--deadline",
+        "100s",
+    ]);
+    command.args([
+        "--memory",
+        "512M",
+        "--cpus",
+        "2",
+        "--rng",
+        "--append",
+        "root=/dev/vda",
+    ]);
+    command.arg("--initrd").arg(initrd);
+    command
+        .arg("--disk")
+        .arg(format!("path={}", disk.path().display()));
+    let ended = run(&mut command);
+    ended.assert_code(0);
+    assert!(
+        ended.out().contains("/dev/vda / ext4 rw"),
+        "{}",
+        ended.out()
+    );
+    for (program, args, wanted) in [
+        ("e2fsck", &["-fn"][..], "files"),
+        ("debugfs", &["-R", "cat /note"], "written by process 1"),
+    ] {
+        let checked = Command::new(program)
+            .args(args)
+            .arg(disk.path())
+            .output()
+            .unwrap();
+        let out = String::from_utf8_lossy(&checked.stdout);
+        assert!(checked.status.success(), "{program}: {out}");
+        assert!(out.contains(wanted), "{program}: {out}");
+    }
 }
 
 #[test]

@@ -572,10 +572,15 @@ fn a_queue_can_be_taken_back() {
         driver.offer(0);
         driver.notify();
         assert_eq!(driver.status() & NEEDS_RESET, 0, "{kind}");
-        driver.set_status(0);
         assert_eq!(driver.used_index(), 1, "{kind}");
-        driver.start(0);
-        driver.any_request();
+        // It cannot be given again while the device runs, nor changed.
+        for (register, value) in [(VIRTIO_MMIO_QUEUE_READY, 1), (VIRTIO_MMIO_QUEUE_NUM, 8)] {
+            driver.start(0);
+            driver.set(VIRTIO_MMIO_QUEUE_READY, 0);
+            driver.set(register, value);
+            assert_eq!(driver.get(VIRTIO_MMIO_QUEUE_READY), 0, "{kind}");
+            driver.expect_needs_reset(kind);
+        }
     });
 }
 
@@ -648,13 +653,19 @@ fn act() -> impl Strategy<Value = Act> {
         0u32..600,
         any::<u32>()
     ];
+    // Requests, and the rings with their flags and event indices.
+    let scribbled = prop_oneof![
+        DATA..DATA + 0x200,
+        AVAILABLE..AVAILABLE + 40,
+        USED..USED + 140
+    ];
     prop_oneof![
         2 => ((0u32..0x44).prop_map(|n| n * 4), value).prop_map(|(r, v)| Act::Register(r, v)),
         6 => (0u16..17, place, len, flags, 0u16..17)
             .prop_map(|(i, a, l, f, n)| Act::Descriptor(i, a, l, f, n)),
         4 => (0u16..17).prop_map(Act::Offer),
         1 => any::<u16>().prop_map(Act::AvailIndex),
-        2 => (DATA..DATA + 0x200, proptest::collection::vec(0u8..16, 1..32))
+        2 => (scribbled, proptest::collection::vec(0u8..16, 1..32))
             .prop_map(|(a, b)| Act::Scribble(a, b)),
         2 => Just(Act::Start),
         4 => Just(Act::Notify),

@@ -111,9 +111,7 @@ pub(super) fn check_rings(state: &QueueState, mem: &GuestMemoryMmap) -> Result<(
         if !address.is_multiple_of(align) {
             return Err(QueueError::Misaligned { ring, address });
         }
-        let fits = address.checked_add(len).is_some()
-            && mem.check_range(GuestAddress(address), len as usize, Permissions::ReadWrite);
-        if !fits {
+        if !mem.check_range(GuestAddress(address), len as usize, Permissions::ReadWrite) {
             return Err(QueueError::RingOutside { ring, address, len });
         }
     }
