@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::boot::BootProtocol;
-use crate::config::{ConfigError, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig};
+use crate::config::{ConfigError, DiskConfig, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig};
 use crate::console::SerialMode;
 
 const EXAMPLES: &str = "\
@@ -15,6 +15,8 @@ Examples:
   minivmm --kernel bzImage --initrd rootfs.cpio --append '-- uname -r'
       gives the words behind -- to the guest's init
   minivmm --kernel bzImage --initrd rootfs.cpio --cpus 2 --memory 1G --deadline 30s
+  minivmm --kernel bzImage --initrd initrd.img --disk path=root.img --append 'root=/dev/vda'
+      boots from a disk, with the distribution's own initrd
   minivmm --config vm.json --memory 2G
       takes the VM from a file, but for its memory
   minivmm doctor --kernel bzImage
@@ -104,6 +106,15 @@ pub struct VmArgs {
     /// Guest memory, as in 512M or 2G [default: 256M]
     #[arg(short, long, value_name = "SIZE")]
     pub memory: Option<MemorySize>,
+    /// Disk, a raw image or a block device: path=FILE[,ro][,id=SERIAL], as in --disk path=root.img,id=root; may be given
+    /// again, and the guest finds them in this order (/dev/vda, /dev/vdb, ...). What may be written is locked against
+    /// other processes; ro disks can be shared. A kernel without ACPI is told of its disks if acpi=off is on its command
+    /// line
+    #[arg(long, value_name = "DISK")]
+    pub disk: Vec<DiskConfig>,
+    /// Give the guest an entropy device (virtio-rng)
+    #[arg(long)]
+    pub rng: bool,
     /// Serial console: stdio, pty (its path goes to stderr), file=PATH (output only), none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     pub serial: Option<SerialMode>,
@@ -116,8 +127,9 @@ pub struct VmArgs {
     /// How the kernel is entered; auto takes PVH where an ELF file offers it [default: auto]
     #[arg(long, value_name = "HOW")]
     pub boot_protocol: Option<BootProtocol>,
-    /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, serial,
-    /// on_reboot, deadline, boot_protocol; as in {"kernel": "bzImage", "initrd": "rootfs.cpio", "memory": "512M"}
+    /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, disks,
+    /// rng, serial, on_reboot, deadline, boot_protocol; as in {"kernel": "bzImage", "initrd": "rootfs.cpio", "memory":
+    /// "512M", "disks": [{"path": "root.img", "ro": true, "id": "root"}]}
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -140,6 +152,12 @@ impl VmArgs {
             },
             cpus: self.cpus.unwrap_or(base.cpus),
             memory: self.memory.unwrap_or(base.memory),
+            disks: if self.disk.is_empty() {
+                base.disks
+            } else {
+                self.disk
+            },
+            rng: self.rng || base.rng,
             serial: self.serial.unwrap_or(base.serial),
             on_reboot: self.on_reboot.unwrap_or(base.on_reboot),
             deadline: self.deadline.or(base.deadline),

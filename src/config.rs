@@ -9,8 +9,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use minivmm_devices::virtio::block::MAX_ID_LEN;
+
+use crate::arch::x86_64::layout::MAX_VIRTIO_DEVICES;
 use crate::boot::BootProtocol;
 use crate::console::SerialMode;
+use crate::device_manager::virtio_parameters;
 use crate::memory;
 
 /// Kernel command line of a microVM: the console, a reset rather than a hang after a panic, and few messages, since
@@ -56,6 +60,17 @@ pub enum ConfigError {
     /// Not a possible number of vCPUs.
     #[error("{0} vCPUs are not possible: --cpus takes 1 to {MAX_CPUS}")]
     Cpus(u8),
+    /// A disk that cannot be.
+    #[error("disk {path}: {why}", path = path.display())]
+    Disk {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// More devices than the machine has room for.
+    #[error("{0} disks and entropy devices: the machine has room for {MAX_VIRTIO_DEVICES}")]
+    TooManyDevices(usize),
     /// Not a possible size.
     #[error("{0} of memory is not possible: --memory takes 16M to 4T, in whole pages of 4 KiB{1}")]
     Memory(MemorySize, &'static str),
@@ -155,6 +170,72 @@ impl From<Span> for String {
     }
 }
 
+/// A disk. Written `path=FILE[,ro][,id=SERIAL]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Raw image or block device of the host.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    #[serde(default, rename = "ro")]
+    pub read_only: bool,
+    /// Serial number, by which a guest may find it.
+    #[serde(default)]
+    pub id: Option<String>,
+}
+
+impl DiskConfig {
+    fn validate(&self) -> Result<(), String> {
+        if self.path.as_os_str().is_empty() {
+            return Err("no file: write path=FILE".into());
+        }
+        match &self.id {
+            Some(id) if !(1..=MAX_ID_LEN).contains(&id.len()) => Err(format!(
+                "id '{id}' has {} bytes: a serial number has 1 to {MAX_ID_LEN}",
+                id.len()
+            )),
+            Some(id) if !id.bytes().all(|b| b.is_ascii_graphic()) => Err(format!(
+                "id '{}': a serial number has letters, digits and signs alone",
+                id.escape_default()
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut path = None;
+        let mut read_only = false;
+        let mut id = None;
+        for part in text.split(',') {
+            let twice = match part.split_once('=') {
+                Some(("path", value)) => path.replace(PathBuf::from(value)).is_some(),
+                Some(("id", value)) => id.replace(value.to_owned()).is_some(),
+                None if part == "ro" => std::mem::replace(&mut read_only, true),
+                _ => {
+                    return Err(format!(
+                        "'{part}' is not known; write path=FILE[,ro][,id=SERIAL] (a path with a comma can be given in a \
+                         file, with --config)"
+                    ));
+                }
+            };
+            if twice {
+                return Err(format!("'{part}' comes twice"));
+            }
+        }
+        let config = Self {
+            path: path.unwrap_or_default(),
+            read_only,
+            id,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
 /// All that describes a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -171,6 +252,10 @@ pub struct VmConfig {
     pub cpus: u8,
     /// Guest RAM.
     pub memory: MemorySize,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Whether there is a virtio entropy device.
+    pub rng: bool,
     /// Where the serial console goes.
     pub serial: SerialMode,
     /// What a reset does.
@@ -190,6 +275,8 @@ impl Default for VmConfig {
             append: None,
             cpus: 1,
             memory: MemorySize { bytes: 256 << 20 },
+            disks: Vec::new(),
+            rng: false,
             serial: SerialMode::default(),
             on_reboot: OnReboot::default(),
             deadline: None,
@@ -238,20 +325,48 @@ impl VmConfig {
             };
             return Err(ConfigError::Memory(self.memory, hint));
         }
+        for disk in &self.disks {
+            disk.validate().map_err(|why| ConfigError::Disk {
+                path: disk.path.clone(),
+                why,
+            })?;
+        }
+        if self.virtio_devices() > MAX_VIRTIO_DEVICES {
+            return Err(ConfigError::TooManyDevices(self.virtio_devices()));
+        }
         Ok(())
     }
 
-    /// The kernel command line: the default or its replacement, then what is appended.
+    fn virtio_devices(&self) -> usize {
+        self.disks.len() + usize::from(self.rng)
+    }
+
+    /// The kernel command line: the default or its replacement, then what is appended. One with `acpi=off` also tells of
+    /// the virtio devices, which a kernel finds through ACPI otherwise.
     pub fn kernel_cmdline(&self) -> String {
         let base = self.cmdline.as_deref().unwrap_or(DEFAULT_CMDLINE);
         let append = self.append.as_deref().unwrap_or_default();
-        [base, append]
-            .iter()
-            .map(|s| s.trim())
-            .filter(|s| !s.is_empty())
-            .collect::<Vec<_>>()
-            .join(" ")
+        let line = join_words([base, append]);
+        // What comes behind "--" is init's.
+        let (kernel, init) = match line.find(" -- ") {
+            Some(at) => line.split_at(at),
+            None => (line.as_str(), ""),
+        };
+        if !kernel.split_whitespace().any(|word| word == "acpi=off") {
+            return line;
+        }
+        let devices = virtio_parameters(self.virtio_devices());
+        join_words([kernel, &devices, init])
     }
+}
+
+fn join_words<const N: usize>(parts: [&str; N]) -> String {
+    let parts: Vec<&str> = parts
+        .iter()
+        .map(|part| part.trim())
+        .filter(|part| !part.is_empty())
+        .collect();
+    parts.join(" ")
 }
 
 #[cfg(test)]
@@ -327,6 +442,100 @@ mod tests {
             VmConfig::default().validate(),
             Err(ConfigError::NoKernel)
         ));
+    }
+
+    #[test]
+    fn a_disk_is_written_as_its_help_says() {
+        let disk = |text: &str| text.parse::<DiskConfig>();
+        assert_eq!(
+            disk("path=/a/b.img,ro,id=root"),
+            Ok(DiskConfig {
+                path: "/a/b.img".into(),
+                read_only: true,
+                id: Some("root".into()),
+            })
+        );
+        assert!(!disk("path=x").unwrap().read_only);
+        // An equals sign may be in a path.
+        assert_eq!(disk("path=a=b").unwrap().path, PathBuf::from("a=b"));
+        for (text, word) in [
+            ("", "path=FILE"),
+            ("disk.img", "path=FILE"),
+            ("ro", "no file"),
+            ("path=", "no file"),
+            ("path=x,", "not known"),
+            ("path=x,rw", "'rw'"),
+            ("path=x,ro=1", "'ro=1'"),
+            ("path=x,queues=2", "'queues=2'"),
+            ("path=x,path=y", "twice"),
+            ("path=x,ro,ro", "twice"),
+            ("path=x,id=", "1 to 20"),
+            ("path=x,id=123456789012345678901", "1 to 20"),
+            ("path=x,id=a b", "letters"),
+            ("path=x,id=\u{e9}", "letters"),
+        ] {
+            let error = disk(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+        let config = parse(
+            r#"{"kernel": "k", "rng": true, "disks": [{"path": "a,b"}, {"path": "c", "ro": true, "id": "x"}]}"#,
+        )
+        .unwrap();
+        config.validate().unwrap();
+        assert_eq!(config.disks[0].path, PathBuf::from("a,b"));
+        assert!(config.rng && config.disks[1].read_only);
+        assert!(matches!(
+            parse(r#"{"disks": [{"path": "a", "format": "qcow2"}]}"#),
+            Err(ConfigError::Parse { .. })
+        ));
+    }
+
+    #[test]
+    fn disks_have_limits() {
+        let config = |count, id: &str| VmConfig {
+            kernel: "k".into(),
+            disks: vec![
+                DiskConfig {
+                    path: "d".into(),
+                    read_only: true,
+                    id: Some(id.into()),
+                };
+                count
+            ],
+            rng: true,
+            ..VmConfig::default()
+        };
+        config(18, "x").validate().unwrap();
+        let error = config(19, "x").validate().unwrap_err().to_string();
+        assert!(error.contains("20") && error.contains("19"), "{error}");
+        let error = config(1, "").validate().unwrap_err().to_string();
+        assert!(error.contains("disk d: id ''"), "{error}");
+    }
+
+    #[test]
+    fn a_kernel_without_acpi_is_told_of_its_virtio_devices() {
+        let line = |append: &str, disks: usize| {
+            let disk = DiskConfig {
+                path: "d".into(),
+                read_only: false,
+                id: None,
+            };
+            let config = VmConfig {
+                append: Some(append.into()),
+                disks: vec![disk; disks],
+                ..VmConfig::default()
+            };
+            config.kernel_cmdline()
+        };
+        assert!(!line("-- acpi=off", 1).contains("virtio_mmio"));
+        assert!(!line("noacpi=off", 1).contains("virtio_mmio"));
+        assert!(!line("acpi=off", 0).contains("virtio_mmio"));
+        assert_eq!(
+            line("acpi=off -- sh -c 'a  b'", 1),
+            format!(
+                "{DEFAULT_CMDLINE} acpi=off virtio_mmio.device=4K@0xd0000000:5 -- sh -c 'a  b'"
+            )
+        );
     }
 
     #[test]

@@ -10,11 +10,61 @@ use minivmm_devices::legacy::ioapic;
 use minivmm_devices::legacy::power::{self, AcpiPower};
 use minivmm_devices::legacy::pvpanic::{self, Pvpanic};
 use minivmm_devices::legacy::serial::{self, Serial};
+use minivmm_devices::virtio::block::{Block, Disk};
+use minivmm_devices::virtio::device::VirtioDevice;
+use minivmm_devices::virtio::rng::Rng;
+use minivmm_devices::virtio::transport::mmio::MmioTransport;
+use vm_memory::GuestMemoryMmap;
 
 use crate::acpi::{AcpiDevice, Hid};
 use crate::arch::x86_64::layout;
 use crate::interrupts::Interrupts;
 use crate::vcpu::Buses;
+
+/// ACPI's ID of a virtio-mmio device, as Linux knows it (drivers/virtio/virtio_mmio.c).
+const VIRTIO_MMIO_HID: &str = "LNRO0005";
+
+/// What the configuration's devices need from the host, opened.
+#[derive(Default)]
+pub struct HostResources {
+    /// Disks in the order in which the guest finds them, each with its serial number.
+    pub disks: Vec<(Disk, String)>,
+    /// Whether there is an entropy device.
+    pub rng: bool,
+}
+
+/// A virtio device's place: what a kernel's `virtio_mmio.device=` tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VirtioSlot(usize);
+
+impl VirtioSlot {
+    /// GPA of the registers.
+    pub fn base(self) -> u64 {
+        layout::VIRTIO_MMIO_START + self.0 as u64 * layout::VIRTIO_MMIO_SIZE
+    }
+
+    /// GSI of the interrupt.
+    pub fn gsi(self) -> u32 {
+        layout::VIRTIO_GSI_FIRST + self.0 as u32
+    }
+}
+
+/// The parameters that tell a kernel without ACPI of `count` virtio devices, which it cannot find by itself
+/// (Documentation/admin-guide/kernel-parameters.txt).
+pub fn virtio_parameters(count: usize) -> String {
+    let parameters: Vec<String> = (0..count)
+        .map(VirtioSlot)
+        .map(|slot| {
+            let size_kib = layout::VIRTIO_MMIO_SIZE >> 10;
+            format!(
+                "virtio_mmio.device={size_kib}K@{:#x}:{}",
+                slot.base(),
+                slot.gsi()
+            )
+        })
+        .collect();
+    parameters.join(" ")
+}
 
 /// The VM's devices and how a guest finds them.
 pub struct DeviceManager {
@@ -24,14 +74,17 @@ pub struct DeviceManager {
     pub acpi: Vec<AcpiDevice>,
     /// COM1, which the event loop feeds.
     pub serial: Arc<Mutex<Serial>>,
+    virtio_devices: usize,
 }
 
 impl DeviceManager {
-    /// Attaches every device.
+    /// Attaches every device. The configuration has been checked to have room for all.
     pub fn new(
         interrupts: &Interrupts,
         events: &EventSink,
+        mem: &GuestMemoryMmap,
         serial: Serial,
+        resources: HostResources,
     ) -> Result<Self, BusError> {
         let mut devices = Self {
             buses: Buses {
@@ -40,6 +93,7 @@ impl DeviceManager {
             },
             acpi: Vec::new(),
             serial: Arc::new(Mutex::new(serial)),
+            virtio_devices: 0,
         };
         devices
             .buses
@@ -63,6 +117,13 @@ impl DeviceManager {
         )?;
         devices.attach_pvpanic(events)?;
         devices.attach_serial()?;
+        let HostResources { disks, rng } = resources;
+        for (disk, id) in disks {
+            devices.attach_virtio(Box::new(Block::new(disk, &id)), mem, interrupts)?;
+        }
+        if rng {
+            devices.attach_virtio(Box::<Rng>::default(), mem, interrupts)?;
+        }
         Ok(devices)
     }
 
@@ -88,6 +149,7 @@ impl DeviceManager {
             hid: Hid::Acpi("QEMU0001"),
             uid: 0,
             ports: Some((layout::PVPANIC_PORT, pvpanic::PORT_LEN as u8)),
+            mmio: None,
             gsi: None,
         });
         Ok(())
@@ -104,8 +166,54 @@ impl DeviceManager {
             hid: Hid::Eisa("PNP0501"),
             uid: 0,
             ports: Some((layout::COM1_PORT, serial::PORT_LEN as u8)),
+            mmio: None,
             gsi: Some(layout::COM1_GSI),
         });
         Ok(())
+    }
+
+    fn attach_virtio(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        mem: &GuestMemoryMmap,
+        interrupts: &Interrupts,
+    ) -> Result<(), BusError> {
+        let index = self.virtio_devices;
+        let slot = VirtioSlot(index);
+        self.virtio_devices += 1;
+        let line = interrupts.line(slot.gsi());
+        self.buses.mmio.insert(
+            slot.base(),
+            layout::VIRTIO_MMIO_SIZE,
+            Arc::new(Mutex::new(MmioTransport::new(device, mem.clone(), line))),
+        )?;
+        self.acpi.push(AcpiDevice {
+            name: format!("VR{index:02}"),
+            hid: Hid::Acpi(VIRTIO_MMIO_HID),
+            uid: index as u32,
+            ports: None,
+            mmio: Some((slot.base() as u32, layout::VIRTIO_MMIO_SIZE as u32)),
+            gsi: Some(slot.gsi()),
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use minivmm_devices::virtio::transport::mmio;
+
+    #[test]
+    fn every_virtio_device_has_a_place_of_its_own() {
+        assert_eq!(
+            virtio_parameters(2),
+            "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6"
+        );
+        let last = VirtioSlot(layout::MAX_VIRTIO_DEVICES - 1);
+        assert_eq!(last.gsi(), layout::VIRTIO_GSI_LAST);
+        assert_eq!(layout::VIRTIO_GSI_LAST + 1, ioapic::PINS);
+        assert!(last.base() + layout::VIRTIO_MMIO_SIZE <= layout::IOAPIC_START);
+        assert_eq!(mmio::LEN, layout::VIRTIO_MMIO_SIZE);
     }
 }

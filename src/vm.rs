@@ -8,6 +8,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::legacy::serial::Serial;
+use minivmm_devices::virtio::block::{Disk, DiskError};
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -16,7 +17,7 @@ use crate::arch::x86_64::{layout, mptable, regs};
 use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{ConfigError, MemorySize, OnReboot, VmConfig};
 use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal, SerialMode};
-use crate::device_manager::DeviceManager;
+use crate::device_manager::{DeviceManager, HostResources};
 use crate::doctor;
 use crate::event_loop::{EventLoop, Signals};
 use crate::exit_status::Outcome;
@@ -52,6 +53,9 @@ pub enum VmError {
     /// Kernel or initrd cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A disk cannot be had.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Guest RAM cannot be made.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -217,12 +221,14 @@ struct Vm {
     kernel: LoadedKernel,
     cmdline: String,
     cpus: u8,
+    resources: HostResources,
 }
 
 impl Vm {
     /// Makes the VM and its RAM, and loads the kernel.
     fn prepare(config: &VmConfig) -> Result<Self, VmError> {
         let cmdline = config.kernel_cmdline();
+        let resources = open_resources(config)?;
         let mem = memory::create(config.memory.bytes)?;
         let kernel = boot::load(
             &mem,
@@ -266,11 +272,12 @@ impl Vm {
             kernel,
             cmdline,
             cpus: config.cpus,
+            resources,
         })
     }
 
     /// Makes interrupt controllers, vCPUs and devices, and writes the tables by which the guest finds them.
-    fn boot(self, console: &Console) -> Result<BootedVm, VmError> {
+    fn boot(mut self, console: &Console) -> Result<BootedVm, VmError> {
         let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
         let interrupts = Interrupts::new(Arc::clone(&self.fd)).map_err(refused(
             "split the interrupt controller (KVM_CAP_SPLIT_IRQCHIP)",
@@ -301,7 +308,13 @@ impl Vm {
             // An eventfd refuses a write only when its counter is full; then the event loop is awake.
             Arc::new(move || _ = kick.write(1)),
         );
-        let devices = DeviceManager::new(&interrupts, &event_sink(&control), serial)?;
+        let devices = DeviceManager::new(
+            &interrupts,
+            &event_sink(&control),
+            &self.mem,
+            serial,
+            std::mem::take(&mut self.resources),
+        )?;
         let serial = Arc::clone(&devices.serial);
         let weak = Arc::downgrade(&serial);
         console.on_output_ready(Arc::new(move || {
@@ -410,6 +423,22 @@ impl BootedVm {
         }
         Ok((outcome, last_words))
     }
+}
+
+/// Opens what the devices need: before the terminal is touched, and before time is spent on anything else.
+fn open_resources(config: &VmConfig) -> Result<HostResources, DiskError> {
+    let disks = config
+        .disks
+        .iter()
+        .map(|disk| {
+            let id = disk.id.clone().unwrap_or_default();
+            Ok((Disk::open(&disk.path, disk.read_only)?, id))
+        })
+        .collect::<Result<_, DiskError>>()?;
+    Ok(HostResources {
+        disks,
+        rng: config.rng,
+    })
 }
 
 /// What devices report, turned into the VM's end.

@@ -237,3 +237,31 @@ fn a_wrong_command_line() {
         );
     }
 }
+
+#[test]
+fn a_disk_that_cannot_be_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    fs::write(place("short"), "short").unwrap();
+    for (disk, status, wanted) in [
+        (
+            format!("path={}", place("missing")),
+            125,
+            "missing for writing: No such file",
+        ),
+        (format!("path={}", place("short")), 125, "5 bytes"),
+        (
+            format!("path={},ro", place("")),
+            125,
+            "neither a regular file",
+        ),
+        ("path=/dev/null".into(), 125, "neither a regular file"),
+        ("x.img".into(), 2, "path=FILE[,ro][,id=SERIAL]"),
+        ("path=x,queues=2".into(), 2, "'queues=2' is not known"),
+        ("path=x,id=123456789012345678901".into(), 2, "1 to 20"),
+    ] {
+        let ended = run(&mut boot_tiny("hello", "", &["--disk", &disk]));
+        ended.assert_code(status);
+        assert!(ended.stderr.contains(wanted), "{disk}: {}", ended.stderr);
+    }
+}

@@ -6,13 +6,15 @@
 mod common;
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::terminal::Terminal;
 use common::{Ended, minivmm, run, run_with_input};
+use tempfile::NamedTempFile;
 
 /// What a script of guest-kernels/ prints: where in the cache a guest is. The lab has no network, so `make guests` has put
 /// it there.
@@ -295,6 +297,182 @@ fn debians_own_initrd_gets_to_its_rescue_shell() {
     let ended = run_with_input(&mut command, b"echo rescue-$((6*7)); poweroff -f\n");
     ended.assert_code(0);
     assert!(ended.out().contains("rescue-42"), "{}", ended.out());
+}
+
+/// A boot with Debian's virtio modules, which runs a case of tests/guest/virtio.
+#[track_caller]
+fn virtio(case: &str, args: &[&str], wanted: &[&str]) -> String {
+    let initramfs = common::project("build/virtio.cpio");
+    let mut args = args.to_vec();
+    args.extend(["--initrd", initramfs.to_str().unwrap()]);
+    let script = format!("virtio {case}");
+    expect(&kernel("cloud", "bzImage"), &args, &script, wanted).out()
+}
+
+/// The checksum that the host sees.
+fn md5(file: &Path) -> String {
+    let output = Command::new("md5sum").arg(file).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split_whitespace().next().expect("a sum").into()
+}
+
+/// A disk of random bytes, no multiple of 4 KiB.
+fn random_disk() -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    let mut random = fs::File::open("/dev/urandom")
+        .unwrap()
+        .take((4 << 20) + 512);
+    std::io::copy(&mut random, &mut file).unwrap();
+    file
+}
+
+#[test]
+fn a_disk_is_read_and_written() {
+    let disk = random_disk();
+    let first = md5(disk.path());
+    let path = disk.path().to_str().unwrap();
+    let out = virtio(
+        "read-write",
+        &["--cpus", "2", "--disk", &format!("path={path},id=a-serial")],
+        &[
+            "size 8193 ro 0 serial a-serial",
+            &format!("first-sum {first}"),
+            "IO-APIC   5-edge",
+        ],
+    );
+    let last = md5(disk.path());
+    assert_ne!(first, last);
+    for wanted in ["last-sum", "again-sum"] {
+        assert!(out.contains(&format!("{wanted} {last}")), "{last}: {out}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes_and_a_second_takes_them() {
+    let (source, copy) = (random_disk(), random_disk());
+    let sum = md5(source.path());
+    let path = |file: &NamedTempFile| format!("path={}", file.path().display());
+    virtio(
+        "read-only",
+        &[
+            "--disk",
+            &format!("{},ro", path(&source)),
+            "--disk",
+            &path(&copy),
+        ],
+        &[
+            "vda 1 vdb 0",
+            "Operation not permitted",
+            &format!("sum {sum}"),
+        ],
+    );
+    assert_eq!((md5(source.path()), md5(copy.path())), (sum.clone(), sum));
+}
+
+#[test]
+fn a_file_system_is_clean_after_the_guest() {
+    let tree = tempfile::tempdir().unwrap();
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(32 << 20).unwrap();
+    let sh = |script: &str| {
+        let status = Command::new("sh")
+            .args(["-ec", script])
+            .env("TREE", tree.path())
+            .env("DISK", disk.path())
+            .status();
+        assert!(status.unwrap().success(), "{script}");
+    };
+    sh(
+        "head -c 3000000 /dev/urandom >$TREE/data; (cd $TREE; sha256sum data >sums)
+        sed -i s,data,/mnt/data, $TREE/sums; mkfs.ext4 -q -d $TREE $DISK",
+    );
+    virtio(
+        "file-system",
+        &["--disk", &format!("path={}", disk.path().display())],
+        &["/mnt/data: OK"],
+    );
+    sh("e2fsck -fn $DISK; debugfs -R 'cat /note' $DISK | grep 'from the guest'");
+}
+
+#[test]
+fn debians_own_initrd_finds_its_root_on_a_disk() {
+    // udev loads the drivers by what ACPI says; the root file system is as small as can be.
+    let tree = tempfile::tempdir().unwrap();
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(16 << 20).unwrap();
+    let busybox = guest("fetch", &["--offline", "busybox"]).join("busybox");
+    let script =
+        "cd $TREE; mkdir bin sbin dev proc sys run tmp; cp $BUSYBOX bin/busybox; cat >sbin/init
+        chmod 755 sbin/init; mkfs.ext4 -q -d $TREE $DISK";
+    let mut command = Command::new("sh");
+    let mut child = command
+        .args(["-ec", script])
+        .env("TREE", tree.path())
+        .env("DISK", disk.path())
+        .env("BUSYBOX", busybox)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let init = "#!/bin/busybox sh
+        busybox mount -o remount,rw /
+        busybox grep ' / ' /proc/mounts
+        echo written by process $$ >/note
+        busybox mount -o remount,ro /
+        busybox poweroff -f\n";
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(init.as_bytes())
+        .unwrap();
+    assert!(child.wait().unwrap().success());
+
+    let initrd = guest("debian-initrd", &["cloud"]);
+    let mut command = minivmm(&[
+        "--kernel",
+        &kernel("cloud", "bzImage"),
+        "--deadline",
+        "100s",
+    ]);
+    command.args([
+        "--memory",
+        "512M",
+        "--cpus",
+        "2",
+        "--rng",
+        "--append",
+        "root=/dev/vda",
+    ]);
+    command.arg("--initrd").arg(initrd);
+    command
+        .arg("--disk")
+        .arg(format!("path={}", disk.path().display()));
+    let ended = run(&mut command);
+    ended.assert_code(0);
+    assert!(
+        ended.out().contains("/dev/vda / ext4 rw"),
+        "{}",
+        ended.out()
+    );
+    for (program, args, wanted) in [
+        ("e2fsck", &["-fn"][..], "files"),
+        ("debugfs", &["-R", "cat /note"], "written by process 1"),
+    ] {
+        let checked = Command::new(program)
+            .args(args)
+            .arg(disk.path())
+            .output()
+            .unwrap();
+        let out = String::from_utf8_lossy(&checked.stdout);
+        assert!(checked.status.success(), "{program}: {out}");
+        assert!(out.contains(wanted), "{program}: {out}");
+    }
+}
+
+#[test]
+fn the_guest_gets_entropy() {
+    let out = virtio("entropy", &["--rng"], &["virtio_rng.0"]);
+    assert!(out.contains("\n4000\r\n"), "{out}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Device models of minivmm.
 //!
-//! This crate knows buses ([`bus`]), interrupts as wires ([`interrupt`]) and what a guest can tell its monitor
-//! ([`event`]). It never names KVM, so everything in it is tested without a hypervisor.
+//! This crate knows buses ([`bus`]), interrupts as wires ([`interrupt`]), guest memory ([`virtio`]) and what a guest can
+//! tell its monitor ([`event`]). It never names KVM, so everything in it is tested without a hypervisor.
 //!
 //! Locks: a device lives in an `Arc<Mutex<_>>` that the [`bus`] takes for one access. Callbacks that a device is given
 //! (event sinks, interrupt sinks, console output, kicks) are called with that lock held: they must neither block nor
@@ -21,3 +21,4 @@ pub mod bus;
 pub mod event;
 pub mod interrupt;
 pub mod legacy;
+pub mod virtio;

@@ -35,6 +35,8 @@ pub struct AcpiDevice {
     pub uid: u32,
     /// I/O ports: the first and their number.
     pub ports: Option<(u16, u8)>,
+    /// MMIO registers: the first address and their length in bytes.
+    pub mmio: Option<(u32, u32)>,
     /// GSI, edge-triggered and active high as every wire of this machine.
     pub gsi: Option<u32>,
 }
@@ -148,6 +150,10 @@ fn device(device: &AcpiDevice) -> Vec<u8> {
     if let Some((port, count)) = device.ports {
         resources.push(Box::new(aml::IO::new(port, port, 1, count)));
     }
+    if let Some((base, len)) = device.mmio {
+        let read_write = true;
+        resources.push(Box::new(aml::Memory32Fixed::new(read_write, base, len)));
+    }
     if let Some(gsi) = device.gsi {
         let (consumer, edge, active_low, shared) = (true, true, false, false);
         resources.push(Box::new(aml::Interrupt::new(
@@ -179,8 +185,27 @@ mod tests {
             hid: Hid::Eisa("PNP0501"),
             uid: 0,
             ports: Some((0x3f8, 8)),
+            mmio: None,
             gsi: Some(4),
         }
+    }
+
+    #[test]
+    fn a_device_has_its_registers_and_its_interrupt() {
+        let aml = device(&AcpiDevice {
+            name: "VR03".into(),
+            hid: Hid::Acpi("LNRO0005"),
+            uid: 3,
+            ports: None,
+            mmio: Some((0xd000_3000, 0x1000)),
+            gsi: Some(8),
+        });
+        let has = |bytes: &[u8]| aml.windows(bytes.len()).any(|w| w == bytes);
+        assert!(has(b"VR03") && has(b"LNRO0005\0"));
+        // § 6.4.3.4: tag, length, writable, base, length.
+        assert!(has(&[0x86, 9, 0, 1, 0, 0x30, 0, 0xd0, 0, 0x10, 0, 0]));
+        // § 6.4.3.6: tag, length, consumer and edge and active high and exclusive, one interrupt, its number.
+        assert!(has(&[0x89, 6, 0, 0b0011, 1, 8, 0, 0, 0]));
     }
 
     #[test]

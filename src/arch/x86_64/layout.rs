@@ -44,6 +44,10 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 
 /// First address of the 32-bit MMIO gap: no RAM from here to 4 GiB.
 pub const MMIO_GAP_START: u64 = 0xc000_0000;
+/// First virtio-mmio window; each is [`VIRTIO_MMIO_SIZE`] long and the next follows at once.
+pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
+/// Bytes of a virtio-mmio window: a page, so that one can be given away alone.
+pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// I/O APIC registers (SDM vol. 3 § 11.4.1 has the local APIC at 1 MiB behind it).
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// Local APIC registers, emulated by KVM.
@@ -69,3 +73,9 @@ pub const ACPI_POWER_PORT: u16 = 0x600;
 
 /// GSI of COM1, as on a PC.
 pub const COM1_GSI: u32 = 4;
+/// GSI of the first virtio device; each has one of its own, up to [`VIRTIO_GSI_LAST`].
+pub const VIRTIO_GSI_FIRST: u32 = 5;
+/// The last pin of the I/O APIC.
+pub const VIRTIO_GSI_LAST: u32 = 23;
+/// How many virtio devices there is room for.
+pub const MAX_VIRTIO_DEVICES: usize = (VIRTIO_GSI_LAST - VIRTIO_GSI_FIRST + 1) as usize;

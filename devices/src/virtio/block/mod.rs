@@ -1,0 +1,145 @@
+//! The block device (§ 5.2): a raw file or host block device as a disk.
+
+mod disk;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+
+pub use disk::{Disk, DiskError};
+use request::Requests;
+
+use super::device::{Resources, VirtioDevice, read_config_bytes};
+use super::queue::Virtqueue;
+use super::worker::Worker;
+
+/// Device ID (§ 5).
+pub const DEVICE_TYPE: u32 = 2;
+
+/// Longest serial number in bytes: VIRTIO_BLK_T_GET_ID has room for no more (§ 5.2.6).
+pub const MAX_ID_LEN: usize = 20;
+
+/// The unit of capacity and offsets, in bytes (§ 5.2.4).
+const SECTOR_SIZE: u64 = 512;
+
+const QUEUE_SIZES: [u16; 1] = [256];
+/// Data segments of a request: what the queue has room for beside header and status, which need a descriptor each.
+const SEG_MAX: u32 = 254;
+
+/// Physical block size in bytes: what file systems and disks of today have.
+const PHYSICAL_BLOCK_SIZE: u32 = 4096;
+
+/// Longest discard in sectors, 2 GiB, and longest write of zeroes, 64 MiB: on a host that must write these itself a
+/// request should still end soon, since a reset waits for it.
+const MAX_DISCARD_SECTORS: u32 = 1 << 22;
+const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 17;
+
+/// The device.
+pub struct Block {
+    disk: Arc<Disk>,
+    id: [u8; MAX_ID_LEN],
+    config: [u8; 60],
+    worker: Option<Worker<Requests>>,
+}
+
+impl Block {
+    /// A device for `disk` with this serial number, of which the first [`MAX_ID_LEN`] bytes count.
+    pub fn new(disk: Disk, serial: &str) -> Self {
+        let mut id = [0; MAX_ID_LEN];
+        for (byte, value) in id.iter_mut().zip(serial.bytes()) {
+            *byte = value;
+        }
+        Self {
+            config: config_space(&disk),
+            disk: Arc::new(disk),
+            id,
+            worker: None,
+        }
+    }
+}
+
+/// `struct virtio_blk_config` (§ 5.2.4).
+fn config_space(disk: &Disk) -> [u8; 60] {
+    let block_size = disk.block_size();
+    let in_blocks = (PHYSICAL_BLOCK_SIZE / block_size).max(1);
+    let mut config = [0; 60];
+    let mut put = |offset: usize, bytes: &[u8]| {
+        if let Some(field) = config.get_mut(offset..offset + bytes.len()) {
+            field.copy_from_slice(bytes);
+        }
+    };
+    put(0, &disk.sectors().to_le_bytes()); // capacity
+    put(12, &SEG_MAX.to_le_bytes()); // seg_max
+    put(20, &block_size.to_le_bytes()); // blk_size
+    put(24, &[in_blocks.ilog2() as u8, 0]); // topology: physical_block_exp, alignment_offset
+    put(26, &(in_blocks as u16).to_le_bytes()); // topology: min_io_size
+    put(34, &1u16.to_le_bytes()); // num_queues
+    put(36, &MAX_DISCARD_SECTORS.to_le_bytes()); // max_discard_sectors
+    put(40, &1u32.to_le_bytes()); // max_discard_seg
+    let alignment = PHYSICAL_BLOCK_SIZE.max(block_size) / SECTOR_SIZE as u32;
+    put(44, &alignment.to_le_bytes()); // discard_sector_alignment
+    put(48, &MAX_WRITE_ZEROES_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+    put(52, &1u32.to_le_bytes()); // max_write_zeroes_seg
+    put(56, &[1]); // write_zeroes_may_unmap
+    config
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        let always = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_FLUSH;
+        let more = if self.disk.is_read_only() {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+        };
+        always | more
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    fn start(&mut self, resources: Resources) -> io::Result<()> {
+        let Resources {
+            mem,
+            features,
+            mut queues,
+            interrupt,
+        } = resources;
+        if let Some(queue) = queues.pop() {
+            // § 5.2.6.2: to a driver that cannot flush, a completed write is on the disk.
+            let write_through = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
+            let requests = Requests::new(Arc::clone(&self.disk), self.id, write_through);
+            let name = "virtio-blk".into();
+            self.worker = Some(Worker::start(name, queue, mem, interrupt, requests)?);
+        }
+        Ok(())
+    }
+
+    fn notify(&mut self, _queue: u16) {
+        self.worker.iter().for_each(Worker::notify);
+    }
+
+    fn stop(&mut self) -> Vec<Virtqueue> {
+        let stopped = self.worker.take().and_then(Worker::stop);
+        stopped.into_iter().map(|(queue, _)| queue).collect()
+    }
+}

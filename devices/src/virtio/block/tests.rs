@@ -1,0 +1,377 @@
+use std::fs;
+use std::io::Write;
+
+use tempfile::NamedTempFile;
+use virtio_bindings::virtio_blk::*;
+
+use super::super::testing::{DATA, Driver, END, HIGH, SEAM, WRITE};
+use super::*;
+use crate::bus::BusDevice;
+
+const OK: u8 = VIRTIO_BLK_S_OK as u8;
+const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+
+/// Sectors of the test disk.
+const SECTORS: u64 = 67;
+const STATUS: u64 = DATA + 0x100;
+const BUFFER: u64 = DATA + 0x1000;
+
+/// What the test disk contains at first.
+fn pattern() -> Vec<u8> {
+    (0..SECTORS * 512)
+        .map(|n| (n / 512 * 7 + n % 251) as u8)
+        .collect()
+}
+
+struct Rig {
+    driver: Driver,
+    file: NamedTempFile,
+}
+
+impl Rig {
+    fn new(read_only: bool, without: u64) -> Self {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(&pattern()).unwrap();
+        let disk = Disk::open(file.path(), read_only).unwrap();
+        let driver = Driver::started(Box::new(Block::new(disk, "a-serial")), without);
+        Self { driver, file }
+    }
+
+    fn header(&self, kind: u32, sector: u64) {
+        let mut header = [0xaa; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.driver.write(DATA, &header);
+    }
+
+    /// A request of header, `data` and status; gives the status and the length written.
+    fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> (u8, u32) {
+        self.header(kind, sector);
+        let mut chain = vec![(DATA, 16, 0)];
+        chain.extend_from_slice(data);
+        chain.push((STATUS, 1, WRITE));
+        self.chain(&chain)
+    }
+
+    /// A chain whose status is at [`STATUS`].
+    fn chain(&mut self, chain: &[(u64, u32, u16)]) -> (u8, u32) {
+        self.driver.write(STATUS, &[0xee]);
+        let len = self.driver.request(chain);
+        (self.driver.read(STATUS, 1)[0], len)
+    }
+
+    fn contents(&self) -> Vec<u8> {
+        fs::read(self.file.path()).unwrap()
+    }
+}
+
+#[test]
+fn the_configuration_says_what_the_disk_is() {
+    let mut rig = Rig::new(false, 0);
+    let mut config = [0; 60];
+    rig.driver.transport.read(0x100, &mut config);
+    let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), SECTORS);
+    assert_eq!((word(12), word(20)), (254, 512));
+    assert_eq!((config[24], config[26]), (3, 8), "4 KiB physical blocks");
+    assert_eq!((word(36), word(40), word(44)), (MAX_DISCARD_SECTORS, 1, 8));
+    assert_eq!(
+        (word(48), word(52), config[56]),
+        (MAX_WRITE_ZEROES_SECTORS, 1, 1)
+    );
+    let writes = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+    assert_eq!(rig.driver.offered() & writes, writes);
+    let mut rig = Rig::new(true, 0);
+    assert_eq!(rig.driver.offered() & writes, 0);
+    assert_ne!(rig.driver.offered() & 1 << VIRTIO_BLK_F_RO, 0);
+}
+
+#[test]
+fn reads_and_writes_move_the_right_bytes() {
+    let mut rig = Rig::new(false, 0);
+    let data = [(BUFFER, 1024, WRITE)];
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 3, &data), (OK, 1025));
+    assert_eq!(rig.driver.read(BUFFER, 1024), pattern()[3 * 512..5 * 512]);
+    // The whole disk into buffers of odd sizes, one of them across two regions and one above the gap.
+    let rest = (SECTORS * 512) as u32 - 1000 - 333;
+    let data = [
+        (SEAM - 10, 1000, WRITE),
+        (BUFFER, 333, WRITE),
+        (HIGH, rest, WRITE),
+    ];
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_IN, 0, &data),
+        (OK, (SECTORS * 512) as u32 + 1)
+    );
+    let mut got = rig.driver.read(SEAM - 10, 1000);
+    got.extend(rig.driver.read(BUFFER, 333));
+    got.extend(rig.driver.read(HIGH, rest as usize));
+    assert!(got == pattern());
+
+    let mut wanted = pattern();
+    wanted[66 * 512..].fill(0x5a);
+    rig.driver.write(END - 200, &[0x5a; 200]);
+    rig.driver.write(SEAM - 100, &[0x5a; 312]);
+    let data = [(END - 200, 200, 0), (SEAM - 100, 312, 0)];
+    assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 66, &data), (OK, 1));
+    assert!(rig.contents() == wanted);
+    assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+}
+
+#[test]
+fn a_header_and_a_status_may_lie_anywhere() {
+    let mut rig = Rig::new(false, 0);
+    rig.header(VIRTIO_BLK_T_IN, 1);
+    // The header in three pieces, the status in the data's last descriptor, and an empty descriptor.
+    let chain = [
+        (DATA, 5, 0),
+        (DATA + 5, 10, 0),
+        (DATA + 15, 1, 0),
+        (BUFFER, 0, WRITE),
+        (STATUS - 512, 513, WRITE),
+    ];
+    assert_eq!(rig.chain(&chain), (OK, 513));
+    assert_eq!(rig.driver.read(STATUS - 512, 512), pattern()[512..1024]);
+    // Data that follow the header in its descriptor.
+    rig.driver.write(BUFFER, &[0; 16]);
+    rig.driver.write(BUFFER, &VIRTIO_BLK_T_OUT.to_le_bytes());
+    rig.driver.write(BUFFER + 16, &[7; 512]);
+    assert_eq!(rig.chain(&[(BUFFER, 528, 0), (STATUS, 1, WRITE)]), (OK, 1));
+    assert_eq!(rig.contents()[..512], [7; 512]);
+}
+
+#[test]
+fn bad_requests_get_their_status() {
+    let mut rig = Rig::new(false, 0);
+    let sector = |len| [(BUFFER, len, WRITE)];
+    let given = |len| [(BUFFER, len, 0)];
+    let (read, write) = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT);
+    for (case, status, kind, at, data) in [
+        ("no data", IOERR, read, 0, &[][..]),
+        ("no data to write", IOERR, write, 0, &[]),
+        ("half a sector", IOERR, read, 0, &sector(256)),
+        ("a sector and a byte", IOERR, read, 0, &sector(513)),
+        ("past the end", IOERR, read, SECTORS, &sector(512)),
+        ("over the end", IOERR, read, SECTORS - 1, &sector(1024)),
+        ("sectors overflow", IOERR, read, u64::MAX, &sector(512)),
+        ("bytes overflow", IOERR, read, u64::MAX / 512, &sector(512)),
+        ("bytes wrap to 0", IOERR, read, 1 << 55, &sector(512)),
+        ("off_t overflows", IOERR, read, 1 << 54, &sector(512)),
+        ("write past the end", IOERR, write, SECTORS, &given(512)),
+        ("write overflows", IOERR, write, u64::MAX, &given(512)),
+        ("read into readable", IOERR, read, 0, &given(512)),
+        ("write from writable", IOERR, write, 0, &sector(512)),
+        (
+            "both ways",
+            IOERR,
+            read,
+            0,
+            &[(BUFFER, 512, 0), (BUFFER, 512, WRITE)],
+        ),
+        (
+            "flush with data",
+            IOERR,
+            VIRTIO_BLK_T_FLUSH,
+            0,
+            &sector(512),
+        ),
+        ("short ID", IOERR, VIRTIO_BLK_T_GET_ID, 0, &sector(19)),
+        (
+            "ID the wrong way",
+            IOERR,
+            VIRTIO_BLK_T_GET_ID,
+            0,
+            &given(20),
+        ),
+        ("unknown", UNSUPP, 77, 0, &sector(512)),
+        ("SCSI", UNSUPP, VIRTIO_BLK_T_SCSI_CMD, 0, &sector(512)),
+        ("lifetime", UNSUPP, 10, 0, &sector(512)),
+        (
+            "secure erase",
+            UNSUPP,
+            VIRTIO_BLK_T_SECURE_ERASE,
+            0,
+            &given(16),
+        ),
+        ("all ones", UNSUPP, u32::MAX, 0, &[]),
+    ] {
+        assert_eq!(rig.request(kind, at, data), (status, 1), "{case}");
+    }
+    for len in [0, 1, 15] {
+        let chain = [(DATA, len, 0), (STATUS, 1, WRITE)];
+        assert_eq!(rig.chain(&chain), (IOERR, 1), "a header of {len}");
+    }
+    assert_eq!(rig.chain(&[(STATUS, 1, WRITE)]), (IOERR, 1), "no header");
+    assert!(rig.contents() == pattern());
+    let data = [(BUFFER, 20, WRITE)];
+    assert_eq!(rig.request(VIRTIO_BLK_T_GET_ID, 0, &data), (OK, 21));
+    assert_eq!(
+        rig.driver.read(BUFFER, 20),
+        *b"a-serial\0\0\0\0\0\0\0\0\0\0\0\0"
+    );
+}
+
+#[test]
+fn a_request_without_a_status_needs_a_reset() {
+    let mut rig = Rig::new(false, 0);
+    for chain in [
+        &[(DATA, 16, 0)][..],
+        &[(DATA, 16, 0), (BUFFER, 512, 0)],
+        &[(DATA, 16, 0), (STATUS, 0, WRITE)],
+        &[(DATA, 0, 0)],
+    ] {
+        rig.driver.start(0);
+        rig.header(VIRTIO_BLK_T_OUT, 0);
+        rig.driver.chain(0, chain);
+        rig.driver.offer(0);
+        rig.driver.notify();
+        rig.driver.expect_needs_reset("no status");
+    }
+    assert!(rig.contents() == pattern());
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let mut rig = Rig::new(true, 0);
+    let clear = [(BUFFER, 16, 0)];
+    rig.driver.write(BUFFER, &segment(0, 8, 0));
+    assert_eq!(rig.request(VIRTIO_BLK_T_DISCARD, 0, &clear), (IOERR, 1));
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &clear),
+        (IOERR, 1)
+    );
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_OUT, 0, &[(BUFFER, 512, 0)]),
+        (IOERR, 1)
+    );
+    assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_IN, 0, &[(BUFFER, 512, WRITE)]),
+        (OK, 513)
+    );
+    assert!(rig.contents() == pattern());
+}
+
+fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+    let mut bytes = sector.to_le_bytes().to_vec();
+    bytes.extend(count.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn discard_and_write_zeroes() {
+    let mut rig = Rig::new(false, 0);
+    let mut run = |kind, sector, count, flags, len| {
+        rig.driver.write(BUFFER, &[0; 64]);
+        rig.driver.write(BUFFER, &segment(sector, count, flags));
+        rig.request(kind, 0, &[(BUFFER, len, 0)]).0
+    };
+    let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+    for (case, status, kind, sector, count, flags, len) in [
+        ("no sectors", IOERR, discard, 0, 0, 0, 16),
+        (
+            "too many sectors",
+            IOERR,
+            discard,
+            0,
+            MAX_DISCARD_SECTORS + 1,
+            0,
+            16,
+        ),
+        (
+            "too many zeroes",
+            IOERR,
+            zeroes,
+            0,
+            MAX_WRITE_ZEROES_SECTORS + 1,
+            0,
+            16,
+        ),
+        ("u32::MAX", IOERR, zeroes, 0, u32::MAX, 0, 16),
+        ("over the end", IOERR, zeroes, SECTORS - 1, 2, 0, 16),
+        ("overflow", IOERR, discard, u64::MAX, 1, 0, 16),
+        ("discard with a flag", UNSUPP, discard, 0, 1, 1, 16),
+        ("an unknown flag", UNSUPP, zeroes, 0, 1, 2, 16),
+        ("a short segment", IOERR, zeroes, 0, 1, 0, 15),
+        ("a long segment", IOERR, zeroes, 0, 1, 0, 17),
+        ("two segments", IOERR, zeroes, 0, 1, 0, 32),
+        ("none", IOERR, zeroes, 0, 1, 0, 0),
+        ("discard", OK, discard, 8, 8, 0, 16),
+        ("zeroes", OK, zeroes, 17, 1, 0, 16),
+        ("zeroes, unmapped", OK, zeroes, 65, 2, 1, 16),
+    ] {
+        assert_eq!(run(kind, sector, count, flags, len), status, "{case}");
+    }
+    let mut wanted = pattern();
+    wanted[8 * 512..16 * 512].fill(0);
+    wanted[17 * 512..18 * 512].fill(0);
+    wanted[65 * 512..].fill(0);
+    assert!(rig.contents() == wanted);
+}
+
+#[test]
+fn an_image_that_was_truncated_gives_an_error_and_no_more() {
+    let mut rig = Rig::new(false, 0);
+    rig.file.as_file().set_len(5 * 512 + 100).unwrap();
+    let data = [(BUFFER, 1024, WRITE)];
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 5, &data), (IOERR, 1));
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 10, &data), (IOERR, 1));
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 3, &data), (OK, 1025));
+}
+
+#[test]
+fn a_driver_without_flush_writes_through() {
+    let mut rig = Rig::new(false, 1 << VIRTIO_BLK_F_FLUSH);
+    rig.driver.write(BUFFER, &[9; 512]);
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_OUT, 2, &[(BUFFER, 512, 0)]),
+        (OK, 1)
+    );
+    assert_eq!(rig.contents()[1024..1536], [9; 512]);
+}
+
+#[test]
+fn a_write_that_the_host_refuses_gives_an_error_and_no_more() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let disk = Disk::open(file.path(), true).unwrap().claim_writable();
+    let mut driver = Driver::started(Box::new(Block::new(disk, "")), 0);
+    let mut header = [0; 16];
+    header[0] = 1;
+    driver.write(DATA, &header);
+    driver.request(&[(DATA, 16, 0), (BUFFER, 512, 0), (STATUS, 1, WRITE)]);
+    assert_eq!(driver.read(STATUS, 1), [IOERR]);
+    driver.any_request();
+}
+
+#[test]
+fn a_disk_is_a_file_that_is_free() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    let message = |result: Result<Disk, DiskError>| result.err().unwrap().to_string();
+    let missing = message(Disk::open(&path, false));
+    assert!(
+        missing.contains("for writing") && missing.contains("disk"),
+        "{missing}"
+    );
+    fs::write(&path, [0; 511]).unwrap();
+    assert!(message(Disk::open(&path, true)).contains("511 bytes"));
+    assert!(message(Disk::open(dir.path(), true)).contains("neither"));
+    assert!(message(Disk::open("/dev/null".as_ref(), false)).contains("neither"));
+    // A header of a format is data like any other; what is beyond the last whole sector is not seen.
+    fs::write(&path, [b"QFI\xfb", &[0; 1000][..]].concat()).unwrap();
+    assert_eq!(Disk::open(&path, false).unwrap().sectors(), 1);
+
+    let reader = Disk::open(&path, true).unwrap();
+    let second = Disk::open(&path, true).unwrap();
+    assert!(message(Disk::open(&path, false)).contains("in use"));
+    drop((reader, second));
+    let writer = Disk::open(&path, false).unwrap();
+    assert!(message(Disk::open(&path, false)).contains("in use"));
+    assert!(message(Disk::open(&path, true)).contains("in use"));
+    // A device that was started and dropped has let go of it.
+    drop(Driver::started(Box::new(Block::new(writer, "")), 0));
+    Disk::open(&path, false).unwrap();
+}

@@ -1,0 +1,140 @@
+//! What a virtio device is to its transport.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vm_memory::GuestMemoryMmap;
+
+use super::queue::Virtqueue;
+
+/// A virtio device. The transport calls it, with status, features and queue parameters checked:
+///
+/// ```text
+///            start                 stop (a reset, a fault, the end)
+/// stopped ----------> running -------------------------------------> stopped
+///    ^ |                 | ^
+///    +-+ stop            +-+ notify, write_config
+/// ```
+///
+/// Whatever the state, the transport may ask for the type, features, queue sizes and configuration. Dropping a device
+/// stops it.
+pub trait VirtioDevice: Send {
+    /// The device ID (§ 5).
+    fn device_type(&self) -> u32;
+
+    /// Feature bits of this kind of device; those of the transport and the rings are added by the transport.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue: a power of two, at most 32768.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Reads the configuration space at `offset`. `data` is zero; what lies beyond the space stays so.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the configuration space. Most devices have nothing there that a driver may write.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// The driver has set DRIVER_OK: begin. Called in the stopped state alone. An error leaves the device stopped.
+    fn start(&mut self, resources: Resources) -> io::Result<()>;
+
+    /// The driver has made buffers available in this queue, which is one that `start` handed over. Must not block.
+    fn notify(&mut self, queue: u16);
+
+    /// Stops all work, waits until the last request has been completed or dropped, and hands the queues back, which say
+    /// where they stand. In the stopped state it does nothing and gives nothing.
+    fn stop(&mut self) -> Vec<Virtqueue>;
+}
+
+/// What a device works with while it runs.
+pub struct Resources {
+    /// Guest RAM.
+    pub mem: GuestMemoryMmap,
+    /// The features that the driver has accepted, all of them.
+    pub features: u64,
+    /// The queues that the driver has made ready; each knows its index.
+    pub queues: Vec<Virtqueue>,
+    /// How the device tells the driver, and the transport.
+    pub interrupt: Interrupt,
+}
+
+/// Where the interrupts of a device go: what differs between transports.
+pub trait InterruptTarget: Send + Sync {
+    /// This queue has new used buffers.
+    fn used_buffers(&self, queue: u16);
+    /// The configuration or the device status has changed.
+    fn config_changed(&self);
+}
+
+/// The device's way to its driver. Clones are one and the same.
+#[derive(Clone)]
+pub struct Interrupt(Arc<Shared>);
+
+struct Shared {
+    target: Box<dyn InterruptTarget>,
+    needs_reset: AtomicBool,
+    /// A broken rule has been warned of; a guest that goes on breaking them cannot flood the log.
+    reported: AtomicBool,
+}
+
+impl Interrupt {
+    /// Interrupts that end at `target`.
+    pub fn new(target: impl InterruptTarget + 'static) -> Self {
+        Self(Arc::new(Shared {
+            target: Box::new(target),
+            needs_reset: AtomicBool::new(false),
+            reported: AtomicBool::new(false),
+        }))
+    }
+
+    /// Tells the driver of used buffers in this queue.
+    pub fn used_buffers(&self, queue: u16) {
+        self.0.target.used_buffers(queue);
+    }
+
+    /// Tells the driver of a change in the configuration space.
+    pub fn config_changed(&self) {
+        self.0.target.config_changed();
+    }
+
+    /// Sets DEVICE_NEEDS_RESET and tells the driver (§ 2.1.2). Whoever calls this does no more work.
+    pub fn needs_reset(&self, why: &dyn fmt::Display) {
+        self.set_needs_reset(why);
+        self.config_changed();
+    }
+
+    /// The same without a word to the driver: before DRIVER_OK, a device sends nothing (§ 2.1.2).
+    pub(super) fn set_needs_reset(&self, why: &dyn fmt::Display) {
+        let level = if self.0.reported.swap(true, Ordering::Relaxed) {
+            log::Level::Debug
+        } else {
+            log::Level::Warn
+        };
+        log::log!(
+            level,
+            "a virtio driver broke the rules, its device waits for a reset: {why}"
+        );
+        self.0.needs_reset.store(true, Ordering::Release);
+    }
+
+    /// Whether DEVICE_NEEDS_RESET is set.
+    pub(super) fn is_reset_needed(&self) -> bool {
+        self.0.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// The device has been reset.
+    pub(super) fn clear_needs_reset(&self) {
+        self.0.needs_reset.store(false, Ordering::Release);
+    }
+}
+
+/// Reads a configuration space that is these bytes (§ 2.5): a helper for [`VirtioDevice::read_config`].
+pub(super) fn read_config_bytes(space: &[u8], offset: u64, data: &mut [u8]) {
+    let from = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| space.get(offset..));
+    for (byte, value) in data.iter_mut().zip(from.unwrap_or_default()) {
+        *byte = *value;
+    }
+}

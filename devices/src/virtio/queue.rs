@@ -1,0 +1,380 @@
+//! Virtqueues (§ 2.7, split): rings and descriptor chains, checked.
+//!
+//! The rings' indices and the notification rules are crate virtio-queue's. Chains are walked here, because its iterator
+//! ends a broken chain as it ends a whole one.
+
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+pub use virtio_queue::QueueState;
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Error as RingError, Queue, QueueOwnedT, QueueT};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, Permissions, VolatileSlice,
+};
+
+/// Longest chain in descriptors, indirect ones included. It bounds what one request makes this process allocate; a
+/// driver must keep to the queue's size (§ 2.7.5.3.1), which is less for every device here.
+pub const MAX_CHAIN: u32 = 1024;
+
+const DESCRIPTOR_SIZE: u64 = size_of::<RawDescriptor>() as u64;
+const DESCRIPTOR_ALIGN: u64 = 16;
+const AVAIL_ALIGN: u64 = 2;
+const USED_ALIGN: u64 = 4;
+
+/// How a driver broke the rules of a queue. Every one of these ends in DEVICE_NEEDS_RESET.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// A queue size that is none.
+    #[error("queue size {size} is not a power of two from 1 to {max}")]
+    Size {
+        /// What the driver wrote.
+        size: u32,
+        /// What the device offers.
+        max: u16,
+    },
+    /// A ring is not aligned as it must be.
+    #[error("the {ring} at {address:#x} is not aligned")]
+    Misaligned {
+        /// Which one.
+        ring: &'static str,
+        /// Its GPA.
+        address: u64,
+    },
+    /// A ring is not in RAM.
+    #[error("the {ring} at {address:#x}, {len} bytes, is not in RAM")]
+    RingOutside {
+        /// Which one.
+        ring: &'static str,
+        /// Its GPA.
+        address: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The available ring's index is further ahead than the queue is long, or the crate found another fault in a ring.
+    #[error("bad ring: {0}")]
+    Ring(#[source] RingError),
+    /// A head or `next` beyond the table.
+    #[error("descriptor index {index} in a table of {len}")]
+    Index {
+        /// The index.
+        index: u16,
+        /// Entries in the table.
+        len: u32,
+    },
+    /// A chain longer than its table: a loop.
+    #[error("the descriptor chain at {0} is a loop")]
+    Loop(u16),
+    /// More descriptors than [`MAX_CHAIN`].
+    #[error("an indirect table of {0} descriptors")]
+    TooLong(u32),
+    /// An indirect descriptor without the feature, in an indirect table, or with NEXT.
+    #[error("an indirect descriptor where none may be")]
+    Indirect,
+    /// An indirect table that is no whole number of descriptors, or empty.
+    #[error("an indirect table of {0} bytes")]
+    TableLength(u32),
+    /// A buffer that the device reads, behind one that it writes.
+    #[error("a readable descriptor behind a writable one")]
+    Order,
+    /// A chain of more than 4 GiB.
+    #[error("a descriptor chain of more than 4 GiB")]
+    TooManyBytes,
+    /// A table or buffer is not in RAM.
+    #[error("a descriptor refers to memory that is not there")]
+    Memory(#[source] GuestMemoryError),
+    /// A request that its device cannot even answer.
+    #[error("a request that cannot be answered: {0}")]
+    Unanswerable(&'static str),
+}
+
+/// Checks that the rings of this queue are aligned (§ 2.7) and lie in RAM.
+pub(super) fn check_rings(state: &QueueState, mem: &GuestMemoryMmap) -> Result<(), QueueError> {
+    let size = u64::from(state.size);
+    for (ring, address, align, len) in [
+        (
+            "descriptor table",
+            state.desc_table,
+            DESCRIPTOR_ALIGN,
+            DESCRIPTOR_SIZE * size,
+        ),
+        // § 2.7: flags, index and event are 2 bytes each; entries have 2 and 8.
+        (
+            "available ring",
+            state.avail_ring,
+            AVAIL_ALIGN,
+            6 + 2 * size,
+        ),
+        ("used ring", state.used_ring, USED_ALIGN, 6 + 8 * size),
+    ] {
+        if !address.is_multiple_of(align) {
+            return Err(QueueError::Misaligned { ring, address });
+        }
+        if !mem.check_range(GuestAddress(address), len as usize, Permissions::ReadWrite) {
+            return Err(QueueError::RingOutside { ring, address, len });
+        }
+    }
+    Ok(())
+}
+
+/// A queue that is ready, in the hands of its device.
+pub struct Virtqueue {
+    index: u16,
+    queue: Queue,
+    indirect: bool,
+}
+
+impl Virtqueue {
+    /// Queue number `index` in this state. `indirect` says whether VIRTIO_F_INDIRECT_DESC was negotiated.
+    pub(super) fn new(
+        index: u16,
+        state: QueueState,
+        indirect: bool,
+        mem: &GuestMemoryMmap,
+    ) -> Result<Self, QueueError> {
+        check_rings(&state, mem)?;
+        let queue = Queue::try_from(state).map_err(QueueError::Ring)?;
+        Ok(Self {
+            index,
+            queue,
+            indirect,
+        })
+    }
+
+    /// Its number.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Where it stands, as plain data.
+    pub fn state(&self) -> QueueState {
+        self.queue.state()
+    }
+
+    /// Takes the next available chain; `false` if there is none. `chain` holds nothing useful after an error.
+    pub fn pop<'m>(
+        &mut self,
+        mem: &'m GuestMemoryMmap,
+        chain: &mut Chain<'m>,
+    ) -> Result<bool, QueueError> {
+        chain.clear();
+        let mut heads = self.queue.iter(mem).map_err(QueueError::Ring)?;
+        let Some(head) = heads.next() else {
+            return Ok(false);
+        };
+        chain.head = head.head_index();
+        self.walk(mem, chain)?;
+        Ok(true)
+    }
+
+    /// Reads each descriptor once.
+    fn walk<'m>(&self, mem: &'m GuestMemoryMmap, chain: &mut Chain<'m>) -> Result<(), QueueError> {
+        let (mut table, mut len) = (self.queue.desc_table(), u32::from(self.queue.size()));
+        let (mut index, mut left, mut in_indirect) = (chain.head, len, false);
+        loop {
+            if u32::from(index) >= len {
+                return Err(QueueError::Index { index, len });
+            }
+            left = left.checked_sub(1).ok_or(QueueError::Loop(chain.head))?;
+            let address = table.saturating_add(DESCRIPTOR_SIZE * u64::from(index));
+            let descriptor: RawDescriptor = mem
+                .read_obj(GuestAddress(address))
+                .map_err(QueueError::Memory)?;
+            let descriptor = Descriptor::from(descriptor);
+            if descriptor.refers_to_indirect_table() {
+                if in_indirect || !self.indirect || descriptor.has_next() {
+                    return Err(QueueError::Indirect);
+                }
+                let bytes = descriptor.len();
+                if bytes == 0 || !u64::from(bytes).is_multiple_of(DESCRIPTOR_SIZE) {
+                    return Err(QueueError::TableLength(bytes));
+                }
+                table = descriptor.addr().0;
+                len = bytes / DESCRIPTOR_SIZE as u32;
+                if len > MAX_CHAIN {
+                    return Err(QueueError::TooLong(len));
+                }
+                (index, left, in_indirect) = (0, len, true);
+                continue;
+            }
+            chain.add(mem, &descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+    }
+
+    /// Puts a chain in the used ring. `written` counts the bytes of its writable part that are now the device's.
+    pub fn complete(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        self.queue
+            .add_used(mem, head, written)
+            .map_err(QueueError::Ring)
+    }
+
+    /// Whether the driver wants to hear of what was completed since this was last asked (§ 2.7.7).
+    pub fn needs_interrupt(&mut self, mem: &GuestMemoryMmap) -> Result<bool, QueueError> {
+        // The crate puts the memory barrier between the used index and what is read here.
+        let needed = self
+            .queue
+            .needs_notification(mem)
+            .map_err(QueueError::Ring)?;
+        if self.queue.event_idx_enabled() {
+            return Ok(needed);
+        }
+        let flags: u16 = mem
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(QueueError::Memory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Asks the driver for no notifications (§ 2.7.10): the device looks by itself for now.
+    pub fn disable_notifications(&mut self, mem: &GuestMemoryMmap) -> Result<(), QueueError> {
+        self.queue
+            .disable_notification(mem)
+            .map_err(QueueError::Ring)
+    }
+
+    /// Asks for notifications again. `true` says that a chain has come meanwhile, of which none will tell.
+    pub fn enable_notifications(&mut self, mem: &GuestMemoryMmap) -> Result<bool, QueueError> {
+        self.queue
+            .enable_notification(mem)
+            .map_err(QueueError::Ring)
+    }
+}
+
+/// One request: what the driver gives to read, and where it wants the answer. To be used again for the next one.
+#[derive(Default)]
+pub struct Chain<'m> {
+    head: u16,
+    /// What the device reads.
+    pub readable: Buffers<'m>,
+    /// What the device writes.
+    pub writable: Buffers<'m>,
+}
+
+impl<'m> Chain<'m> {
+    /// The index that goes into the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    fn clear(&mut self) {
+        self.readable.clear();
+        self.writable.clear();
+    }
+
+    fn add(&mut self, mem: &'m GuestMemoryMmap, descriptor: &Descriptor) -> Result<(), QueueError> {
+        let buffers = if descriptor.is_write_only() {
+            &mut self.writable
+        } else if self.writable.slices.is_empty() {
+            &mut self.readable
+        } else {
+            return Err(QueueError::Order);
+        };
+        buffers.add(mem, descriptor.addr(), descriptor.len())?;
+        // § 2.7.5.2: 2^32 bytes in total.
+        if self.readable.len + self.writable.len > 1 << 32 {
+            return Err(QueueError::TooManyBytes);
+        }
+        Ok(())
+    }
+}
+
+/// Guest memory in pieces, all of it known to be RAM. Other threads and the guest may write it at any time.
+#[derive(Default)]
+pub struct Buffers<'m> {
+    slices: Vec<VolatileSlice<'m>>,
+    len: u64,
+}
+
+impl<'m> Buffers<'m> {
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The pieces, none of them empty.
+    pub fn slices(&self) -> &[VolatileSlice<'m>] {
+        &self.slices
+    }
+
+    fn clear(&mut self) {
+        self.slices.clear();
+        self.len = 0;
+    }
+
+    fn add(
+        &mut self,
+        mem: &'m GuestMemoryMmap,
+        address: GuestAddress,
+        len: u32,
+    ) -> Result<(), QueueError> {
+        // A descriptor may lie across two regions.
+        let slices = mem
+            .get_slices(address, len as usize, Permissions::ReadWrite)
+            .map_err(QueueError::Memory)?;
+        for slice in slices {
+            self.slices.push(slice.map_err(QueueError::Memory)?);
+        }
+        self.len += u64::from(len);
+        Ok(())
+    }
+
+    /// Takes the first bytes; `false`, and nothing is taken, if there are not as many.
+    pub fn read_front(&mut self, out: &mut [u8]) -> bool {
+        if self.len < out.len() as u64 {
+            return false;
+        }
+        let mut rest = out;
+        let mut used_up = 0;
+        for slice in &mut self.slices {
+            let count = slice.copy_to(rest);
+            match slice.offset(count) {
+                Ok(tail) if !tail.is_empty() => *slice = tail,
+                _ => used_up += 1,
+            }
+            self.len -= count as u64;
+            rest = rest.get_mut(count..).unwrap_or_default();
+            if rest.is_empty() {
+                break;
+            }
+        }
+        self.slices.drain(..used_up);
+        true
+    }
+
+    /// Takes the last byte.
+    pub fn take_last_byte(&mut self) -> Option<VolatileSlice<'m>> {
+        let slice = self.slices.pop()?;
+        let (rest, last) = slice.split_at(slice.len().checked_sub(1)?).ok()?;
+        if !rest.is_empty() {
+            self.slices.push(rest);
+        }
+        self.len -= 1;
+        Some(last)
+    }
+
+    /// Copies `data` to the start, as much as there is room for; says how much that was.
+    pub fn write_front(&self, data: &[u8]) -> usize {
+        let mut written = 0;
+        for slice in &self.slices {
+            let rest = data.get(written..).unwrap_or_default();
+            let count = rest.len().min(slice.len());
+            slice.copy_from(rest.get(..count).unwrap_or_default());
+            written += count;
+        }
+        written
+    }
+}

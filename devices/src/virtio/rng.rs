@@ -1,0 +1,81 @@
+//! The entropy device (§ 5.4): fills buffers with the host's random numbers.
+
+use std::io;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::device::{Resources, VirtioDevice};
+use super::queue::{Chain, QueueError, Virtqueue};
+use super::worker::{Handler, Worker};
+
+/// Device ID (§ 5).
+pub const DEVICE_TYPE: u32 = 4;
+
+/// One queue, `requestq`.
+const QUEUE_SIZES: [u16; 1] = [64];
+
+/// Bytes that a request gets at most. Linux asks for 64; the device may give less than asked (§ 5.4.6.2).
+const MAX_BYTES: usize = 4096;
+
+/// The device. It has neither features nor configuration.
+#[derive(Default)]
+pub struct Rng {
+    worker: Option<Worker<Entropy>>,
+}
+
+impl VirtioDevice for Rng {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn start(&mut self, resources: Resources) -> io::Result<()> {
+        let Resources {
+            mem,
+            mut queues,
+            interrupt,
+            ..
+        } = resources;
+        if let Some(queue) = queues.pop() {
+            let name = "virtio-rng".into();
+            self.worker = Some(Worker::start(name, queue, mem, interrupt, Entropy)?);
+        }
+        Ok(())
+    }
+
+    fn notify(&mut self, _queue: u16) {
+        self.worker.iter().for_each(Worker::notify);
+    }
+
+    fn stop(&mut self) -> Vec<Virtqueue> {
+        let stopped = self.worker.take().and_then(Worker::stop);
+        stopped.into_iter().map(|(queue, _)| queue).collect()
+    }
+}
+
+struct Entropy;
+
+impl Handler for Entropy {
+    fn handle(&mut self, chain: &mut Chain<'_>) -> Result<u32, QueueError> {
+        let mut bytes = [0; MAX_BYTES];
+        let wanted = usize::try_from(chain.writable.len()).unwrap_or(MAX_BYTES);
+        let buffer = bytes.get_mut(..wanted.min(MAX_BYTES)).unwrap_or_default();
+        // This blocks only in the first moments after the host's boot, and gives less than asked only after a signal.
+        match getrandom(&mut *buffer, GetRandomFlags::empty()) {
+            Ok(count) => {
+                let given = buffer.get(..count).unwrap_or_default();
+                Ok(chain.writable.write_front(given) as u32)
+            }
+            Err(_) => Ok(0),
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! A driver for tests: it writes registers, descriptors and rings by hand, so that it can write them wrong.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_mmio::*;
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::device::VirtioDevice;
+use super::transport::mmio::MmioTransport;
+use crate::bus::BusDevice;
+use crate::interrupt::IrqLine;
+use crate::interrupt::tests::Pulses;
+
+pub(super) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+pub(super) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+pub(super) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+
+pub(super) const ACKNOWLEDGE: u32 = 1;
+pub(super) const DRIVER: u32 = 2;
+pub(super) const DRIVER_OK: u32 = 4;
+pub(super) const FEATURES_OK: u32 = 8;
+pub(super) const NEEDS_RESET: u32 = 64;
+pub(super) const FAILED: u32 = 128;
+
+/// Where the test driver puts its queue.
+pub(super) const DESCRIPTORS: u64 = 0x1000;
+pub(super) const AVAILABLE: u64 = 0x3000;
+pub(super) const USED: u64 = 0x4000;
+/// Free for buffers, up to the first region's end and over it.
+pub(super) const DATA: u64 = 0x1_0000;
+/// Here one region ends and the next begins.
+pub(super) const SEAM: u64 = 0x10_0000;
+/// Here RAM ends below the gap.
+pub(super) const GAP: u64 = 0x20_0000;
+/// Here it goes on.
+pub(super) const HIGH: u64 = 0x1_0000_0000;
+/// And here it ends.
+pub(super) const END: u64 = HIGH + 0x100_0000;
+
+/// Far more than a worker takes.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(super) struct Driver {
+    pub(super) mem: GuestMemoryMmap,
+    pub(super) transport: MmioTransport,
+    pub(super) pulses: Arc<Pulses>,
+    pub(super) size: u16,
+    avail: u16,
+    used: u16,
+}
+
+impl Driver {
+    pub(super) fn new(device: Box<dyn VirtioDevice>) -> Self {
+        let mem = GuestMemoryMmap::from_ranges(&[
+            (GuestAddress(0), SEAM as usize),
+            (GuestAddress(SEAM), (GAP - SEAM) as usize),
+            (GuestAddress(HIGH), (END - HIGH) as usize),
+        ])
+        .unwrap();
+        let pulses = Arc::new(Pulses::default());
+        let line = IrqLine::new(pulses.clone());
+        Self {
+            transport: MmioTransport::new(device, mem.clone(), line),
+            mem,
+            pulses,
+            size: 16,
+            avail: 0,
+            used: 0,
+        }
+    }
+
+    /// A driver that has come as far as DRIVER_OK with all features but these.
+    pub(super) fn started(device: Box<dyn VirtioDevice>, without: u64) -> Self {
+        let mut driver = Self::new(device);
+        driver.start(without);
+        driver
+    }
+
+    pub(super) fn get(&mut self, register: u32) -> u32 {
+        let mut data = [0xee; 4];
+        self.transport.read(register.into(), &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    pub(super) fn set(&mut self, register: u32, value: u32) {
+        self.transport.write(register.into(), &value.to_le_bytes());
+    }
+
+    pub(super) fn status(&mut self) -> u32 {
+        self.get(VIRTIO_MMIO_STATUS)
+    }
+
+    pub(super) fn set_status(&mut self, status: u32) {
+        self.set(VIRTIO_MMIO_STATUS, status);
+    }
+
+    pub(super) fn offered(&mut self) -> u64 {
+        self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 0);
+        let low = self.get(VIRTIO_MMIO_DEVICE_FEATURES);
+        self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+        u64::from(self.get(VIRTIO_MMIO_DEVICE_FEATURES)) << 32 | u64::from(low)
+    }
+
+    pub(super) fn accept(&mut self, features: u64) {
+        self.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 0);
+        self.set(VIRTIO_MMIO_DRIVER_FEATURES, features as u32);
+        self.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
+        self.set(VIRTIO_MMIO_DRIVER_FEATURES, (features >> 32) as u32);
+    }
+
+    /// Reset, up to FEATURES_OK.
+    pub(super) fn negotiate(&mut self, without: u64) {
+        self.set_status(0);
+        assert_eq!(self.status(), 0);
+        (self.avail, self.used) = (0, 0);
+        self.mem
+            .write_slice(&[0; 0x4000], GuestAddress(DESCRIPTORS))
+            .unwrap();
+        self.set_status(ACKNOWLEDGE);
+        self.set_status(ACKNOWLEDGE | DRIVER);
+        let features = self.offered() & !without;
+        self.accept(features);
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        assert_eq!(self.status(), ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    }
+
+    pub(super) fn set_rings(&mut self, size: u32, descriptors: u64, available: u64, used: u64) {
+        self.set(VIRTIO_MMIO_QUEUE_SEL, 0);
+        self.set(VIRTIO_MMIO_QUEUE_NUM, size);
+        for (register, address) in [
+            (VIRTIO_MMIO_QUEUE_DESC_LOW, descriptors),
+            (VIRTIO_MMIO_QUEUE_AVAIL_LOW, available),
+            (VIRTIO_MMIO_QUEUE_USED_LOW, used),
+        ] {
+            self.set(register, address as u32);
+            self.set(register + 4, (address >> 32) as u32);
+        }
+        self.set(VIRTIO_MMIO_QUEUE_READY, 1);
+    }
+
+    pub(super) fn start(&mut self, without: u64) {
+        self.negotiate(without);
+        self.set_rings(self.size.into(), DESCRIPTORS, AVAILABLE, USED);
+        assert_eq!(self.get(VIRTIO_MMIO_QUEUE_READY), 1);
+        self.driver_ok();
+        assert_eq!(self.status() & (DRIVER_OK | NEEDS_RESET), DRIVER_OK);
+    }
+
+    pub(super) fn driver_ok(&mut self) {
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    }
+
+    /// Writes descriptor `index` of the table at `table`.
+    pub(super) fn descriptor_in(
+        &self,
+        table: u64,
+        index: u16,
+        address: u64,
+        len: u32,
+        flags: u16,
+        next: u16,
+    ) {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&next.to_le_bytes());
+        let at = table + 16 * u64::from(index);
+        self.mem.write_slice(&bytes, GuestAddress(at)).unwrap();
+    }
+
+    pub(super) fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        self.descriptor_in(DESCRIPTORS, index, address, len, flags, next);
+    }
+
+    /// Writes a chain of these buffers to the descriptors from `first` on.
+    pub(super) fn chain(&self, first: u16, buffers: &[(u64, u32, u16)]) {
+        for (index, (address, len, flags)) in (first..).zip(buffers) {
+            let is_last = index == first + buffers.len() as u16 - 1;
+            let next = if is_last { 0 } else { NEXT };
+            self.descriptor(index, *address, *len, flags | next, index + 1);
+        }
+    }
+
+    /// Makes a head available.
+    pub(super) fn offer(&mut self, head: u16) {
+        let slot = AVAILABLE + 4 + 2 * u64::from(self.avail % self.size);
+        self.mem
+            .write_slice(&head.to_le_bytes(), GuestAddress(slot))
+            .unwrap();
+        self.avail = self.avail.wrapping_add(1);
+        self.set_avail_index(self.avail);
+    }
+
+    pub(super) fn set_avail_index(&self, index: u16) {
+        self.mem
+            .store(
+                index,
+                GuestAddress(AVAILABLE + 2),
+                std::sync::atomic::Ordering::Release,
+            )
+            .unwrap();
+    }
+
+    /// Under EVENT_IDX: the used index at which the driver wants an interrupt.
+    pub(super) fn set_used_event(&self, event: u16) {
+        let at = AVAILABLE + 4 + 2 * u64::from(self.size);
+        self.mem
+            .write_slice(&event.to_le_bytes(), GuestAddress(at))
+            .unwrap();
+    }
+
+    pub(super) fn notify(&mut self) {
+        self.set(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+    }
+
+    pub(super) fn used_index(&self) -> u16 {
+        self.mem
+            .load(GuestAddress(USED + 2), std::sync::atomic::Ordering::Acquire)
+            .unwrap()
+    }
+
+    /// The next used entry: head and length.
+    pub(super) fn wait_used(&mut self) -> (u32, u32) {
+        wait("a used buffer", || self.used_index() != self.used);
+        let at = USED + 4 + 8 * u64::from(self.used % self.size);
+        let mut entry = [0; 8];
+        self.mem.read_slice(&mut entry, GuestAddress(at)).unwrap();
+        self.used = self.used.wrapping_add(1);
+        let word = |at: usize| u32::from_le_bytes(entry[at..at + 4].try_into().unwrap());
+        (word(0), word(4))
+    }
+
+    /// Puts a chain at descriptor 0 and has it done; gives the length written.
+    pub(super) fn request(&mut self, buffers: &[(u64, u32, u16)]) -> u32 {
+        self.chain(0, buffers);
+        self.offer(0);
+        self.notify();
+        let (head, len) = self.wait_used();
+        assert_eq!(head, 0);
+        len
+    }
+
+    /// A request that every device here can do: to a block device, for its ID.
+    pub(super) fn any_request(&mut self) {
+        let wrote = self.request(&self.any_chain());
+        assert_eq!(wrote, 21);
+    }
+
+    pub(super) fn any_chain(&self) -> [(u64, u32, u16); 2] {
+        let mut header = [0; 16];
+        header[0] = 8;
+        self.write(DATA, &header);
+        [(DATA, 16, 0), (DATA + 0x100, 21, WRITE)]
+    }
+
+    pub(super) fn write(&self, address: u64, bytes: &[u8]) {
+        self.mem.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    pub(super) fn read(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.mem
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
+        bytes
+    }
+
+    /// The device must ask for a reset, tell of it, do nothing more, and be well after the reset.
+    #[track_caller]
+    pub(super) fn expect_needs_reset(&mut self, case: &str) {
+        wait(case, || self.status() & NEEDS_RESET != 0);
+        wait(case, || {
+            self.get(VIRTIO_MMIO_INTERRUPT_STATUS) & VIRTIO_MMIO_INT_CONFIG != 0
+        });
+        let used = self.used_index();
+        self.notify();
+        self.driver_ok();
+        assert_ne!(self.status() & NEEDS_RESET, 0, "{case}");
+        assert_eq!(self.used_index(), used, "{case}: it goes on");
+        self.start(0);
+        assert_eq!(self.get(VIRTIO_MMIO_INTERRUPT_STATUS), 0, "{case}");
+        self.any_request();
+    }
+}
+
+/// Waits for what a worker does.
+#[track_caller]
+pub(super) fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "{what}: nothing comes");
+        std::thread::yield_now();
+    }
+}

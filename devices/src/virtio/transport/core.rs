@@ -1,0 +1,391 @@
+//! Status, features and queue parameters of a device (§ 2.1, § 2.2, § 3.1): the part that every transport has.
+//!
+//! A driver that breaks a rule gets DEVICE_NEEDS_RESET and a stopped device; what it wrote has no effect. Two things are
+//! let pass without a word, because drivers do them and they do no harm: a selector out of range, which is how a driver
+//! finds out how many queues there are, and a notification that nobody waits for.
+
+use std::fmt;
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
+use vm_memory::GuestMemoryMmap;
+
+use super::super::device::{Interrupt, Resources, VirtioDevice};
+use super::super::queue::{QueueError, QueueState, Virtqueue, check_rings};
+use super::super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+
+/// Device status bits (§ 2.1).
+mod status {
+    use super::*;
+    pub(super) const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
+    pub(super) const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
+    pub(super) const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
+    pub(super) const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
+    pub(super) const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+    pub(super) const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
+    /// What a driver sets, each after the one before it (§ 3.1.1).
+    pub(super) const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
+}
+
+/// What every transport offers beside the device's own features.
+const TRANSPORT_FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC;
+
+/// One of a queue's three addresses (§ 2.7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ring {
+    /// Descriptor table.
+    Descriptors,
+    /// Available ring, the "driver area".
+    Available,
+    /// Used ring, the "device area".
+    Used,
+}
+
+/// Half of a 64-bit value that a driver accesses in two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// Bits 0-31.
+    Low,
+    /// Bits 32-63.
+    High,
+}
+
+/// How a driver broke the rules of the transport.
+#[derive(Debug, thiserror::Error)]
+enum Misuse {
+    #[error("device status {new:#x} written over {old:#x}")]
+    Status { old: u8, new: u32 },
+    #[error("features written when they were agreed on")]
+    LateFeatures,
+    #[error("a queue changed that was ready, or in a running device")]
+    LateQueue,
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error("the device cannot start: {0}")]
+    Start(#[source] std::io::Error),
+}
+
+/// A device with its status, features and queue parameters.
+pub struct Core {
+    device: Box<dyn VirtioDevice>,
+    mem: GuestMemoryMmap,
+    interrupt: Interrupt,
+    /// As the driver wrote it; DEVICE_NEEDS_RESET is the interrupt's to know.
+    status: u8,
+    running: bool,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    queues: Vec<QueueState>,
+}
+
+impl Core {
+    /// The device after a reset.
+    pub fn new(device: Box<dyn VirtioDevice>, mem: GuestMemoryMmap, interrupt: Interrupt) -> Self {
+        let mut core = Self {
+            device,
+            mem,
+            interrupt,
+            status: 0,
+            running: false,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            queues: Vec::new(),
+        };
+        core.reset();
+        core
+    }
+
+    /// The device's ID (§ 5).
+    pub fn device_type(&self) -> u32 {
+        self.device.device_type()
+    }
+
+    /// The device status (§ 2.1).
+    pub fn status(&self) -> u8 {
+        if self.interrupt.is_reset_needed() {
+            self.status | status::NEEDS_RESET
+        } else {
+            self.status
+        }
+    }
+
+    /// The driver writes the device status. Zero is a reset, which is over when this returns: no request is in flight.
+    pub fn set_status(&mut self, new: u32) {
+        if new == 0 {
+            return self.reset();
+        }
+        let old = self.status;
+        // A bit once set goes only in a reset (§ 2.1.1). DEVICE_NEEDS_RESET is not the driver's.
+        let known = u32::from(
+            status::STEPS
+                .iter()
+                .fold(status::FAILED, |all, bit| all | bit),
+        );
+        let given = new & !u32::from(status::NEEDS_RESET);
+        let misuse = Misuse::Status { old, new };
+        if given & !known != 0 || given & u32::from(old) != u32::from(old) {
+            return self.fail(misuse);
+        }
+        let given = given as u8;
+        if given & status::FAILED != 0 {
+            // The driver has given up.
+            self.status |= status::FAILED;
+            return self.stop();
+        }
+        let mut before = true;
+        for step in status::STEPS {
+            if given & step & !self.status != 0 {
+                if !before {
+                    return self.fail(misuse);
+                }
+                match step {
+                    // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is misuse.
+                    status::FEATURES_OK if !self.are_features_possible() => {}
+                    status::DRIVER_OK => return self.start(),
+                    _ => self.status |= step,
+                }
+            }
+            before = self.status & step != 0;
+        }
+    }
+
+    fn are_features_possible(&self) -> bool {
+        let offered = self.offered_features();
+        self.driver_features & !offered == 0 && self.driver_features & F_VERSION_1 != 0
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.device.features() | TRANSPORT_FEATURES
+    }
+
+    /// The driver selects 32 of the offered feature bits.
+    pub fn select_device_features(&mut self, select: u32) {
+        self.device_features_select = select;
+    }
+
+    /// The selected 32 bits of the offered features (§ 2.2); zero beyond the 64 that there are.
+    pub fn device_features(&self) -> u32 {
+        match self.device_features_select {
+            0 => self.offered_features() as u32,
+            1 => (self.offered_features() >> 32) as u32,
+            _ => 0,
+        }
+    }
+
+    /// The driver selects the 32 feature bits that it writes.
+    pub fn select_driver_features(&mut self, select: u32) {
+        self.driver_features_select = select;
+    }
+
+    /// The driver accepts features (§ 2.2.1).
+    pub fn set_driver_features(&mut self, bits: u32) {
+        if self.status & status::FEATURES_OK != 0 {
+            return self.fail(Misuse::LateFeatures);
+        }
+        let half = match self.driver_features_select {
+            0 => Half::Low,
+            1 => Half::High,
+            _ => return,
+        };
+        set_half(&mut self.driver_features, half, bits);
+    }
+
+    /// The driver selects a queue.
+    pub fn select_queue(&mut self, select: u32) {
+        self.queue_select = select;
+    }
+
+    /// The selected queue's parameters, if there is such a queue.
+    pub fn queue(&self) -> Option<&QueueState> {
+        self.queues.get(usize::try_from(self.queue_select).ok()?)
+    }
+
+    fn selected_queue(&mut self) -> Option<&mut QueueState> {
+        self.queues
+            .get_mut(usize::try_from(self.queue_select).ok()?)
+    }
+
+    /// The driver sets the selected queue's size.
+    pub fn set_queue_size(&mut self, size: u32) {
+        self.change_queue(|queue, _| {
+            let max = queue.max_size;
+            match u16::try_from(size) {
+                Ok(size) if size.is_power_of_two() && size <= max => queue.size = size,
+                _ => return Err(QueueError::Size { size, max }.into()),
+            }
+            Ok(())
+        });
+    }
+
+    /// The driver sets half of one of the selected queue's addresses.
+    pub fn set_queue_address(&mut self, ring: Ring, half: Half, value: u32) {
+        self.change_queue(|queue, _| {
+            let address = match ring {
+                Ring::Descriptors => &mut queue.desc_table,
+                Ring::Available => &mut queue.avail_ring,
+                Ring::Used => &mut queue.used_ring,
+            };
+            set_half(address, half, value);
+            Ok(())
+        });
+    }
+
+    /// The driver makes the selected queue ready, or takes it back, which it may do at any time (§ 4.2.2.2).
+    pub fn set_queue_ready(&mut self, ready: bool) {
+        if ready {
+            return self.change_queue(|queue, mem| {
+                check_rings(queue, mem)?;
+                queue.ready = true;
+                Ok(())
+            });
+        }
+        if !self.queue().is_some_and(|queue| queue.ready) {
+            return;
+        }
+        let was_running = self.running;
+        self.stop();
+        if let Some(queue) = self.selected_queue() {
+            queue.ready = false;
+            (queue.next_avail, queue.next_used) = (0, 0);
+        }
+        // The other queues go on from where they stand.
+        if was_running {
+            self.start();
+        }
+    }
+
+    /// Changes the selected queue, which must be one that is not in use yet.
+    fn change_queue(
+        &mut self,
+        change: impl FnOnce(&mut QueueState, &GuestMemoryMmap) -> Result<(), Misuse>,
+    ) {
+        let in_use = self.status & status::DRIVER_OK != 0;
+        let mem = self.mem.clone();
+        let Some(queue) = self.selected_queue() else {
+            return;
+        };
+        let result = if queue.ready || in_use {
+            Err(Misuse::LateQueue)
+        } else {
+            change(queue, &mem)
+        };
+        if let Err(misuse) = result {
+            self.fail(misuse);
+        }
+    }
+
+    /// The driver notifies the device of available buffers in this queue (§ 2.9).
+    pub fn notify(&mut self, queue: u32) {
+        if let Ok(queue) = u16::try_from(queue)
+            && self.running
+            && self
+                .queues
+                .get(usize::from(queue))
+                .is_some_and(|queue| queue.ready)
+        {
+            self.device.notify(queue);
+        }
+    }
+
+    /// The driver reads the configuration space (§ 2.5). What the device does not have is zero.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        self.device.read_config(offset, data);
+    }
+
+    /// The driver writes the configuration space.
+    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        self.device.write_config(offset, data);
+    }
+
+    /// DRIVER_OK: hands the ready queues to the device.
+    fn start(&mut self) {
+        self.status |= status::DRIVER_OK;
+        if self.interrupt.is_reset_needed() {
+            // What was broken before is told now (§ 2.1.2).
+            return self.interrupt.config_changed();
+        }
+        let indirect = self.driver_features & F_INDIRECT_DESC != 0;
+        let event_idx = self.driver_features & F_EVENT_IDX != 0;
+        let queues: Result<Vec<_>, _> = (0u16..)
+            .zip(&mut self.queues)
+            .filter(|(_, state)| state.ready)
+            .map(|(index, state)| {
+                state.event_idx_enabled = event_idx;
+                Virtqueue::new(index, *state, indirect, &self.mem)
+            })
+            .collect();
+        let started = queues.map_err(Misuse::from).and_then(|queues| {
+            let resources = Resources {
+                mem: self.mem.clone(),
+                features: self.driver_features,
+                queues,
+                interrupt: self.interrupt.clone(),
+            };
+            self.device.start(resources).map_err(Misuse::Start)
+        });
+        match started {
+            Ok(()) => self.running = true,
+            Err(misuse) => self.fail(misuse),
+        }
+    }
+
+    /// Stops the device and notes where its queues stand.
+    fn stop(&mut self) {
+        for queue in self.device.stop() {
+            if let Some(state) = self.queues.get_mut(usize::from(queue.index())) {
+                *state = queue.state();
+            }
+        }
+        self.running = false;
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+        // Behind the stop: nothing can set it now.
+        self.interrupt.clear_needs_reset();
+        self.status = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.driver_features = 0;
+        self.queue_select = 0;
+        self.queues = self
+            .device
+            .queue_sizes()
+            .iter()
+            .map(|max| QueueState {
+                max_size: *max,
+                size: *max,
+                ..QueueState::default()
+            })
+            .collect();
+    }
+
+    fn fail(&mut self, misuse: impl fmt::Display) {
+        self.stop();
+        if self.status & status::DRIVER_OK != 0 {
+            self.interrupt.needs_reset(&misuse);
+        } else {
+            self.interrupt.set_needs_reset(&misuse);
+        }
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn set_half(value: &mut u64, half: Half, bits: u32) {
+    *value = match half {
+        Half::Low => *value & !u64::from(u32::MAX) | u64::from(bits),
+        Half::High => *value & u64::from(u32::MAX) | u64::from(bits) << 32,
+    };
+}

@@ -1,0 +1,175 @@
+//! virtio over MMIO, version 2 (§ 4.2).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use vm_memory::GuestMemoryMmap;
+
+use super::core::{Core, Half, Ring};
+use crate::bus::BusDevice;
+use crate::interrupt::IrqLine;
+use crate::virtio::device::{Interrupt, InterruptTarget, VirtioDevice};
+
+/// Length of the register window in bytes, configuration space included.
+pub const LEN: u64 = 0x1000;
+
+/// The registers (§ 4.2.2): offsets and fixed values.
+mod spec {
+    pub(super) use virtio_bindings::virtio_mmio::{
+        VIRTIO_MMIO_CONFIG as CONFIG, VIRTIO_MMIO_CONFIG_GENERATION as CONFIG_GENERATION,
+        VIRTIO_MMIO_DEVICE_FEATURES as DEVICE_FEATURES,
+        VIRTIO_MMIO_DEVICE_FEATURES_SEL as DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID as DEVICE_ID,
+        VIRTIO_MMIO_DRIVER_FEATURES as DRIVER_FEATURES,
+        VIRTIO_MMIO_DRIVER_FEATURES_SEL as DRIVER_FEATURES_SEL,
+        VIRTIO_MMIO_INTERRUPT_ACK as INTERRUPT_ACK,
+        VIRTIO_MMIO_INTERRUPT_STATUS as INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE as MAGIC_VALUE,
+        VIRTIO_MMIO_QUEUE_AVAIL_HIGH as QUEUE_DRIVER_HIGH,
+        VIRTIO_MMIO_QUEUE_AVAIL_LOW as QUEUE_DRIVER_LOW,
+        VIRTIO_MMIO_QUEUE_DESC_HIGH as QUEUE_DESC_HIGH,
+        VIRTIO_MMIO_QUEUE_DESC_LOW as QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY as QUEUE_NOTIFY,
+        VIRTIO_MMIO_QUEUE_NUM as QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX as QUEUE_NUM_MAX,
+        VIRTIO_MMIO_QUEUE_READY as QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL as QUEUE_SEL,
+        VIRTIO_MMIO_QUEUE_USED_HIGH as QUEUE_DEVICE_HIGH,
+        VIRTIO_MMIO_QUEUE_USED_LOW as QUEUE_DEVICE_LOW, VIRTIO_MMIO_SHM_BASE_HIGH as SHM_BASE_HIGH,
+        VIRTIO_MMIO_SHM_LEN_LOW as SHM_LEN_LOW, VIRTIO_MMIO_STATUS as STATUS,
+        VIRTIO_MMIO_VENDOR_ID as VENDOR_ID, VIRTIO_MMIO_VERSION as VERSION,
+    };
+    /// "virt", little-endian.
+    pub(super) const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+    pub(super) const VERSION_2: u32 = 2;
+    /// Any value will do; Linux shows it.
+    pub(super) const VENDOR: u32 = u32::from_le_bytes(*b"mini");
+}
+
+/// A device behind MMIO registers.
+///
+/// Registers are accessed with aligned 32-bit accesses (§ 4.2.2.2); any other access to them reads as zero or is lost.
+/// The configuration space takes every width.
+pub struct MmioTransport {
+    core: Core,
+    interrupt_status: Arc<AtomicU32>,
+}
+
+impl MmioTransport {
+    /// Puts `device` behind registers; its interrupts go to `line`, an edge each.
+    pub fn new(device: Box<dyn VirtioDevice>, mem: GuestMemoryMmap, line: IrqLine) -> Self {
+        let interrupt_status = Arc::new(AtomicU32::new(0));
+        let interrupt = Interrupt::new(MmioInterrupt {
+            status: Arc::clone(&interrupt_status),
+            line,
+        });
+        Self {
+            core: Core::new(device, mem, interrupt),
+            interrupt_status,
+        }
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        match offset {
+            spec::MAGIC_VALUE => spec::MAGIC,
+            spec::VERSION => spec::VERSION_2,
+            spec::DEVICE_ID => self.core.device_type(),
+            spec::VENDOR_ID => spec::VENDOR,
+            spec::DEVICE_FEATURES => self.core.device_features(),
+            spec::QUEUE_NUM_MAX => self.core.queue().map_or(0, |queue| queue.max_size.into()),
+            spec::QUEUE_READY => self.core.queue().map_or(0, |queue| queue.ready.into()),
+            spec::INTERRUPT_STATUS => self.interrupt_status.load(Ordering::Acquire),
+            spec::STATUS => self.core.status().into(),
+            // No shared memory: length and base of each region are -1.
+            spec::SHM_LEN_LOW..=spec::SHM_BASE_HIGH => u32::MAX,
+            // No device here changes its configuration.
+            spec::CONFIG_GENERATION => 0,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u32, value: u32) {
+        use Half::{High, Low};
+        use Ring::{Available, Descriptors, Used};
+        let core = &mut self.core;
+        match offset {
+            spec::DEVICE_FEATURES_SEL => core.select_device_features(value),
+            spec::DRIVER_FEATURES => core.set_driver_features(value),
+            spec::DRIVER_FEATURES_SEL => core.select_driver_features(value),
+            spec::QUEUE_SEL => core.select_queue(value),
+            spec::QUEUE_NUM => core.set_queue_size(value),
+            spec::QUEUE_READY => core.set_queue_ready(value & 1 != 0),
+            spec::QUEUE_NOTIFY => core.notify(value),
+            spec::INTERRUPT_ACK => {
+                self.interrupt_status.fetch_and(!value, Ordering::AcqRel);
+            }
+            spec::STATUS => {
+                core.set_status(value);
+                if value == 0 {
+                    self.interrupt_status.store(0, Ordering::Release);
+                }
+            }
+            spec::QUEUE_DESC_LOW => core.set_queue_address(Descriptors, Low, value),
+            spec::QUEUE_DESC_HIGH => core.set_queue_address(Descriptors, High, value),
+            spec::QUEUE_DRIVER_LOW => core.set_queue_address(Available, Low, value),
+            spec::QUEUE_DRIVER_HIGH => core.set_queue_address(Available, High, value),
+            spec::QUEUE_DEVICE_LOW => core.set_queue_address(Used, Low, value),
+            spec::QUEUE_DEVICE_HIGH => core.set_queue_address(Used, High, value),
+            _ => {}
+        }
+    }
+}
+
+/// Whether an access is one to the configuration space, and at which of its offsets.
+fn config_offset(offset: u64) -> Option<u64> {
+    offset.checked_sub(spec::CONFIG.into())
+}
+
+/// The register at `offset`, for an access of four bytes that is aligned.
+fn register(offset: u64, len: usize) -> Option<u32> {
+    let offset = u32::try_from(offset).ok()?;
+    (len == 4 && offset.is_multiple_of(4)).then_some(offset)
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = config_offset(offset) {
+            return self.core.read_config(offset, data);
+        }
+        let value = register(offset, data.len()).map_or(0, |offset| self.read_register(offset));
+        data.fill(0);
+        for (byte, value) in data.iter_mut().zip(value.to_le_bytes()) {
+            *byte = value;
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(offset) = config_offset(offset) {
+            return self.core.write_config(offset, data);
+        }
+        if let Some(offset) = register(offset, data.len())
+            && let Ok(value) = data.try_into()
+        {
+            self.write_register(offset, u32::from_le_bytes(value));
+        }
+    }
+}
+
+/// InterruptStatus and the wire. The status is set before the edge: whoever sees the edge sees why.
+struct MmioInterrupt {
+    status: Arc<AtomicU32>,
+    line: IrqLine,
+}
+
+impl MmioInterrupt {
+    fn raise(&self, bits: u32) {
+        self.status.fetch_or(bits, Ordering::AcqRel);
+        self.line.signal();
+    }
+}
+
+impl InterruptTarget for MmioInterrupt {
+    fn used_buffers(&self, _queue: u16) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn config_changed(&self) {
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+}
