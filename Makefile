@@ -1,17 +1,19 @@
 # The two commands that matter: make boot, make test. `make help` lists the rest.
 KERNEL ?= cloud
 CARGO ?= cargo
+RUNS ?= 200
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO := build/demo.cpio
 
 MINIVMM := $(TARGET)/release/minivmm
 
-.PHONY: help build boot test lint guests deps clean
+.PHONY: help build boot test bench lint guests deps clean
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, ...); ends with poweroff'
 	@echo 'make build    the static release binary, $(MINIVMM)'
 	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
+	@echo 'make bench    start-up of whole processes side by side: bare KVM, minivmm, QEMU, runc (RUNS=$(RUNS))'
 	@echo 'make lint     formatting, clippy and shellcheck'
 	@echo 'make guests   fetch the kernels and build the demo initramfs ($(DEMO))'
 	@echo 'make deps     install what is missing, as the other targets do'
@@ -31,6 +33,10 @@ boot: build
 test: deps
 	$(CARGO) test --workspace
 	tests/lab/suite
+
+# QEMU, runc and busybox-static are measured where they are installed.
+bench: deps
+	$(CARGO) bench --bench startup -- $(RUNS)
 
 lint: deps
 	@command -v shellcheck >/dev/null || $(call install,shellcheck)

@@ -32,11 +32,14 @@ fn main() {
     exit(status.into())
 }
 
+/// What the command line says can be wrong; what a file says is one of the things that minivmm cannot go on with.
 fn usage_error(error: &ConfigError) -> u8 {
+    let status = failure(error);
     match error {
-        ConfigError::Read { .. } => failure(error),
-        _ => {
-            failure(error);
+        ConfigError::Read { .. } | ConfigError::TooLarge { .. } | ConfigError::Parse { .. } => {
+            status
+        }
+        ConfigError::NoKernel | ConfigError::Cpus(_) | ConfigError::Memory(..) => {
             exit_status::USAGE
         }
     }

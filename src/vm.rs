@@ -38,8 +38,8 @@ const KVM_API_VERSION: i32 = 12;
 /// waits no longer.
 const FLUSH: Duration = Duration::from_millis(100);
 
-/// How loud, and what it says.
-type PostMortem = (log::Level, String);
+/// What is to be logged when a VM has ended and its console is done.
+type LastWords = Vec<(log::Level, String)>;
 
 /// Why a VM could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -165,15 +165,13 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
     if let Some(path) = console.pty_path() {
         log::info!(target: NOTICE, "the serial console is {}", path.display());
     }
-    let (outcome, post_mortem) = loop {
+    let (outcome, last_words) = loop {
         console.start_of_vm();
-        let (outcome, post_mortem) = vm.boot(&console)?.run(&signals, &mut input, deadline)?;
+        let (outcome, last_words) = vm.boot(&console)?.run(&signals, &mut input, deadline)?;
         if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
-            break (outcome, post_mortem);
+            break (outcome, last_words);
         }
-        if let Some((level, text)) = post_mortem {
-            log::log!(level, "{text}");
-        }
+        say(last_words);
         log::info!("the guest reset the machine: booting again");
         vm = Vm::prepare(config)?;
     };
@@ -194,12 +192,22 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
             || (stopped && late)
             || deadline.is_some_and(|deadline| Instant::now() > deadline)
     });
+    if console.bytes_dropped() > 0 {
+        log::info!(
+            "{} bytes of console output went nowhere",
+            console.bytes_dropped()
+        );
+    }
     // Behind the guest's last words, and on a terminal that is no longer raw.
     drop(terminal);
-    if let Some((level, text)) = post_mortem {
+    say(last_words);
+    Ok(outcome)
+}
+
+fn say(words: LastWords) {
+    for (level, text) in words {
         log::log!(level, "{text}");
     }
-    Ok(outcome)
 }
 
 /// A VM with its memory and kernel in place.
@@ -345,13 +353,13 @@ struct BootedVm {
 }
 
 impl BootedVm {
-    /// Runs the VM to its end and stops all of its threads. Where the end calls for a post-mortem, that comes back too.
+    /// Runs the VM to its end and stops all of its threads.
     fn run(
         self,
         signals: &Signals,
         input: &mut ConsoleInput,
         deadline: Option<Instant>,
-    ) -> Result<(Outcome, Option<PostMortem>), VmError> {
+    ) -> Result<(Outcome, LastWords), VmError> {
         let events = EventLoop::new(&self.control, signals, input, self.guest_ready, deadline)
             .map_err(host("the event loop"))?;
         let buses = Arc::new(self.devices.buses);
@@ -380,24 +388,25 @@ impl BootedVm {
         if outcome == Outcome::Reset && self.console.saw_panic() {
             outcome = Outcome::Panicked;
         }
-        log::info!(
+        let summary = format!(
             "the VM ended: {outcome:?}; vCPU exits: {}; unclaimed accesses: {} reads, {} writes",
             vcpus.iter().map(|v| v.exits).sum::<u64>(),
             buses.pio.unclaimed_reads() + buses.mmio.unclaimed_reads(),
             buses.pio.unclaimed_writes() + buses.mmio.unclaimed_writes(),
         );
+        let mut last_words = vec![(log::Level::Info, summary)];
         let lost = self
             .serial
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .dropped();
         if lost > 0 {
-            log::warn!(
+            let warning = format!(
                 "{lost} bytes of console output were lost: the guest did not wait for their reader"
             );
+            last_words.push((log::Level::Warn, warning));
         }
         let console_bytes = self.console.bytes_out();
-        let mut post_mortem = None;
         if let Some(level) = post_mortem::level(&outcome, console_bytes)
             && log::log_enabled!(level)
             && let Some(vcpu) = vcpus.get(usize::from(culprit.unwrap_or(0)))
@@ -410,9 +419,9 @@ impl BootedVm {
                 console_bytes,
                 cmdline: &self.vm.cmdline,
             };
-            post_mortem = Some((level, format!("{}\n{}", scene.headline(), scene.report())));
+            last_words.push((level, format!("{}\n{}", scene.headline(), scene.report())));
         }
-        Ok((outcome, post_mortem))
+        Ok((outcome, last_words))
     }
 }
 

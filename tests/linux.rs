@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::terminal::Terminal;
 use common::{Ended, minivmm, run, run_with_input};
 use tempfile::NamedTempFile;
 
@@ -49,7 +50,10 @@ fn initramfs() -> String {
 fn boot(kernel: &str, args: &[&str], script: &str) -> Ended {
     let quoted = script.replace('\'', "'\\''");
     let append = format!("loglevel=4 -- sh -c \"{quoted}\"");
-    let mut command = minivmm(&["--kernel", kernel, "--deadline", "100s"]);
+    let mut command = minivmm(&["--kernel", kernel]);
+    if !args.contains(&"--deadline") {
+        command.args(["--deadline", "100s"]);
+    }
     if !args.contains(&"--initrd") {
         command.args(["--initrd", &initramfs()]);
     }
@@ -222,17 +226,12 @@ fn a_reboot_ends_or_starts_again() {
         "100s",
     ];
     run_with_input(&mut minivmm(&args), b"reboot\n").assert_code(0);
-    // The second boot reads on where the first has stopped.
-    let mut command = minivmm(&args);
-    command.args(["--on-reboot", "restart"]);
-    let ended = run_with_input(&mut command, b"echo first; reboot\necho second; poweroff\n");
-    ended.assert_code(0);
-    assert_eq!(
-        ended.out().matches("minivmm-demo: userspace").count(),
-        2,
-        "{}",
-        ended.out()
-    );
+    // Restarted, it boots, resets and boots again until the deadline.
+    let args = ["--on-reboot", "restart", "--deadline", "25s"];
+    let ended = boot(&cloud, &args, "busybox reboot -f");
+    ended.assert_code(124);
+    let boots = ended.out().matches("minivmm-demo: userspace").count();
+    assert!(boots >= 2, "{boots} boots: {}", ended.out());
 }
 
 #[test]
@@ -494,4 +493,48 @@ fn sigterm_ends_a_running_guest_at_once() {
     let output = common::wait(child, Duration::from_secs(20));
     assert_eq!(output.status.code(), Some(143));
     assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_session_at_a_terminal() {
+    let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage")]);
+    command.args(["--initrd", &initramfs()]);
+    let terminal = Terminal::new();
+    let before = terminal.modes();
+    let mut session = terminal.run(&command);
+    terminal.wait_for("/ # ");
+    assert!(terminal.is_raw());
+    terminal.type_in("echo $((6*7))-lines\r");
+    terminal.wait_for("\r\n42-lines\r\n");
+    // The arrow key recalls it.
+    terminal.type_in("\x1b[A\r");
+    terminal.wait_for_times("\r\n42-lines\r\n", 2);
+    // Another shell, so that the word comes from where Ctrl-C goes to.
+    terminal.type_in("sh -c 'echo now; exec sleep 1000'\r");
+    terminal.wait_for("\r\nnow\r\n");
+    terminal.resize(50, 132);
+    terminal.type_in("\x03");
+    terminal.type_in("echo status $?\r");
+    terminal.wait_for("\r\nstatus 130\r\n");
+
+    // A paste, in lines: a terminal that edits lines takes 4095 bytes of one.
+    let paste: String = (0..160).map(|i| format!("{i:03} {:x<60}\n", "")).collect();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), &paste).unwrap();
+    let sum = Command::new("md5sum").arg(file.path()).output().unwrap();
+    let sum = String::from_utf8(sum.stdout).unwrap();
+    let (sum, _) = sum.split_once(' ').unwrap();
+    // By then, the shell has handed the terminal over.
+    terminal.type_in("echo go; cat > /tmp/pasted\r");
+    terminal.wait_for("\r\ngo\r\n");
+    terminal.type_in(&paste);
+    terminal.type_in("\x04");
+    terminal.type_in("wc -c < /tmp/pasted; md5sum < /tmp/pasted\r");
+    terminal.wait_for(&format!("\r\n{}\r\n{sum}  -\r\n", paste.len()));
+
+    terminal.type_in("poweroff\r");
+    assert_eq!(session.status(), 0);
+    assert_eq!(terminal.modes(), before);
+    let text = terminal.text();
+    assert!(text.ends_with("\r\n"), "the prompt begins a line: {text:?}");
 }

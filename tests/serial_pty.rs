@@ -73,9 +73,12 @@ fn one_attaches_types_detaches_and_attaches_again() {
 }
 
 #[test]
-fn nobody_attached_holds_the_guest_up() {
-    // More than any buffer holds.
-    let (child, _) = start(&mut boot_tiny("lines", "", &[]));
+fn what_nobody_is_attached_for_is_dropped_and_the_guest_goes_on() {
+    let (child, path) = start(&mut boot_tiny("ends", "mwmp", &[]));
+    thread::sleep(Duration::from_millis(500));
+    let mut user = attach(&path);
+    user.write_all(b".").unwrap();
+    assert_eq!(read_to_end(&mut user), b"tiny# ", "the second one alone");
     assert_eq!(code(child), Some(0));
 }
 

@@ -154,20 +154,6 @@ fn a_post_mortem_stands_behind_the_guests_last_words() {
 }
 
 #[test]
-fn a_full_screen_program_that_is_cut_off_leaves_a_usable_screen() {
-    let terminal = Terminal::new();
-    let mut session = terminal.run(&boot_tiny("echo", "", &[]));
-    terminal.wait_until_raw(true);
-    // The guest echoes what a program like vi sends.
-    let vi = "\x1b[?1049h\x1b[?25l\x1b[31mtext";
-    terminal.type_in(vi);
-    terminal.wait_for(vi);
-    session.signal("TERM");
-    assert_eq!(session.status(), 143);
-    assert_eq!(terminal.text(), format!("{vi}\x1b[?1049l\x1b[?25h\x1b[m"));
-}
-
-#[test]
 fn every_key_reaches_the_guest() {
     let terminal = Terminal::new();
     let mut session = terminal.run(&boot_tiny("echo", "", &[]));
@@ -334,23 +320,6 @@ fn a_signal_that_is_ignored_stays_so() {
     thread::sleep(Duration::from_millis(200));
     session.signal("TERM");
     assert_eq!(session.status(), 143);
-}
-
-#[test]
-fn with_input_from_a_pipe_the_terminal_is_not_asked_what_nobody_can_hear() {
-    // The prompt of a busybox shell asks where the cursor is. The answer would come as if typed at the next prompt.
-    let terminal = Terminal::new();
-    let before = terminal.modes();
-    let mut session = terminal.run_script(
-        &boot_tiny("echo", "", &[]),
-        "printf '/ # \\033[6n\\033[1mls\\r\\n\\004' | { minivmm; ended; }",
-    );
-    session.status();
-    terminal.wait_for("ls\r");
-    let text = terminal.text();
-    // Cooked all the time, the terminal adds a carriage return of its own.
-    assert_eq!(text.replace('\r', ""), "/ # \x1b[1mls\n\x1b[m", "{text:?}");
-    assert_eq!(terminal.modes(), before);
 }
 
 #[test]

@@ -22,6 +22,19 @@ fn a_byte_then_power_off() {
 }
 
 #[test]
+fn a_byte_then_power_off_by_the_pvh_entry() {
+    for protocol in ["auto", "pvh"] {
+        let ended = run(&mut boot_tiny(
+            "hello-pvh",
+            "",
+            &["--boot-protocol", protocol],
+        ));
+        ended.assert_code(0);
+        assert_eq!(ended.out(), "!");
+    }
+}
+
+#[test]
 fn every_end_has_its_status() {
     for (cmdline, status) in [
         ("p", 0),
@@ -313,7 +326,7 @@ fn nohup_is_respected() {
 fn limits_are_no_signal_deaths() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("console");
-    let serial = format!("--serial file={} --deadline 2s", file.display());
+    let serial = format!("--serial file={} --deadline 10s", file.display());
     let ended = run(&mut shell("ulimit -f 1;", "", "flood", &serial));
     ended.assert_code(124);
     assert!(ended.stderr.contains("discarded"), "{}", ended.stderr);
@@ -412,7 +425,7 @@ fn a_vm_comes_from_a_file_and_arguments_go_over_it() {
     run(&mut minivmm(&["--config", config, "--cmdline", "eA"])).assert_code(65);
     fs::write(&path, r#"{"kernel": "k", "colour": "red"}"#).unwrap();
     let ended = run(&mut minivmm(&["--config", config]));
-    ended.assert_code(2);
+    ended.assert_code(125);
     assert!(ended.stderr.contains("colour"), "{}", ended.stderr);
 }
 

@@ -4,6 +4,7 @@
  * Without a C library and static, so that it runs in every initramfs: a few hundred bytes of code. ioperm(2) rather than
  * /dev/port, which Debian's cloud kernel does not have.
  */
+#include <asm/ioctls.h>
 #include <sys/syscall.h>
 
 #define EXIT_PORT 0xf4 /* the byte becomes the monitor's exit status */
@@ -55,16 +56,27 @@ static int byte(const char *text)
 	return value;
 }
 
+/* Waits until the terminal on stdout has sent what was written to it, as tcdrain(3): the end of the machine does not. */
+static void drain(void)
+{
+	syscall3(SYS_ioctl, 1, TCSBRK, 1);
+}
+
 static int run(long argc, char **argv)
 {
 	static const char usage[] =
 		"Usage: guestctl exit N    end the virtual machine; N (0-255) is the monitor's exit status\n"
+		"       guestctl drain     wait until the console has sent all that was written to it\n"
 		"       guestctl mark N    a boot mark N (0-255) for the monitor's timeline\n"
-		"Needs root (CAP_SYS_RAWIO).\n";
+		"exit and mark need root (CAP_SYS_RAWIO).\n";
 	int port, value;
 
 	if (argc == 2 && (equal(argv[1], "--help") || equal(argv[1], "-h"))) {
 		say(1, usage);
+		return 0;
+	}
+	if (argc == 2 && equal(argv[1], "drain")) {
+		drain();
 		return 0;
 	}
 	port = argc != 3 ? 0 : equal(argv[1], "exit") ? EXIT_PORT : equal(argv[1], "mark") ? MARK_PORT : 0;
@@ -77,6 +89,8 @@ static int run(long argc, char **argv)
 		say(2, "guestctl: no access to I/O ports (not root, or the kernel is locked down)\n");
 		return 1;
 	}
+	if (port == EXIT_PORT)
+		drain();
 	__asm__ volatile("outb %b0, %w1" : : "a"(value), "Nd"((unsigned short)port));
 	return 0;
 }

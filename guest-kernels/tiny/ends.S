@@ -31,8 +31,9 @@ next_letter:
     je   spin
     outb 99, EXIT_PORT
 
-wait_for_key:                   # asks for receive interrupts, as a driver does that listens, and polls
+wait_for_key:                   # asks for receive interrupts and raises RTS, as a driver does that listens, and polls
     outb 1, COM1_IER
+    outb 3, COM1_MCR
 1:  mov  $COM1_LSR, %dx
     in   %dx, %al
     test $1, %al

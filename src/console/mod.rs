@@ -12,7 +12,6 @@ mod input;
 mod mode;
 mod output;
 mod pty;
-mod screen;
 mod terminal;
 #[cfg(test)]
 mod tests;
@@ -23,7 +22,6 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use minivmm_devices::legacy::serial::ConsoleOutput;
 use thiserror::Error;
@@ -33,7 +31,6 @@ pub use mode::{SerialMode, SerialModeError};
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
 use output::{Destination, Shared, Sink};
-use screen::Screen;
 use transcript::Transcript;
 
 /// Why the console cannot be opened.
@@ -77,14 +74,12 @@ impl Console {
     /// [`RawTerminal::enter`].
     pub fn open(mode: &SerialMode) -> Result<(Self, ConsoleInput), ConsoleError> {
         let mut pty_path = None;
-        let mut screen = None;
+        let mut on_terminal = false;
         let (destination, input) = match mode {
             SerialMode::Stdio => {
                 // Without a stdout, the output is only remembered.
                 let stdout = io::stdout().as_fd().try_clone_to_owned().ok();
-                // A terminal answers on stdin, if at all.
-                let unheard = !io::stdin().is_terminal();
-                screen = io::stdout().is_terminal().then(|| Screen::new(unheard));
+                on_terminal = io::stdout().is_terminal();
                 let destination =
                     stdout.map(|fd| Destination::Stream(Arc::new(fd), "stdout".to_owned()));
                 (destination, ConsoleInput::stdin())
@@ -103,22 +98,21 @@ impl Console {
                     path: path.clone(),
                     source,
                 })?;
-                screen = file.is_terminal().then(|| Screen::new(true));
                 let destination =
                     Destination::Stream(Arc::new(file.into()), path.display().to_string());
                 (Some(destination), ConsoleInput::none())
             }
             SerialMode::None => (None, ConsoleInput::none()),
         };
-        Ok((Self::start(destination, screen, pty_path)?, input))
+        Ok((Self::start(destination, on_terminal, pty_path)?, input))
     }
 
     fn start(
         destination: Option<Destination>,
-        screen: Option<Screen>,
+        on_terminal: bool,
         pty_path: Option<PathBuf>,
     ) -> Result<Self, ConsoleError> {
-        let shared = Shared::start(destination, screen).map_err(ConsoleError::Start)?;
+        let shared = Shared::start(destination, on_terminal).map_err(ConsoleError::Start)?;
         Ok(Self(Arc::new(Handle { shared, pty_path })))
     }
 
@@ -133,11 +127,11 @@ impl Console {
         self.0.shared.set_ready(callback);
     }
 
-    /// Forgets the output of the VM before: its panic, tail, byte count and first byte. A terminal is put in order.
+    /// Forgets the output of the VM before: its panic and byte count. On a terminal, the next begins a line.
     pub fn start_of_vm(&self) {
         let mut state = self.0.shared.state();
+        state.end_line();
         state.transcript = Transcript::default();
-        state.settle_screen();
     }
 
     /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.
@@ -156,23 +150,13 @@ impl Console {
         self.0.shared.state().dropped
     }
 
-    /// The last few KiB of output.
-    pub fn tail(&self) -> Vec<u8> {
-        self.0.shared.state().transcript.tail()
-    }
-
-    /// When the first byte came.
-    pub fn first_byte(&self) -> Option<Instant> {
-        self.0.shared.state().transcript.first_byte
-    }
-
     /// The pseudo-terminal to attach to, in mode [`SerialMode::Pty`].
     pub fn pty_path(&self) -> Option<PathBuf> {
         self.0.pty_path.clone()
     }
 
-    /// Writes what is left and ends the output; what comes later is dropped. A terminal is put in order after a guest that
-    /// could not do so itself: its shell's prompt begins a line, on the screen that it had, with a cursor.
+    /// Writes what is left and ends the output; what comes later is dropped. On a terminal, the shell's prompt will begin a
+    /// line.
     ///
     /// It waits as long as the reader takes, however slow, until `give_up` says so; that is asked every 20 ms, and answers
     /// true on a second SIGINT or SIGTERM, say. A pty's reader has to read everything, or it would lose the rest; one that

@@ -19,7 +19,6 @@ use rustix::io::Errno;
 use vmm_sys_util::signal::block_signal;
 
 use super::pty;
-use super::screen::Screen;
 use super::transcript::Transcript;
 
 /// Bytes that wait for the host at most.
@@ -81,8 +80,8 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct State {
     pending: VecDeque<u8>,
-    /// Of the terminal that the output goes to, if it is one.
-    screen: Option<Screen>,
+    /// The output goes to a terminal.
+    on_terminal: bool,
     pub(super) transcript: Transcript,
     pub(super) dropped: u64,
     /// The thread has not ended: pending bytes go somewhere.
@@ -96,10 +95,10 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Has the terminal put in order behind what the guest has written so far.
-    pub(super) fn settle_screen(&mut self) {
-        if let Some(screen) = &mut self.screen {
-            self.pending.extend(screen.settle());
+    /// Ends the line that the guest has left unfinished on a terminal.
+    pub(super) fn end_line(&mut self) {
+        if self.on_terminal && self.transcript.is_mid_line() {
+            self.pending.extend(b"\r\n");
         }
     }
 
@@ -118,15 +117,15 @@ enum Waiting {
 }
 
 impl Shared {
-    /// Starts the output. Without a destination, it is only remembered. `screen` is there if the destination is a terminal.
+    /// Starts the output. Without a destination, it is only remembered.
     pub(super) fn start(
         destination: Option<Destination>,
-        screen: Option<Screen>,
+        on_terminal: bool,
     ) -> io::Result<Arc<Self>> {
         let shared = Arc::new(Self {
             state: Mutex::new(State {
                 running: destination.is_some(),
-                screen,
+                on_terminal,
                 ..State::default()
             }),
             work: Condvar::new(),
@@ -194,7 +193,7 @@ impl Shared {
     /// Lets the thread end once everything is written.
     pub(super) fn close(&self) {
         let mut state = self.state();
-        state.settle_screen();
+        state.end_line();
         state.closing = true;
         drop(state);
         self.work.notify_all();
@@ -317,17 +316,10 @@ impl ConsoleOutput for Sink {
             .min(CAPACITY.saturating_sub(state.pending.len()));
         let taken = &bytes[..accepted];
         state.transcript.push(taken);
-        let State {
-            pending, screen, ..
-        } = &mut *state;
-        match screen {
-            // It may hold bytes back for a moment.
-            Some(screen) => taken.iter().for_each(|byte| screen.push(*byte, pending)),
-            None => pending.extend(taken),
-        }
+        state.pending.extend(taken);
         let wake = match state.waiting {
             Waiting::No => false,
-            Waiting::ForByte => !state.pending.is_empty(),
+            Waiting::ForByte => accepted > 0,
             Waiting::ForLine => state.pending.len() >= CHUNK || taken.last() == Some(&b'\n'),
         };
         if wake {

@@ -1,38 +1,24 @@
-//! What is remembered of the guest's output: how much, when it began, its last lines, and whether the kernel panicked.
-
-use std::collections::VecDeque;
-use std::time::Instant;
-
-/// Bytes of output kept for the post-mortem.
-const TAIL_LEN: usize = 4096;
+//! What is remembered of the guest's output: how much, whether its last line is whole, and whether the kernel panicked.
 
 /// What is known about the output of one run of a VM.
 #[derive(Debug, Default)]
 pub(super) struct Transcript {
     pub(super) bytes: u64,
-    pub(super) first_byte: Option<Instant>,
-    tail: VecDeque<u8>,
+    last: Option<u8>,
     panic: PanicScanner,
 }
 
 impl Transcript {
     pub(super) fn push(&mut self, bytes: &[u8]) {
-        if bytes.is_empty() {
-            return;
-        }
-        self.first_byte.get_or_insert_with(Instant::now);
         self.bytes += bytes.len() as u64;
+        self.last = bytes.last().copied().or(self.last);
         for byte in bytes {
-            if self.tail.len() == TAIL_LEN {
-                self.tail.pop_front();
-            }
-            self.tail.push_back(*byte);
             self.panic.push(*byte);
         }
     }
 
-    pub(super) fn tail(&self) -> Vec<u8> {
-        self.tail.iter().copied().collect()
+    pub(super) fn is_mid_line(&self) -> bool {
+        self.last.is_some_and(|byte| byte != b'\n')
     }
 
     pub(super) fn saw_panic(&self) -> bool {
@@ -163,15 +149,15 @@ mod tests {
     }
 
     #[test]
-    fn the_tail_is_the_end_of_the_output() {
+    fn a_line_is_whole_or_not() {
         let mut transcript = Transcript::default();
+        assert!(!transcript.is_mid_line());
+        transcript.push(b"a\nb");
         transcript.push(b"");
-        assert!(transcript.first_byte.is_none());
-        let text: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
-        transcript.push(&text);
-        assert!(transcript.first_byte.is_some());
-        assert_eq!(transcript.bytes, 10_000);
-        assert_eq!(transcript.tail(), text[text.len() - TAIL_LEN..]);
+        assert!(transcript.is_mid_line());
+        transcript.push(b"c\n");
+        assert!(!transcript.is_mid_line());
+        assert_eq!(transcript.bytes, 5);
     }
 
     proptest! {

@@ -15,13 +15,10 @@ use super::{Check, limits};
 const KVM_API_VERSION: i32 = 12;
 
 /// Capabilities without which no VM is built here.
-const REQUIRED: [(Cap, &str); 7] = [
+const REQUIRED: [(Cap, &str); 4] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
-    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
@@ -479,7 +476,7 @@ mod tests {
         assert!(mend(DevKvm::Absent, cpu(false, false), none).contains("firmware"));
         assert!(mend(DevKvm::Absent, cpu(false, true), none).contains("nested"));
         let old = KvmFacts {
-            missing: vec!["KVM_CAP_IRQFD"],
+            missing: vec!["KVM_CAP_SIGNAL_MSI"],
             ..facts()
         };
         assert!(mend(DevKvm::Works(old), cpu(true, false), INTEL).contains("newer host kernel"));

@@ -155,8 +155,8 @@ impl Serial {
     }
 
     /// How many bytes the guest is ready for: room in its receive FIFO once it has enabled the receive interrupt and
-    /// raised DTR or RTS. The lines tell a driver that listens from one that probes: Linux's enables every interrupt for a
-    /// moment to see what the UART is, then throws away what came.
+    /// raised RTS. That line tells a driver that listens from one that probes: Linux's enables every interrupt for a moment
+    /// to see what the UART is, then throws away what came. (Its DTR is up by then, for the kernel's console.)
     ///
     /// An answer of 0 arms the kick: `input_ready` is called once when that changes.
     pub fn wants_input(&mut self) -> usize {
@@ -189,8 +189,9 @@ impl Serial {
     }
 
     fn room(&self) -> usize {
-        let raised = self.state.mcr & (spec::MCR_DTR | spec::MCR_RTS) != 0;
-        if self.state.ier & spec::IER_RECEIVE == 0 || !raised || self.loopback() {
+        let listens =
+            self.state.ier & spec::IER_RECEIVE != 0 && self.state.mcr & spec::MCR_RTS != 0;
+        if !listens || self.loopback() {
             return 0;
         }
         self.rx_capacity().saturating_sub(self.state.rx.len())

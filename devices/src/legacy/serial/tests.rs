@@ -228,6 +228,7 @@ fn nothing_is_received_before_the_guest_opens_the_port() {
     b.outb(IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVE);
     assert_eq!(b.kicks(), 0);
     b.outb(IER, IER_RECEIVE);
+    b.outb(MCR, MCR_DTR);
     assert_eq!(b.kicks(), 0, "a probe does that, too");
     b.outb(MCR, MCR_DTR | MCR_RTS);
     assert_eq!(b.kicks(), 1);

@@ -1,0 +1,261 @@
+//! Start-up, whole processes side by side: what KVM costs at the least, minivmm, QEMU's microvm, a container.
+//!
+//! `make bench`, or `cargo bench --bench startup -- [RUNS]`. Every round runs each command once, so that what disturbs the
+//! host disturbs all alike. What is not installed is left out, and said to be.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{project, tiny};
+
+/// Measured rounds, unless the command line says otherwise.
+const RUNS: usize = 200;
+/// Rounds before them that are not counted: page cache, CPU clocks.
+const WARM_UPS: usize = 10;
+
+const QEMU: &str = "qemu-system-x86_64";
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+/// One line of the table.
+struct Row {
+    name: &'static str,
+    command: Command,
+    times: Vec<Duration>,
+}
+
+impl Row {
+    /// A command that has shown that it works: it ends with 0 after this output.
+    fn new<S: AsRef<std::ffi::OsStr>>(
+        name: &'static str,
+        program: impl AsRef<std::ffi::OsStr>,
+        args: &[S],
+        expected: &str,
+    ) -> Outcome<Self> {
+        let mut command = Command::new(program);
+        command.args(args).stdin(Stdio::null());
+        let output = command.output()?;
+        if !output.status.success() || output.stdout != expected.as_bytes() {
+            return Err(format!("{name} does not work: {command:?}: {output:?}").into());
+        }
+        command
+            .stdin(File::open("/dev/null")?)
+            .stdout(File::create("/dev/null")?)
+            .stderr(Stdio::inherit());
+        Ok(Self {
+            name,
+            command,
+            times: Vec::new(),
+        })
+    }
+
+    fn run(&mut self) -> Outcome<()> {
+        let start = Instant::now();
+        let status = self.command.spawn()?.wait()?;
+        self.times.push(start.elapsed());
+        if status.success() {
+            Ok(())
+        } else {
+            Err(format!("{:?}: {status}", self.command).into())
+        }
+    }
+
+    /// The time, in milliseconds, that `share` of the runs did not exceed.
+    fn percentile(&self, share: f64) -> f64 {
+        let rank = (share * self.times.len() as f64).ceil() as usize;
+        self.times[rank.max(1) - 1].as_secs_f64() * 1e3
+    }
+}
+
+fn main() -> Outcome<()> {
+    // Cargo adds --bench.
+    let runs = match std::env::args().skip(1).find(|arg| arg != "--bench") {
+        Some(arg) => arg
+            .parse()
+            .ok()
+            .filter(|runs| *runs > 0)
+            .ok_or(format!("{arg} is no number of runs"))?,
+        None => RUNS,
+    };
+    let mut rows = rows()?;
+    let load_before = load();
+    for round in 0..WARM_UPS + runs {
+        for row in &mut rows {
+            row.run()?;
+            if round < WARM_UPS {
+                row.times.clear();
+            }
+        }
+    }
+    rows.iter_mut().for_each(|row| row.times.sort());
+
+    println!(
+        "Whole processes, from just before posix_spawn(3) to the return of waitpid(2), in ms;"
+    );
+    println!("{runs} runs of each in turn, after {WARM_UPS} that are not counted.\n");
+    println!(
+        "{:<28} {:>8} {:>8} {:>8} {:>8} {:>9}",
+        "", "median", "p90", "p99", "min", "x floor"
+    );
+    let floor = rows[0].percentile(0.5);
+    for row in &rows {
+        let median = row.percentile(0.5);
+        println!(
+            "{:<28} {median:>8.2} {:>8.2} {:>8.2} {:>8.2} {:>9.2}",
+            row.name,
+            row.percentile(0.9),
+            row.percentile(0.99),
+            row.percentile(0.0),
+            median / floor
+        );
+    }
+    println!();
+    for row in &rows {
+        println!("{}: {}", row.name, command_line(&row.command));
+    }
+    println!("\n{}", host());
+    println!("load average {load_before} before, {} after", load());
+    Ok(())
+}
+
+/// All that is to be measured and can be, the floor first.
+fn rows() -> Outcome<Vec<Row>> {
+    let minivmm = env!("CARGO_BIN_EXE_minivmm");
+    let floor = build_floor()?;
+    let hello = path_text(tiny("hello"))?;
+    let vm =
+        |name, args: &[&str]| Row::new(name, minivmm, &[args, &["--kernel", &hello]].concat(), "!");
+    let mut rows = vec![
+        Row::new("floor: bare KVM", &floor, &[&hello], "!")?,
+        vm("minivmm", &["--memory", "16M"])?,
+        vm("minivmm, 1 GiB", &["--memory", "1G"])?,
+        vm("minivmm, 2 vCPUs", &["--memory", "16M", "--cpus", "2"])?,
+    ];
+    if version_of(QEMU).is_some() {
+        let pvh = path_text(tiny("hello-pvh"))?;
+        let args = "-M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -m 16M -nodefaults \
+                    -no-user-config -no-reboot -display none -serial stdio -kernel";
+        let args: Vec<&str> = args.split(' ').chain([&*pvh]).collect();
+        rows.push(Row::new("QEMU microvm", QEMU, &args, "!")?);
+    } else {
+        println!("left out: QEMU microvm (apt-get install qemu-system-x86)");
+    }
+    match (version_of("runc"), static_busybox()) {
+        (Some(_), Some(busybox)) => {
+            let bundle = path_text(make_bundle(&busybox)?)?;
+            let args = ["run", "--bundle", &bundle, "minivmm-bench"];
+            match Row::new("runc, busybox echo", "runc", &args, "!\n") {
+                Ok(row) => rows.push(row),
+                Err(e) => println!("left out: {e}"),
+            }
+        }
+        _ => println!("left out: runc (apt-get install runc busybox-static)"),
+    }
+    rows.push(Row::new::<&str>(
+        "a static program, no VM",
+        &floor,
+        &[],
+        "",
+    )?);
+    Ok(rows)
+}
+
+/// Compiles the bare sequence of KVM calls.
+fn build_floor() -> Outcome<PathBuf> {
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("floor");
+    let status = Command::new("cc")
+        .args(["-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o"])
+        .args([&program, &project("tests/bench/floor.c")])
+        .status()?;
+    status
+        .success()
+        .then_some(program)
+        .ok_or_else(|| "floor.c does not compile".into())
+}
+
+/// A container as small as the tiny guest: runc's own default, but for the program and the terminal.
+fn make_bundle(busybox: &Path) -> Outcome<PathBuf> {
+    let bundle = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bundle");
+    fs::create_dir_all(bundle.join("rootfs/bin"))?;
+    fs::copy(busybox, bundle.join("rootfs/bin/busybox"))?;
+    let config = bundle.join("config.json");
+    if config.exists() {
+        fs::remove_file(&config)?;
+    }
+    let made = Command::new("runc")
+        .args(["spec", "--bundle"])
+        .arg(&bundle)
+        .status()?;
+    if !made.success() {
+        return Err(format!("runc spec: {made}").into());
+    }
+    let mut spec: serde_json::Value = serde_json::from_str(&fs::read_to_string(&config)?)?;
+    spec["process"]["terminal"] = false.into();
+    spec["process"]["args"] = serde_json::json!(["/bin/busybox", "echo", "!"]);
+    fs::write(&config, spec.to_string())?;
+    Ok(bundle)
+}
+
+/// busybox where Debian's package busybox-static has it, if it is one file that needs no other.
+fn static_busybox() -> Option<PathBuf> {
+    let path = PathBuf::from("/bin/busybox");
+    let ldd = Command::new("ldd").arg(&path).output().ok()?;
+    (path.exists() && !ldd.status.success()).then_some(path)
+}
+
+fn path_text(path: PathBuf) -> Outcome<String> {
+    Ok(path.to_str().ok_or("a path that is no text")?.to_owned())
+}
+
+/// The command as one would type it, without the directories of this machine.
+fn command_line(command: &Command) -> String {
+    [command.get_program()]
+        .into_iter()
+        .chain(command.get_args())
+        .map(|word| match Path::new(word).file_name() {
+            Some(name) if word.as_encoded_bytes().starts_with(b"/") => name.to_string_lossy(),
+            _ => word.to_string_lossy(),
+        })
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// The processor, the kernel, its KVM, and the versions of the others.
+fn host() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("unknown processor", |(_, model)| model);
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let kvm: Vec<&str> = ["kvm_intel", "kvm_amd", "kvm_pvm"]
+        .into_iter()
+        .filter(|module| Path::new("/sys/module").join(module).exists())
+        .collect();
+    let versions: String = [QEMU, "runc"]
+        .into_iter()
+        .filter_map(version_of)
+        .map(|version| format!("; {version}"))
+        .collect();
+    let (kernel, kvm) = (kernel.trim(), kvm.join(" "));
+    format!("{model}, {cpus} CPUs; Linux {kernel}, {kvm}{versions}")
+}
+
+/// The first line of what a program says of itself; `None` if there is no such program.
+fn version_of(program: &str) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().next().map(str::to_owned)
+}
+
+fn load() -> String {
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    load.split(' ').next().unwrap_or_default().to_owned()
+}
