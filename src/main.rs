@@ -39,9 +39,11 @@ fn usage_error(error: &ConfigError) -> u8 {
         ConfigError::Read { .. } | ConfigError::TooLarge { .. } | ConfigError::Parse { .. } => {
             status
         }
-        ConfigError::NoKernel | ConfigError::Cpus(_) | ConfigError::Memory(..) => {
-            exit_status::USAGE
-        }
+        ConfigError::NoKernel
+        | ConfigError::Cpus(_)
+        | ConfigError::Memory(..)
+        | ConfigError::Disk { .. }
+        | ConfigError::TooManyDevices(_) => exit_status::USAGE,
     }
 }
 
