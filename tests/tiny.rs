@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 
-use common::{PATIENCE, boot_tiny, minivmm, run, run_with_input, signal, tiny, wait};
+use common::{PATIENCE, boot_tiny, kill, minivmm, run, run_with_input, signal, tiny, wait};
 
 #[test]
 fn a_byte_then_power_off() {
@@ -265,10 +265,7 @@ fn a_reader_that_stalls_holds_neither_memory_nor_a_signal() {
     signal(&child, "TERM");
     // Nobody reads while minivmm flushes: a second signal breaks that off.
     thread::sleep(Duration::from_millis(300));
-    _ = std::process::Command::new("kill")
-        .arg(child.id().to_string())
-        .stderr(Stdio::null())
-        .status();
+    kill(child.id(), "TERM");
     let start = Instant::now();
     let mut child = child;
     while child.try_wait().unwrap().is_none() {

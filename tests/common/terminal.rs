@@ -15,7 +15,7 @@ use rustix::termios::{
     tcsetattr, tcsetwinsize,
 };
 
-use super::PATIENCE;
+use super::{PATIENCE, kill};
 
 /// The user's end of a terminal.
 pub(crate) struct Terminal {
@@ -227,9 +227,7 @@ impl Session {
 
     #[track_caller]
     pub(crate) fn signal(&mut self, name: &str) {
-        let pid = self.pid().to_string();
-        let status = Command::new("kill").args(["-s", name, &pid]).status();
-        assert!(status.unwrap().success());
+        assert!(kill(self.pid(), name));
     }
 
     /// Waits until minivmm's process is in this state, as ps names it.
@@ -268,10 +266,7 @@ impl Drop for Session {
         _ = self.shell.kill();
         _ = self.shell.wait();
         if self.pid != 0 && thread::panicking() {
-            _ = Command::new("kill")
-                .args(["-9", &self.pid.to_string()])
-                .stderr(Stdio::null())
-                .status();
+            kill(self.pid, "KILL");
         }
     }
 }
