@@ -20,7 +20,7 @@ const MAX_BYTES: usize = 4096;
 /// The device. It has neither features nor configuration.
 #[derive(Default)]
 pub struct Rng {
-    worker: Option<Worker<Entropy>>,
+    worker: Option<Worker>,
 }
 
 impl VirtioDevice for Rng {
@@ -58,7 +58,7 @@ impl VirtioDevice for Rng {
 
     fn stop(&mut self) -> Vec<Virtqueue> {
         let stopped = self.worker.take().and_then(Worker::stop);
-        stopped.into_iter().map(|(queue, _)| queue).collect()
+        stopped.into_iter().collect()
     }
 }
 

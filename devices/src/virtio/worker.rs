@@ -23,20 +23,20 @@ pub trait Handler: Send + 'static {
 }
 
 /// A running worker. Dropping it stops it.
-pub struct Worker<H> {
+pub struct Worker {
     stop: Arc<AtomicBool>,
     /// `None` only while it is being stopped.
-    thread: Option<JoinHandle<(Virtqueue, H)>>,
+    thread: Option<JoinHandle<Virtqueue>>,
 }
 
-impl<H: Handler> Worker<H> {
+impl Worker {
     /// Starts a thread that looks into the queue at once, and then whenever it is notified.
     pub fn start(
         name: String,
         mut queue: Virtqueue,
         mem: GuestMemoryMmap,
         interrupt: Interrupt,
-        mut handler: H,
+        mut handler: impl Handler,
     ) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -44,7 +44,7 @@ impl<H: Handler> Worker<H> {
             if let Err(e) = run(&mut queue, &mem, &interrupt, &mut handler, &stopped) {
                 interrupt.needs_reset(&e);
             }
-            (queue, handler)
+            queue
         })?;
         Ok(Self {
             stop,
@@ -59,19 +59,17 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// Waits for the request in hand and takes back queue and handler.
-    pub fn stop(mut self) -> Option<(Virtqueue, H)> {
+    /// Waits for the request in hand and takes the queue back.
+    pub fn stop(mut self) -> Option<Virtqueue> {
         self.join()
     }
-}
 
-impl<H> Worker<H> {
-    fn join(&mut self) -> Option<(Virtqueue, H)> {
+    fn join(&mut self) -> Option<Virtqueue> {
         self.stop.store(true, Ordering::Release);
         let thread = self.thread.take()?;
         thread.thread().unpark();
         match thread.join() {
-            Ok(parts) => Some(parts),
+            Ok(queue) => Some(queue),
             // A bug, and not to be hidden.
             Err(panic) if !thread::panicking() => resume_unwind(panic),
             Err(_) => None,
@@ -79,7 +77,7 @@ impl<H> Worker<H> {
     }
 }
 
-impl<H> Drop for Worker<H> {
+impl Drop for Worker {
     fn drop(&mut self) {
         self.join();
     }

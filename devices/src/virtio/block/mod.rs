@@ -46,7 +46,7 @@ pub struct Block {
     disk: Arc<Disk>,
     id: [u8; MAX_ID_LEN],
     config: [u8; 60],
-    worker: Option<Worker<Requests>>,
+    worker: Option<Worker>,
 }
 
 impl Block {
@@ -140,6 +140,6 @@ impl VirtioDevice for Block {
 
     fn stop(&mut self) -> Vec<Virtqueue> {
         let stopped = self.worker.take().and_then(Worker::stop);
-        stopped.into_iter().map(|(queue, _)| queue).collect()
+        stopped.into_iter().collect()
     }
 }
