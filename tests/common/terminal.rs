@@ -75,9 +75,15 @@ impl Terminal {
         terminal
     }
 
-    /// Types, or pastes.
+    /// Types, or pastes; fails if nobody takes it.
+    #[track_caller]
     pub(crate) fn type_in(&self, keys: impl AsRef<[u8]>) {
-        (&self.user).write_all(keys.as_ref()).unwrap();
+        let mut user = self.user.try_clone().unwrap();
+        let keys = keys.as_ref().to_vec();
+        let (sender, typed) = mpsc::channel();
+        thread::spawn(move || sender.send(user.write_all(&keys)));
+        let typed = typed.recv_timeout(PATIENCE);
+        typed.expect("the keys are taken").unwrap();
     }
 
     /// All that has appeared so far. It is complete when [`Session::status`] has returned.
