@@ -2,6 +2,7 @@
 KERNEL ?= cloud
 CARGO ?= cargo
 RUNS ?= 200
+ROUNDS ?= 3
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO := build/demo.cpio
 
@@ -13,7 +14,8 @@ help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, ...); ends with poweroff'
 	@echo 'make build    the static release binary, $(MINIVMM)'
 	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
-	@echo 'make bench    start-up of whole processes side by side: bare KVM, minivmm, QEMU, runc (RUNS=$(RUNS))'
+	@echo 'make bench    start-up of whole processes side by side: bare KVM, minivmm, QEMU, runc (RUNS=$(RUNS)); then disks,'
+	@echo '              minivmm and QEMU, in the lab if need be (ROUNDS=$(ROUNDS))'
 	@echo 'make lint     formatting, clippy and shellcheck'
 	@echo 'make guests   fetch the kernels and build the demo initramfs ($(DEMO))'
 	@echo 'make deps     install what is missing, as the other targets do'
@@ -34,9 +36,13 @@ test: deps
 	$(CARGO) test --workspace
 	tests/lab/suite
 
-# QEMU, runc and busybox-static are measured where they are installed.
+# QEMU, runc and busybox-static are measured where they are installed; the disks need QEMU and real Linux guests.
 bench: deps
 	$(CARGO) bench --bench startup -- $(RUNS)
+	@guest-kernels/debian-initrd cloud >/dev/null
+	@guest-kernels/debian-disk >/dev/null
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(CURDIR)/tests/lab/with-kvm \
+		$(CARGO) bench --bench disk -- $(ROUNDS)
 
 lint: deps
 	@command -v shellcheck >/dev/null || $(call install,shellcheck)

@@ -5,6 +5,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod host;
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -13,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{project, tiny};
+use host::{command_line, host, load, version_of};
 
 /// Measured rounds, unless the command line says otherwise.
 const RUNS: usize = 200;
@@ -119,7 +121,7 @@ fn main() -> Outcome<()> {
     for row in &rows {
         println!("{}: {}", row.name, command_line(&row.command));
     }
-    println!("\n{}", host());
+    println!("\n{}", host(&[QEMU, "runc"]));
     println!("load average {load_before} before, {} after", load());
     Ok(())
 }
@@ -211,51 +213,4 @@ fn static_busybox() -> Option<PathBuf> {
 
 fn path_text(path: PathBuf) -> Outcome<String> {
     Ok(path.to_str().ok_or("a path that is no text")?.to_owned())
-}
-
-/// The command as one would type it, without the directories of this machine.
-fn command_line(command: &Command) -> String {
-    [command.get_program()]
-        .into_iter()
-        .chain(command.get_args())
-        .map(|word| match Path::new(word).file_name() {
-            Some(name) if word.as_encoded_bytes().starts_with(b"/") => name.to_string_lossy(),
-            _ => word.to_string_lossy(),
-        })
-        .collect::<Vec<_>>()
-        .join(" ")
-}
-
-/// The processor, the kernel, its KVM, and the versions of the others.
-fn host() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown processor", |(_, model)| model);
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let kvm: Vec<&str> = ["kvm_intel", "kvm_amd", "kvm_pvm"]
-        .into_iter()
-        .filter(|module| Path::new("/sys/module").join(module).exists())
-        .collect();
-    let versions: String = [QEMU, "runc"]
-        .into_iter()
-        .filter_map(version_of)
-        .map(|version| format!("; {version}"))
-        .collect();
-    let (kernel, kvm) = (kernel.trim(), kvm.join(" "));
-    format!("{model}, {cpus} CPUs; Linux {kernel}, {kvm}{versions}")
-}
-
-/// The first line of what a program says of itself; `None` if there is no such program.
-fn version_of(program: &str) -> Option<String> {
-    let output = Command::new(program).arg("--version").output().ok()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    text.lines().next().map(str::to_owned)
-}
-
-fn load() -> String {
-    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    load.split(' ').next().unwrap_or_default().to_owned()
 }

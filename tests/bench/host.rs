@@ -1,0 +1,53 @@
+//! The machine that a benchmark ran on.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// The processor, the kernel, its KVM, and the versions of these programs.
+pub(crate) fn host(programs: &[&str]) -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("unknown processor", |(_, model)| model);
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let kvm: Vec<&str> = ["kvm_intel", "kvm_amd", "kvm_pvm"]
+        .into_iter()
+        .filter(|module| Path::new("/sys/module").join(module).exists())
+        .collect();
+    let versions: String = programs
+        .iter()
+        .filter_map(|program| version_of(program))
+        .map(|version| format!("; {version}"))
+        .collect();
+    let (kernel, kvm) = (kernel.trim(), kvm.join(" "));
+    format!("{model}, {cpus} CPUs; Linux {kernel}, {kvm}{versions}")
+}
+
+/// The first line of what a program says of itself; `None` if there is no such program.
+pub(crate) fn version_of(program: &str) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().next().map(str::to_owned)
+}
+
+/// The load average of the last minute.
+pub(crate) fn load() -> String {
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    load.split(' ').next().unwrap_or_default().to_owned()
+}
+
+/// The command as one would type it, without the directories of this machine.
+pub(crate) fn command_line(command: &Command) -> String {
+    [command.get_program()]
+        .into_iter()
+        .chain(command.get_args())
+        .map(|word| match Path::new(word).file_name() {
+            Some(name) if word.as_encoded_bytes().starts_with(b"/") => name.to_string_lossy(),
+            _ => word.to_string_lossy(),
+        })
+        .collect::<Vec<_>>()
+        .join(" ")
+}
