@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::boot::BootProtocol;
-use crate::config::{ConfigError, DiskConfig, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig};
+use crate::config::{
+    ConfigError, ConsoleKind, DiskConfig, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig,
+};
 use crate::console::SerialMode;
 
 const EXAMPLES: &str = "\
@@ -94,7 +96,8 @@ pub struct VmArgs {
     /// Initial RAM file system (cpio, compressed as the kernel can read it)
     #[arg(short, long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 quiet"]
+    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 quiet"; with --console virtio
+    /// "console=hvc0 panic=-1 quiet earlycon=uart,io,0x3f8"]
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// Add to the kernel command line, as in --append 'loglevel=7 -- /bin/sh'; may be given again
@@ -115,7 +118,12 @@ pub struct VmArgs {
     /// Give the guest an entropy device (virtio-rng)
     #[arg(long)]
     pub rng: bool,
-    /// Serial console: stdio, pty (its path goes to stderr), file=PATH (output only), none [default: stdio]
+    /// Which device is the console: serial is COM1 (ttyS0); virtio (hvc0) costs the guest far fewer exits and knows the
+    /// terminal's size, but its driver (virtio_console) is a module in many kernels, which the initrd must load then; COM1
+    /// stays, for output alone [default: serial]
+    #[arg(long, value_name = "DEVICE")]
+    pub console: Option<ConsoleKind>,
+    /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only), none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     pub serial: Option<SerialMode>,
     /// When the guest resets the machine: end with status 0, or boot again [default: exit]
@@ -128,7 +136,7 @@ pub struct VmArgs {
     #[arg(long, value_name = "HOW")]
     pub boot_protocol: Option<BootProtocol>,
     /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, disks,
-    /// rng, serial, on_reboot, deadline, boot_protocol; as in {"kernel": "bzImage", "initrd": "rootfs.cpio", "memory":
+    /// rng, console, serial, on_reboot, deadline, boot_protocol; as in {"kernel": "bzImage", "initrd": "rootfs.cpio", "memory":
     /// "512M", "disks": [{"path": "root.img", "ro": true, "id": "root"}]}
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -158,6 +166,7 @@ impl VmArgs {
                 self.disk
             },
             rng: self.rng || base.rng,
+            console: self.console.unwrap_or(base.console),
             serial: self.serial.unwrap_or(base.serial),
             on_reboot: self.on_reboot.unwrap_or(base.on_reboot),
             deadline: self.deadline.or(base.deadline),

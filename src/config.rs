@@ -21,6 +21,10 @@ use crate::memory;
 /// every byte on a serial line costs the guest two exits.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 
+/// The same for hvc0. Its driver may be a module, and without it a kernel would be silent even in a panic, so COM1 has the
+/// messages until the driver takes over: behind `quiet`, since it prints what there is when it is read.
+pub const VIRTIO_CMDLINE: &str = "console=hvc0 panic=-1 quiet earlycon=uart,io,0x3f8";
+
 /// Most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 64;
 
@@ -69,7 +73,9 @@ pub enum ConfigError {
         why: String,
     },
     /// More devices than the machine has room for.
-    #[error("{0} disks and entropy devices: the machine has room for {MAX_VIRTIO_DEVICES}")]
+    #[error(
+        "{0} disks, entropy devices and consoles: the machine has room for {MAX_VIRTIO_DEVICES}"
+    )]
     TooManyDevices(usize),
     /// Not a possible size.
     #[error("{0} of memory is not possible: --memory takes 16M to 4T, in whole pages of 4 KiB{1}")]
@@ -124,6 +130,27 @@ impl fmt::Display for MemorySize {
         .find(|(unit, _)| self.bytes >= *unit && self.bytes.is_multiple_of(*unit))
         .unwrap_or((1u64, "B"));
         write!(f, "{}{letter}", self.bytes / unit)
+    }
+}
+
+/// Which device is the guest's console.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ConsoleKind {
+    /// COM1, which is ttyS0 to Linux.
+    #[default]
+    Serial,
+    /// A virtio console, which is hvc0 to Linux.
+    Virtio,
+}
+
+impl ConsoleKind {
+    /// The parameter by which a kernel takes it for its console.
+    pub fn parameter(self) -> &'static str {
+        match self {
+            Self::Serial => "console=ttyS0",
+            Self::Virtio => "console=hvc0",
+        }
     }
 }
 
@@ -244,7 +271,7 @@ pub struct VmConfig {
     pub kernel: PathBuf,
     /// Initial RAM file system.
     pub initrd: Option<PathBuf>,
-    /// Kernel command line, in place of [`DEFAULT_CMDLINE`].
+    /// Kernel command line, in place of [`DEFAULT_CMDLINE`] or [`VIRTIO_CMDLINE`].
     pub cmdline: Option<String>,
     /// What is added to the command line.
     pub append: Option<String>,
@@ -256,7 +283,9 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// Whether there is a virtio entropy device.
     pub rng: bool,
-    /// Where the serial console goes.
+    /// Which device is the console.
+    pub console: ConsoleKind,
+    /// Where the console goes.
     pub serial: SerialMode,
     /// What a reset does.
     pub on_reboot: OnReboot,
@@ -277,6 +306,7 @@ impl Default for VmConfig {
             memory: MemorySize { bytes: 256 << 20 },
             disks: Vec::new(),
             rng: false,
+            console: ConsoleKind::default(),
             serial: SerialMode::default(),
             on_reboot: OnReboot::default(),
             deadline: None,
@@ -338,13 +368,17 @@ impl VmConfig {
     }
 
     fn virtio_devices(&self) -> usize {
-        self.disks.len() + usize::from(self.rng)
+        let virtio_console = self.console == ConsoleKind::Virtio;
+        self.disks.len() + usize::from(self.rng) + usize::from(virtio_console)
     }
 
     /// The kernel command line: the default or its replacement, then what is appended. One with `acpi=off` also tells of
     /// the virtio devices, which a kernel finds through ACPI otherwise.
     pub fn kernel_cmdline(&self) -> String {
-        let base = self.cmdline.as_deref().unwrap_or(DEFAULT_CMDLINE);
+        let base = self.cmdline.as_deref().unwrap_or(match self.console {
+            ConsoleKind::Serial => DEFAULT_CMDLINE,
+            ConsoleKind::Virtio => VIRTIO_CMDLINE,
+        });
         let append = self.append.as_deref().unwrap_or_default();
         let line = join_words([base, append]);
         // What comes behind "--" is init's.
@@ -536,6 +570,19 @@ mod tests {
                 "{DEFAULT_CMDLINE} acpi=off virtio_mmio.device=4K@0xd0000000:5 -- sh -c 'a  b'"
             )
         );
+    }
+
+    #[test]
+    fn a_virtio_console_has_its_own_command_line_and_a_place() {
+        let config =
+            parse(r#"{"kernel": "k", "console": "virtio", "append": "acpi=off"}"#).unwrap();
+        assert_eq!(
+            config.kernel_cmdline(),
+            format!("{VIRTIO_CMDLINE} acpi=off virtio_mmio.device=4K@0xd0000000:5")
+        );
+        assert!(VIRTIO_CMDLINE.contains(config.console.parameter()));
+        assert!(DEFAULT_CMDLINE.contains(ConsoleKind::default().parameter()));
+        assert!(parse(r#"{"kernel": "k", "console": "hvc0"}"#).is_err());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use minivmm_devices::legacy::power::{self, AcpiPower};
 use minivmm_devices::legacy::pvpanic::{self, Pvpanic};
 use minivmm_devices::legacy::serial::{self, Serial};
 use minivmm_devices::virtio::block::{Block, Disk};
+use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
 use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::transport::mmio::MmioTransport;
@@ -72,7 +73,7 @@ pub struct DeviceManager {
     pub buses: Buses,
     /// What the DSDT tells.
     pub acpi: Vec<AcpiDevice>,
-    /// COM1, which the event loop feeds.
+    /// COM1.
     pub serial: Arc<Mutex<Serial>>,
     virtio_devices: usize,
 }
@@ -84,6 +85,7 @@ impl DeviceManager {
         events: &EventSink,
         mem: &GuestMemoryMmap,
         serial: Serial,
+        console: Option<Console>,
         resources: HostResources,
     ) -> Result<Self, BusError> {
         let mut devices = Self {
@@ -123,6 +125,9 @@ impl DeviceManager {
         }
         if rng {
             devices.attach_virtio(Box::<Rng>::default(), mem, interrupts)?;
+        }
+        if let Some(console) = console {
+            devices.attach_virtio(Box::new(console), mem, interrupts)?;
         }
         Ok(devices)
     }

@@ -2,10 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use minivmm_devices::legacy::serial::Serial;
+use minivmm_devices::console::ConsoleDevice;
 use nix::sys::signal::{SigSet, Signal, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -42,6 +42,7 @@ impl Signals {
             .filter(|signal| !is_ignored(*signal))
             .collect();
         set.add(Signal::SIGCONT);
+        set.add(Signal::SIGWINCH);
         set.thread_block()?;
         // A file size limit (ulimit -f) that the console's file reaches is a failed write, not an end.
         SigSet::from(Signal::SIGXFSZ).thread_block()?;
@@ -57,6 +58,7 @@ impl Signals {
         while let Ok(Some(info)) = self.0.read_signal() {
             match info.ssi_signo as i32 {
                 libc::SIGCONT => console::reenter_raw(),
+                libc::SIGWINCH => {}
                 libc::SIGTSTP => {
                     console::lend_terminal();
                     stop_self();
@@ -155,10 +157,10 @@ impl<'a> EventLoop<'a> {
     }
 
     /// Runs until the VM has ended.
-    pub fn run(mut self, serial: &Mutex<Serial>) -> io::Result<()> {
+    pub fn run(mut self, console: &Mutex<dyn ConsoleDevice>) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 4];
         // A restarted VM may find input that was read from no edge of its own.
-        self.pump(serial);
+        self.pump(console);
         loop {
             let timeout = match self.deadline {
                 None => -1,
@@ -185,23 +187,31 @@ impl<'a> EventLoop<'a> {
                             self.control.end(Outcome::Signal(signal));
                             return Ok(());
                         }
-                        // After a SIGCONT there may be input that gave no event.
-                        self.pump(serial);
+                        // After a SIGCONT there may be input that gave no event, and a terminal of another size.
+                        if let Some(size) = self.input.terminal_size() {
+                            lock(console).resize(size);
+                        }
+                        self.pump(console);
                     }
                     d => {
                         if d == Source::GuestReady as u64 {
                             let _ = self.guest_ready.read();
+                            lock(console).output_ready();
                         }
-                        self.pump(serial);
+                        self.pump(console);
                     }
                 }
             }
         }
     }
 
-    fn pump(&mut self, serial: &Mutex<Serial>) {
-        if self.input.pump(serial) == InputOutcome::Quit {
+    fn pump(&mut self, console: &Mutex<dyn ConsoleDevice>) {
+        if self.input.pump(console) == InputOutcome::Quit {
             self.control.end(Outcome::Quit);
         }
     }
+}
+
+fn lock<C: ?Sized>(console: &Mutex<C>) -> MutexGuard<'_, C> {
+    console.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,6 +6,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::boot::{Entry, LoadedKernel};
+use crate::config::ConsoleKind;
 use crate::exit_status::Outcome;
 use crate::vcpu::{Vcpu, VcpuFailure};
 
@@ -22,6 +23,8 @@ pub struct Scene<'a> {
     pub mem: &'a GuestMemoryMmap,
     /// What was loaded.
     pub kernel: &'a LoadedKernel,
+    /// Which device the console is.
+    pub console: ConsoleKind,
     /// Bytes that the guest has written to its console.
     pub console_bytes: u64,
     /// The kernel command line.
@@ -131,7 +134,7 @@ impl Scene<'_> {
             (self.kernel.entry, rip),
             (Entry::Linux64 { rip: entry, .. }, Some(rip)) if rip == entry
         );
-        let listens = self.cmdline.contains("console=ttyS0");
+        let listens = self.cmdline.contains(self.console.parameter());
         match self.outcome {
             Outcome::VcpuFailed(VcpuFailure::TripleFault)
                 if self.console_bytes == 0 && at_entry =>
@@ -160,8 +163,17 @@ impl Scene<'_> {
             Outcome::VcpuFailed(VcpuFailure::Bug) => "minivmm itself: please report it",
             Outcome::VcpuFailed(_) => "this host's KVM; `minivmm doctor` says what it offers",
             _ if self.console_bytes > 0 => "the last lines on the console tell more",
-            _ if !listens => {
-                "the kernel command line names no console=ttyS0, so that the guest may well have run, unseen"
+            _ if !listens => match self.console {
+                ConsoleKind::Serial => {
+                    "the kernel command line names no console=ttyS0, so that the guest may well have run, unseen"
+                }
+                ConsoleKind::Virtio => {
+                    "the kernel command line names no console=hvc0, so that the guest may well have run, unseen"
+                }
+            },
+            _ if self.console == ConsoleKind::Virtio => {
+                "the guest may well have run, unseen: virtio_mmio and virtio_console must be built into the kernel, or \
+                 modules that the initrd loads; `--console serial` needs neither"
             }
             _ => {
                 "the kernel reset or hung before it had a console: too little memory, a kernel without a serial driver, \

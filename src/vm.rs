@@ -1,21 +1,23 @@
 //! A VM: built in boot order, run, ended.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use minivmm_devices::console::{ConsoleDevice, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::legacy::serial::Serial;
 use minivmm_devices::virtio::block::{Disk, DiskError};
+use minivmm_devices::virtio::console::Console as VirtioConsole;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi;
 use crate::arch::x86_64::{layout, mptable, regs};
 use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
-use crate::config::{ConfigError, MemorySize, OnReboot, VmConfig};
+use crate::config::{ConfigError, ConsoleKind, MemorySize, OnReboot, VmConfig};
 use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal, SerialMode};
 use crate::device_manager::{DeviceManager, HostResources};
 use crate::doctor;
@@ -37,6 +39,9 @@ const KVM_API_VERSION: i32 = 12;
 /// How long the reader of the last output may take before it is somebody's business: a VM that was stopped from outside
 /// waits no longer.
 const FLUSH: Duration = Duration::from_millis(100);
+
+/// A console device, in the hands of its bus and of the event loop.
+type SharedConsole = Arc<Mutex<dyn ConsoleDevice>>;
 
 /// What is to be logged when a VM has ended and its console is done.
 type LastWords = Vec<(log::Level, String)>;
@@ -163,11 +168,13 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
         _ => None,
     };
     if let Some(path) = console.pty_path() {
-        log::info!(target: NOTICE, "the serial console is {}", path.display());
+        log::info!(target: NOTICE, "the console is {}", path.display());
     }
     let (outcome, last_words) = loop {
         console.start_of_vm();
-        let (outcome, last_words) = vm.boot(&console)?.run(&signals, &mut input, deadline)?;
+        let (outcome, last_words) = vm
+            .boot(&console, input.terminal_size())?
+            .run(&signals, &mut input, deadline)?;
         if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
             break (outcome, last_words);
         }
@@ -221,6 +228,7 @@ struct Vm {
     kernel: LoadedKernel,
     cmdline: String,
     cpus: u8,
+    console: ConsoleKind,
     resources: HostResources,
 }
 
@@ -272,12 +280,13 @@ impl Vm {
             kernel,
             cmdline,
             cpus: config.cpus,
+            console: config.console,
             resources,
         })
     }
 
     /// Makes interrupt controllers, vCPUs and devices, and writes the tables by which the guest finds them.
-    fn boot(mut self, console: &Console) -> Result<BootedVm, VmError> {
+    fn boot(mut self, console: &Console, size: Option<TerminalSize>) -> Result<BootedVm, VmError> {
         let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
         let interrupts = Interrupts::new(Arc::clone(&self.fd)).map_err(refused(
             "split the interrupt controller (KVM_CAP_SPLIT_IRQCHIP)",
@@ -301,25 +310,30 @@ impl Vm {
         let guest_ready = Arc::new(
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("an eventfd"))?,
         );
-        let kick = Arc::clone(&guest_ready);
-        let serial = Serial::new(
-            interrupts.line(layout::COM1_GSI),
-            console.sink(),
-            // An eventfd refuses a write only when its counter is full; then the event loop is awake.
-            Arc::new(move || _ = kick.write(1)),
-        );
+        let kicked = Arc::clone(&guest_ready);
+        // An eventfd refuses a write only when its counter is full; then the event loop is awake.
+        let kick: Kick = Arc::new(move || _ = kicked.write(1));
+        let com1 = interrupts.line(layout::COM1_GSI);
+        let serial = Serial::new(com1, console.sink(), Arc::clone(&kick));
+        let virtio = (self.console == ConsoleKind::Virtio)
+            .then(|| VirtioConsole::new(console.sink(), kick, size));
+        let port = virtio.as_ref().map(VirtioConsole::port);
         let devices = DeviceManager::new(
             &interrupts,
             &event_sink(&control),
             &self.mem,
             serial,
+            virtio,
             std::mem::take(&mut self.resources),
         )?;
         let serial = Arc::clone(&devices.serial);
-        let weak = Arc::downgrade(&serial);
+        let com1: SharedConsole = serial.clone();
+        let user_console = port.unwrap_or_else(|| com1.clone());
+        // COM1 sends to the same place, the input is the console's alone.
+        let senders = [&com1, &user_console].map(Arc::downgrade);
         console.on_output_ready(Arc::new(move || {
-            if let Some(serial) = weak.upgrade() {
-                serial
+            for sender in senders.iter().filter_map(Weak::upgrade) {
+                sender
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .output_ready();
@@ -333,6 +347,7 @@ impl Vm {
             vcpus,
             devices,
             serial,
+            user_console,
             control,
             guest_ready,
             console: console.clone(),
@@ -346,6 +361,8 @@ struct BootedVm {
     vcpus: Vec<Vcpu>,
     devices: DeviceManager,
     serial: Arc<Mutex<Serial>>,
+    /// The device that the user's terminal is connected to.
+    user_console: SharedConsole,
     control: Arc<Control>,
     guest_ready: Arc<EventFd>,
     console: Console,
@@ -375,7 +392,7 @@ impl BootedVm {
                 }
             }
         }
-        let looped = events.run(&self.serial);
+        let looped = events.run(&self.user_console);
         // Should the loop itself have failed, the vCPUs are still to be told.
         self.control.end(Outcome::Quit);
         running.iter().for_each(RunningVcpu::kick);
@@ -416,6 +433,7 @@ impl BootedVm {
                 vcpu,
                 mem: &self.vm.mem,
                 kernel: &self.vm.kernel,
+                console: self.vm.console,
                 console_bytes,
                 cmdline: &self.vm.cmdline,
             };

@@ -20,7 +20,7 @@ fn start(command: &mut Command) -> (Child, PathBuf) {
     BufReader::with_capacity(1, stderr)
         .read_line(&mut line)
         .unwrap();
-    let path = line.strip_prefix("minivmm: the serial console is ");
+    let path = line.strip_prefix("minivmm: the console is ");
     let path = path.unwrap_or_else(|| panic!("{line:?}")).trim_end();
     (child, path.into())
 }

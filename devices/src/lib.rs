@@ -18,6 +18,7 @@
 )]
 
 pub mod bus;
+pub mod console;
 pub mod event;
 pub mod interrupt;
 pub mod legacy;

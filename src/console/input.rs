@@ -1,13 +1,14 @@
-//! Input for the guest: from stdin or the pty's master into the UART, as much as the guest has room for.
+//! Input for the guest: from stdin or the pty's master into its console, as much as the guest has room for.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use minivmm_devices::legacy::serial::Serial;
+use minivmm_devices::console::{ConsoleDevice, TerminalSize};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::termios::tcgetwinsize;
 
 use super::escape::{Escape, HELP, Key};
 use super::terminal;
@@ -22,7 +23,7 @@ const CHUNK: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum InputOutcome {
-    /// Nothing more for now: call again when the file descriptor is readable or the UART kicks.
+    /// Nothing more for now: call again when the file descriptor is readable or the console kicks.
     Continue,
     /// The user asked to quit.
     Quit,
@@ -86,7 +87,7 @@ impl ConsoleInput {
     }
 
     /// What to watch for readability, edge-triggered; none where no input can come. A regular file and /dev/null cannot
-    /// be watched (epoll says EPERM): they are always ready, and the UART's kicks are enough.
+    /// be watched (epoll says EPERM): they are always ready, and the console's kicks are enough.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.source {
             _ if self.ended => None,
@@ -98,17 +99,17 @@ impl ConsoleInput {
 
     /// Moves what is there to the guest, as far as the guest has room; never blocks.
     ///
-    /// To be called once at the start, when the file descriptor becomes readable, when the UART kicks, and after a SIGCONT.
-    pub fn pump(&mut self, serial: &Mutex<Serial>) -> InputOutcome {
+    /// To be called once at the start, when the file descriptor becomes readable, when the console kicks, and after a SIGCONT.
+    pub fn pump(&mut self, console: &Mutex<impl ConsoleDevice + ?Sized>) -> InputOutcome {
         let mut buffer = [0; CHUNK];
         loop {
-            self.deliver(serial);
+            self.deliver(console);
             if self.ended {
                 return InputOutcome::Ended;
             }
             let room = match self.source {
                 Source::Terminal(..) => LOOK_AHEAD.saturating_sub(self.ahead.len()),
-                _ if self.ahead.is_empty() => lock(serial).wants_input(),
+                _ if self.ahead.is_empty() => lock(console).wants_input(),
                 _ => 0,
             };
             if room == 0 {
@@ -126,15 +127,29 @@ impl ConsoleInput {
         }
     }
 
+    /// The size of the terminal that the input comes from, 0 by 0 where it has none; `None` if there can be no input.
+    pub fn terminal_size(&self) -> Option<TerminalSize> {
+        let size = match &self.source {
+            Source::None => return None,
+            Source::Stream(_) => None,
+            Source::Terminal(fd, _) => tcgetwinsize(fd).ok(),
+            Source::Pty(master) => tcgetwinsize(master).ok(),
+        };
+        Some(TerminalSize {
+            columns: size.map_or(0, |size| size.ws_col),
+            rows: size.map_or(0, |size| size.ws_row),
+        })
+    }
+
     #[cfg(test)]
     pub(super) fn ahead_len(&self) -> usize {
         self.ahead.len()
     }
 
     /// Gives the guest what has been read already.
-    fn deliver(&mut self, serial: &Mutex<Serial>) {
+    fn deliver(&mut self, console: &Mutex<impl ConsoleDevice + ?Sized>) {
         if !self.ahead.is_empty() {
-            let taken = lock(serial).receive(self.ahead.make_contiguous());
+            let taken = lock(console).receive(self.ahead.make_contiguous());
             self.ahead.drain(..taken);
         }
     }
@@ -197,6 +212,6 @@ fn end_of_input(e: Errno) -> Read {
     Read::End
 }
 
-fn lock(serial: &Mutex<Serial>) -> MutexGuard<'_, Serial> {
-    serial.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<C: ?Sized>(console: &Mutex<C>) -> MutexGuard<'_, C> {
+    console.lock().unwrap_or_else(PoisonError::into_inner)
 }

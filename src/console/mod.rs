@@ -1,6 +1,6 @@
-//! Where the guest's serial console goes on the host: terminal, pty, file or nowhere.
+//! Where the guest's console goes on the host: terminal, pty, file or nowhere.
 //!
-//! [`Console`] is the output: a [sink](Console::sink) for the UART, a bounded buffer, a thread that drains it, and what
+//! [`Console`] is the output: a [sink](Console::sink) for its device, a bounded buffer, a thread that drains it, and what
 //! is remembered for the post-mortem. [`ConsoleInput`] is the input, driven by the event loop. [`RawTerminal`] keeps the
 //! terminal raw while the VM runs.
 //!
@@ -23,7 +23,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use minivmm_devices::legacy::serial::ConsoleOutput;
+use minivmm_devices::console::ConsoleOutput;
 use thiserror::Error;
 
 pub use input::{ConsoleInput, InputOutcome};
@@ -37,7 +37,7 @@ use transcript::Transcript;
 #[derive(Debug, Error)]
 pub enum ConsoleError {
     /// The file for the output cannot be created.
-    #[error("cannot write the serial console to {path:?}")]
+    #[error("cannot write the console to {path:?}")]
     File {
         /// The file.
         path: PathBuf,
@@ -45,14 +45,14 @@ pub enum ConsoleError {
         source: io::Error,
     },
     /// There is no pseudo-terminal to be had.
-    #[error("cannot open a pseudo-terminal for the serial console (is /dev/pts mounted?)")]
+    #[error("cannot open a pseudo-terminal for the console (is /dev/pts mounted?)")]
     Pty(#[source] io::Error),
     /// The output thread cannot be started.
-    #[error("cannot start the output of the serial console")]
+    #[error("cannot start the output of the console")]
     Start(#[source] io::Error),
 }
 
-/// The host's side of the serial console's output. A cheap handle: clones are the same console. It outlives the VM, so
+/// The host's side of the console's output. A cheap handle: clones are the same console. It outlives the VM, so
 /// that a restart in the same process goes on where it was; when the last handle goes, so does the thread, without
 /// waiting for a slow reader ([`Console::finish`] does).
 #[derive(Clone)]
@@ -116,12 +116,12 @@ impl Console {
         Ok(Self(Arc::new(Handle { shared, pty_path })))
     }
 
-    /// A UART's end of the console; one for each VM that is started. It never blocks.
+    /// A device's end of the console; one for each device of each VM that is started. It never blocks.
     pub fn sink(&self) -> Box<dyn ConsoleOutput> {
         Box::new(Sink(self.0.shared.clone()))
     }
 
-    /// Sets what to call when there is room again after a sink said there was none: the UART's `output_ready`. Replaces
+    /// Sets what to call when there is room again after a sink said there was none: the devices' `output_ready`. Replaces
     /// the one of the VM before. It is called on the console's thread with no lock held.
     pub fn on_output_ready(&self, callback: Arc<dyn Fn() + Send + Sync>) {
         self.0.shared.set_ready(callback);

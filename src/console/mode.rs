@@ -1,4 +1,4 @@
-//! Where the serial console goes: the value of `--serial`.
+//! Where the console goes: the value of `--serial`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Where the guest's serial console goes. Written `stdio`, `pty`, `file=F` or `none`.
+/// Where the guest's console goes. Written `stdio`, `pty`, `file=F` or `none`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum SerialMode {
@@ -24,7 +24,7 @@ pub enum SerialMode {
 
 /// A text that names no [`SerialMode`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("unknown serial console {0:?}; use stdio, pty, file=PATH or none")]
+#[error("unknown place for the console, {0:?}; use stdio, pty, file=PATH or none")]
 pub struct SerialModeError(String);
 
 impl FromStr for SerialMode {

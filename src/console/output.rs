@@ -1,9 +1,9 @@
 //! Output of the guest: a bounded buffer that the vCPU thread fills and a thread of its own drains.
 //!
-//! The vCPU thread never waits here. When the buffer is full, the UART shows a busy transmitter and the guest waits; when
-//! half of it is free again, the UART is told.
+//! The vCPU thread never waits here. When the buffer is full, a UART shows a busy transmitter, a virtio console leaves what
+//! comes in its queue, and the guest waits; when half of it is free again, the device is told.
 //!
-//! Locks: `ready` and `state` are each taken alone. The UART's lock is held by callers of [`Sink`], so the callback in
+//! Locks: `ready` and `state` are each taken alone. The device's lock is held by callers of [`Sink`], so the callback in
 //! `ready`, which takes that lock, is called with neither held.
 
 use std::collections::VecDeque;
@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use minivmm_devices::legacy::serial::{ConsoleOutput, FIFO_LEN};
+use minivmm_devices::console::{ConsoleOutput, MIN_ROOM};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use vmm_sys_util::signal::block_signal;
@@ -23,7 +23,7 @@ use super::transcript::Transcript;
 
 /// Bytes that wait for the host at most.
 pub(super) const CAPACITY: usize = 1 << 20;
-/// After the buffer was full, the UART is told when no more than this waits.
+/// After the buffer was full, the device is told when no more than this waits.
 const LOW_WATER: usize = CAPACITY / 2;
 /// Bytes written at once: what a pipe that is ready for writing always takes (PIPE_BUF).
 const CHUNK: usize = 4096;
@@ -88,7 +88,7 @@ pub(super) struct State {
     running: bool,
     /// The thread waits, for any byte or for a line's end.
     waiting: Waiting,
-    /// A UART was told that there is no room.
+    /// A device was told that there is no room.
     starved: bool,
     /// The thread ends when nothing is pending.
     closing: bool,
@@ -299,7 +299,7 @@ impl Shared {
     }
 }
 
-/// The UART's end of the buffer.
+/// A device's end of the buffer.
 pub(super) struct Sink(pub(super) Arc<Shared>);
 
 impl ConsoleOutput for Sink {
@@ -334,7 +334,7 @@ impl ConsoleOutput for Sink {
 
     fn has_room(&self) -> bool {
         let mut state = self.0.state();
-        let room = !state.running || state.pending.len() + FIFO_LEN <= CAPACITY;
+        let room = !state.running || state.pending.len() + MIN_ROOM <= CAPACITY;
         state.starved |= !room;
         room
     }

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use virtio_bindings::virtio_mmio::*;
 
 use super::block::{Block, Disk};
+use super::console;
 use super::device::VirtioDevice;
 use super::rng::Rng;
 use super::testing::*;
@@ -11,11 +12,12 @@ use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::bus::BusDevice;
 use crate::virtio::transport::mmio;
 
-const KINDS: [&str; 3] = ["rng", "block", "block, read-only"];
+const KINDS: [&str; 4] = ["rng", "console", "block", "block, read-only"];
 
 fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
         "rng" => Box::<Rng>::default(),
+        "console" => Box::new(console::tests::fed()),
         _ => {
             let file = tempfile::NamedTempFile::new().unwrap();
             file.as_file().set_len(1 << 20).unwrap();

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vm_memory::GuestMemoryMmap;
 
@@ -74,6 +74,7 @@ pub struct Interrupt(Arc<Shared>);
 struct Shared {
     target: Box<dyn InterruptTarget>,
     needs_reset: AtomicBool,
+    config_generation: AtomicU32,
     /// A broken rule has been warned of; a guest that goes on breaking them cannot flood the log.
     reported: AtomicBool,
 }
@@ -84,6 +85,7 @@ impl Interrupt {
         Self(Arc::new(Shared {
             target: Box::new(target),
             needs_reset: AtomicBool::new(false),
+            config_generation: AtomicU32::new(0),
             reported: AtomicBool::new(false),
         }))
     }
@@ -93,8 +95,9 @@ impl Interrupt {
         self.0.target.used_buffers(queue);
     }
 
-    /// Tells the driver of a change in the configuration space.
+    /// Tells the driver of a change in the configuration space. A driver must not be able to read the new values before.
     pub fn config_changed(&self) {
+        self.0.config_generation.fetch_add(1, Ordering::AcqRel);
         self.0.target.config_changed();
     }
 
@@ -116,6 +119,12 @@ impl Interrupt {
             "a virtio driver broke the rules, its device waits for a reset: {why}"
         );
         self.0.needs_reset.store(true, Ordering::Release);
+    }
+
+    /// How often the configuration space has changed (§ 2.5.1): a driver that reads it in pieces sees whether they belong
+    /// together.
+    pub(super) fn config_generation(&self) -> u32 {
+        self.0.config_generation.load(Ordering::Acquire)
     }
 
     /// Whether DEVICE_NEEDS_RESET is set.

@@ -11,6 +11,7 @@
 //! interrupt of their own, so that a transport may wait for its device's workers.
 
 pub mod block;
+pub mod console;
 pub mod device;
 pub mod queue;
 pub mod rng;

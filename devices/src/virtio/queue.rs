@@ -168,6 +168,12 @@ impl Virtqueue {
         Ok(true)
     }
 
+    /// Puts back the chain that was taken last, which has not been completed: it is the next again.
+    pub fn put_back(&mut self) {
+        let next = self.queue.next_avail().wrapping_sub(1);
+        self.queue.set_next_avail(next);
+    }
+
     /// Reads each descriptor once.
     fn walk<'m>(&self, mem: &'m GuestMemoryMmap, chain: &mut Chain<'m>) -> Result<(), QueueError> {
         let (mut table, mut len) = (self.queue.desc_table(), u32::from(self.queue.size()));
@@ -337,22 +343,31 @@ impl<'m> Buffers<'m> {
         if self.len < out.len() as u64 {
             return false;
         }
-        let mut rest = out;
+        let mut done = 0;
+        for slice in &self.slices {
+            done += slice.copy_to(out.get_mut(done..).unwrap_or_default());
+        }
+        self.skip(out.len() as u64);
+        true
+    }
+
+    /// Drops the first bytes; all of them if there are not as many.
+    pub fn skip(&mut self, count: u64) {
+        let mut rest = count.min(self.len);
+        self.len -= rest;
         let mut used_up = 0;
         for slice in &mut self.slices {
-            let count = slice.copy_to(rest);
-            match slice.offset(count) {
-                Ok(tail) if !tail.is_empty() => *slice = tail,
+            let count = rest.min(slice.len() as u64);
+            rest -= count;
+            match slice.offset(count as usize) {
+                Ok(tail) if !tail.is_empty() => {
+                    *slice = tail;
+                    break;
+                }
                 _ => used_up += 1,
-            }
-            self.len -= count as u64;
-            rest = rest.get_mut(count..).unwrap_or_default();
-            if rest.is_empty() {
-                break;
             }
         }
         self.slices.drain(..used_up);
-        true
     }
 
     /// Takes the last byte.

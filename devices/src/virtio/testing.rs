@@ -47,6 +47,8 @@ pub(super) struct Driver {
     pub(super) transport: MmioTransport,
     pub(super) pulses: Arc<Pulses>,
     pub(super) size: u16,
+    /// The queue that this drives; the others are not made ready.
+    pub(super) queue: u16,
     avail: u16,
     used: u16,
 }
@@ -66,6 +68,7 @@ impl Driver {
             mem,
             pulses,
             size: 16,
+            queue: 0,
             avail: 0,
             used: 0,
         }
@@ -127,7 +130,7 @@ impl Driver {
     }
 
     pub(super) fn set_rings(&mut self, size: u32, descriptors: u64, available: u64, used: u64) {
-        self.set(VIRTIO_MMIO_QUEUE_SEL, 0);
+        self.set(VIRTIO_MMIO_QUEUE_SEL, self.queue.into());
         self.set(VIRTIO_MMIO_QUEUE_NUM, size);
         for (register, address) in [
             (VIRTIO_MMIO_QUEUE_DESC_LOW, descriptors),
@@ -213,7 +216,7 @@ impl Driver {
     }
 
     pub(super) fn notify(&mut self) {
-        self.set(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        self.set(VIRTIO_MMIO_QUEUE_NOTIFY, self.queue.into());
     }
 
     pub(super) fn used_index(&self) -> u16 {

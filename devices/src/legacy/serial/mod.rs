@@ -6,10 +6,10 @@
 //! clears the FIFO when it opens the port, which would lose what was piped into stdin early.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use super::{read_bytes, write_bytes};
 use crate::bus::BusDevice;
+use crate::console::{ConsoleDevice, ConsoleOutput, Kick, MIN_ROOM};
 use crate::interrupt::IrqLine;
 
 #[cfg(test)]
@@ -18,7 +18,7 @@ mod tests;
 /// Length of the port range, in bytes.
 pub const PORT_LEN: u64 = 8;
 /// Bytes that each of the FIFOs holds.
-pub const FIFO_LEN: usize = 16;
+const FIFO_LEN: usize = MIN_ROOM;
 
 mod spec {
     // Registers, by offset. Those at 0 and 1 are the divisor latch while DLAB is set.
@@ -77,16 +77,6 @@ mod spec {
     pub(super) const DIVISOR_AFTER_RESET: u16 = 12;
 }
 
-/// The host's end of the transmit line.
-pub trait ConsoleOutput: Send {
-    /// Takes bytes and returns how many; never blocks.
-    fn write(&mut self, bytes: &[u8]) -> usize;
-
-    /// Whether a whole FIFO ([`FIFO_LEN`]) fits now: a guest that saw the transmitter empty sends as much without
-    /// looking again. After an answer of `false`, [`Serial::output_ready`] must be called once there is room.
-    fn has_room(&self) -> bool;
-}
-
 /// What the guest can see, and what is on its way, as plain data.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct State {
@@ -125,20 +115,12 @@ pub struct Serial {
     causes: Causes,
     irq: IrqLine,
     output: Box<dyn ConsoleOutput>,
-    input_ready: Arc<dyn Fn() + Send + Sync>,
+    input_ready: Kick,
 }
 
 impl Serial {
-    /// A UART that interrupts on `irq` and sends to `output`.
-    ///
-    /// `input_ready` is the kick: it is called when the guest has become ready for input and the host might hold some
-    /// back (see [`Serial::wants_input`]). It is called with the UART locked, so it may only wake the thread that will
-    /// bring the input.
-    pub fn new(
-        irq: IrqLine,
-        output: Box<dyn ConsoleOutput>,
-        input_ready: Arc<dyn Fn() + Send + Sync>,
-    ) -> Self {
+    /// A UART that interrupts on `irq` and sends to `output`. [`ConsoleDevice`] says what `input_ready`, the kick, is.
+    pub fn new(irq: IrqLine, output: Box<dyn ConsoleOutput>, input_ready: Kick) -> Self {
         let state = State {
             divisor: spec::DIVISOR_AFTER_RESET,
             // The host may have had input before this UART existed.
@@ -151,35 +133,6 @@ impl Serial {
             irq,
             output,
             input_ready,
-        }
-    }
-
-    /// How many bytes the guest is ready for: room in its receive FIFO once it has enabled the receive interrupt and
-    /// raised RTS. That line tells a driver that listens from one that probes: Linux's enables every interrupt for a moment
-    /// to see what the UART is, then throws away what came. (Its DTR is up by then, for the kernel's console.)
-    ///
-    /// An answer of 0 arms the kick: `input_ready` is called once when that changes.
-    pub fn wants_input(&mut self) -> usize {
-        let room = self.room();
-        self.state.input_held_back |= room == 0;
-        room
-    }
-
-    /// Hands bytes to the guest, and returns how many it took: at most [`Serial::wants_input`].
-    pub fn receive(&mut self, bytes: &[u8]) -> usize {
-        let accepted = self.wants_input().min(bytes.len());
-        self.state.rx.extend(bytes.iter().take(accepted));
-        self.state.input_held_back |= accepted < bytes.len();
-        self.update();
-        accepted
-    }
-
-    /// The host has room for output again.
-    pub fn output_ready(&mut self) {
-        if self.state.waiting_for_room && self.output.has_room() {
-            self.state.waiting_for_room = false;
-            self.state.transmit_pending = true;
-            self.update();
         }
     }
 
@@ -394,6 +347,33 @@ impl Serial {
         };
         if enabled && fcr & spec::FCR_CLEAR_RECEIVE != 0 {
             self.state.rx.clear();
+        }
+    }
+}
+
+impl ConsoleDevice for Serial {
+    /// Room in the receive FIFO once the guest has enabled the receive interrupt and raised RTS. That line tells a driver
+    /// that listens from one that probes: Linux's enables every interrupt for a moment to see what the UART is, then
+    /// throws away what came. (Its DTR is up by then, for the kernel's console.)
+    fn wants_input(&mut self) -> usize {
+        let room = self.room();
+        self.state.input_held_back |= room == 0;
+        room
+    }
+
+    fn receive(&mut self, bytes: &[u8]) -> usize {
+        let accepted = self.wants_input().min(bytes.len());
+        self.state.rx.extend(bytes.iter().take(accepted));
+        self.state.input_held_back |= accepted < bytes.len();
+        self.update();
+        accepted
+    }
+
+    fn output_ready(&mut self) {
+        if self.state.waiting_for_room && self.output.has_room() {
+            self.state.waiting_for_room = false;
+            self.state.transmit_pending = true;
+            self.update();
         }
     }
 }

@@ -293,6 +293,11 @@ impl Core {
         }
     }
 
+    /// How often the configuration space has changed (§ 2.5.1).
+    pub fn config_generation(&self) -> u32 {
+        self.interrupt.config_generation()
+    }
+
     /// The driver reads the configuration space (§ 2.5). What the device does not have is zero.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);

@@ -78,8 +78,7 @@ impl MmioTransport {
             spec::STATUS => self.core.status().into(),
             // No shared memory: length and base of each region are -1.
             spec::SHM_LEN_LOW..=spec::SHM_BASE_HIGH => u32::MAX,
-            // No device here changes its configuration.
-            spec::CONFIG_GENERATION => 0,
+            spec::CONFIG_GENERATION => self.core.config_generation(),
             _ => 0,
         }
     }

@@ -1,0 +1,300 @@
+//! The console device (§ 5.3): one port, which is hvc0 to Linux.
+//!
+//! It has no thread. What the driver sends is taken on the vCPU's thread that notifies, so that a driver that waits for
+//! that, as Linux's does, waits no time; what it gets is brought by the host's thread. Neither blocks: while the host has
+//! no room, or the driver no buffers, all stays where it is, and a chain is taken from its ring only when it is done.
+//!
+//! A driver that knows of the terminal's size is given no input before it has read that size. Linux's throws away what
+//! comes while it is still being set up (in_intr of drivers/char/virtio_console.c), long after it has offered its buffers;
+//! but the change of configuration that it is told of at the start it looks at only when it is done with that.
+
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::GuestMemoryMmap;
+
+use super::device::{Interrupt, Resources, VirtioDevice, read_config_bytes};
+use super::queue::{Chain, QueueError, Virtqueue};
+use crate::console::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
+
+/// Device ID (§ 5).
+pub const DEVICE_TYPE: u32 = 3;
+
+/// VIRTIO_CONSOLE_F_SIZE (§ 5.3.3): the configuration space has the terminal's size.
+const F_SIZE: u64 = 1;
+
+/// `receiveq` and `transmitq` of port 0 (§ 5.3.2).
+const QUEUE_SIZES: [u16; 2] = [64; 2];
+const RECEIVE: u16 = 0;
+
+/// Bytes that are copied at once. Linux sends and receives as many at most.
+const PIECE: usize = 4096;
+
+/// Pieces that are sent in one go. A driver that adds more all the time, or a chain of 4 GiB, must not hold its vCPU in
+/// here: from then on the host's thread asks for each further go.
+const BURST: usize = 64;
+
+/// The device.
+pub struct Console {
+    port: Arc<Mutex<Port>>,
+}
+
+impl Console {
+    /// A console that sends to `output`. `size` is that of the user's terminal, 0 by 0 if it is not known, and none where
+    /// nobody types; [`ConsoleDevice`] says what `kick` is.
+    pub fn new(output: Box<dyn ConsoleOutput>, kick: Kick, size: Option<TerminalSize>) -> Self {
+        let port = Port {
+            running: None,
+            output,
+            kick,
+            size,
+            sent: 0,
+            // The host may have had input before this device existed.
+            input_held_back: true,
+        };
+        Self {
+            port: Arc::new(Mutex::new(port)),
+        }
+    }
+
+    /// The host's side.
+    pub fn port(&self) -> Arc<Mutex<dyn ConsoleDevice>> {
+        self.port.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Port> {
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl VirtioDevice for Console {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        self.lock().size.map_or(0, |_| F_SIZE)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// `struct virtio_console_config` (§ 5.3.4), of which the size is all that these features give a meaning.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut port = self.lock();
+        let Some(size) = port.size else { return };
+        let [c0, c1] = size.columns.to_le_bytes();
+        let [r0, r1] = size.rows.to_le_bytes();
+        read_config_bytes(&[c0, c1, r0, r1], offset, data);
+        if let Some(running) = &mut port.running
+            && !std::mem::replace(&mut running.takes_input, true)
+        {
+            port.input_wanted();
+        }
+    }
+
+    fn start(&mut self, resources: Resources) -> io::Result<()> {
+        let mut running = Running {
+            mem: resources.mem,
+            interrupt: resources.interrupt,
+            has_size: resources.features & F_SIZE != 0,
+            takes_input: resources.features & F_SIZE == 0,
+            receive: None,
+            transmit: None,
+        };
+        for queue in resources.queues {
+            match queue.index() {
+                RECEIVE => running.receive = Some(queue),
+                _ => running.transmit = Some(queue),
+            }
+        }
+        let mut port = self.lock();
+        running.tell_size();
+        port.running = Some(running);
+        port.output_ready();
+        port.input_wanted();
+        Ok(())
+    }
+
+    fn notify(&mut self, queue: u16) {
+        match queue {
+            RECEIVE => self.lock().input_wanted(),
+            _ => self.lock().output_ready(),
+        }
+    }
+
+    fn stop(&mut self) -> Vec<Virtqueue> {
+        let mut port = self.lock();
+        port.sent = 0;
+        let stopped = port.running.take();
+        stopped
+            .into_iter()
+            .flat_map(|running| [running.receive, running.transmit])
+            .flatten()
+            .collect()
+    }
+}
+
+/// What the driver's side and the host's share.
+struct Port {
+    /// While the driver has the device running, and keeps to the rules.
+    running: Option<Running>,
+    output: Box<dyn ConsoleOutput>,
+    kick: Kick,
+    size: Option<TerminalSize>,
+    /// Bytes of the next chain in `transmitq` that have been sent: the host had no room for the rest.
+    sent: u64,
+    /// The host holds input that did not fit; it wants a kick when there is room.
+    input_held_back: bool,
+}
+
+struct Running {
+    mem: GuestMemoryMmap,
+    interrupt: Interrupt,
+    has_size: bool,
+    /// Whether the driver has read the size, or knows of none.
+    takes_input: bool,
+    receive: Option<Virtqueue>,
+    transmit: Option<Virtqueue>,
+}
+
+impl Running {
+    fn tell_size(&self) {
+        if self.has_size {
+            self.interrupt.config_changed();
+        }
+    }
+}
+
+impl Port {
+    /// Does something with the queues, if there are any. A fault in them ends that until the next reset.
+    fn run<T: Default>(
+        &mut self,
+        act: impl FnOnce(&mut Self, &mut Running) -> Result<T, QueueError>,
+    ) -> T {
+        let Some(mut running) = self.running.take() else {
+            return T::default();
+        };
+        match act(self, &mut running) {
+            Ok(done) => {
+                self.running = Some(running);
+                done
+            }
+            Err(e) => {
+                running.interrupt.needs_reset(&e);
+                T::default()
+            }
+        }
+    }
+
+    /// The driver may have room for what the host held back.
+    fn input_wanted(&mut self) {
+        if std::mem::take(&mut self.input_held_back) {
+            (self.kick)();
+        }
+    }
+
+    fn transmit(&mut self, running: &mut Running) -> Result<(), QueueError> {
+        let Running {
+            mem,
+            interrupt,
+            transmit: Some(queue),
+            ..
+        } = running
+        else {
+            return Ok(());
+        };
+        let mut chain = Chain::default();
+        let mut piece = [0; PIECE];
+        for _ in 0..BURST {
+            if !self.output.has_room() {
+                return Ok(());
+            }
+            if !queue.pop(mem, &mut chain)? {
+                if queue.enable_notifications(mem)? {
+                    continue;
+                }
+                return Ok(());
+            }
+            let text = &mut chain.readable;
+            // A driver that has made the chain shorter meanwhile is done with it.
+            text.skip(self.sent);
+            let len = usize::try_from(text.len()).unwrap_or(PIECE).min(PIECE);
+            let piece = piece.get_mut(..len).unwrap_or_default();
+            text.read_front(piece);
+            let taken = self.output.write(piece);
+            if taken < len || !text.is_empty() {
+                self.sent += taken as u64;
+                queue.put_back();
+                continue;
+            }
+            self.sent = 0;
+            queue.complete(mem, chain.head(), 0)?;
+            if queue.needs_interrupt(mem)? {
+                interrupt.used_buffers(queue.index());
+            }
+        }
+        (self.kick)();
+        Ok(())
+    }
+}
+
+impl ConsoleDevice for Port {
+    fn wants_input(&mut self) -> usize {
+        let has_buffers = self.run(|_, running| match &mut running.receive {
+            Some(queue) if running.takes_input => queue.enable_notifications(&running.mem),
+            _ => Ok(false),
+        });
+        self.input_held_back |= !has_buffers;
+        if has_buffers { PIECE } else { 0 }
+    }
+
+    fn receive(&mut self, bytes: &[u8]) -> usize {
+        let mut taken = 0;
+        self.run(|_, running| {
+            let (Some(queue), true) = (&mut running.receive, running.takes_input) else {
+                return Ok(());
+            };
+            let mem = &running.mem;
+            let mut chain = Chain::default();
+            while taken < bytes.len() {
+                if !queue.pop(mem, &mut chain)? {
+                    if queue.enable_notifications(mem)? {
+                        continue;
+                    }
+                    break;
+                }
+                let len = chain
+                    .writable
+                    .write_front(bytes.get(taken..).unwrap_or_default());
+                if len == 0 {
+                    let why = "a console's receive buffer without room";
+                    return Err(QueueError::Unanswerable(why));
+                }
+                queue.complete(mem, chain.head(), len as u32)?;
+                taken += len;
+            }
+            if taken > 0 && queue.needs_interrupt(mem)? {
+                running.interrupt.used_buffers(queue.index());
+            }
+            Ok(())
+        });
+        self.input_held_back |= taken < bytes.len();
+        taken
+    }
+
+    fn output_ready(&mut self) {
+        self.run(Self::transmit);
+    }
+
+    fn resize(&mut self, size: TerminalSize) {
+        if self.size.is_some_and(|old| old != size) {
+            self.size = Some(size);
+            self.running.iter().for_each(Running::tell_size);
+        }
+    }
+}
