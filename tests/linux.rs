@@ -475,6 +475,81 @@ fn the_guest_gets_entropy() {
     assert!(out.contains("\n4000\r\n"), "{out}");
 }
 
+/// minivmm with Debian's virtio modules and its console on hvc0.
+fn on_hvc0() -> Command {
+    let initramfs = common::project("build/virtio.cpio");
+    let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage")]);
+    command.args(["--deadline", "100s", "--console", "virtio", "--initrd"]);
+    command.arg(initramfs);
+    command
+}
+
+#[test]
+fn a_session_on_hvc0() {
+    let terminal = Terminal::new();
+    terminal.resize(31, 111);
+    let before = terminal.modes();
+    let mut session = terminal.run(&on_hvc0());
+    terminal.wait_for("/ # ");
+    terminal.type_in("tty; stty size\r");
+    terminal.wait_for("\r\n/dev/hvc0\r\n31 111\r\n");
+    terminal
+        .type_in("sh -c 'trap \"stty size; exit\" WINCH; echo go; while :; do sleep 1; done'\r");
+    terminal.wait_for("\r\ngo\r\n");
+    terminal.resize(50, 132);
+    terminal.wait_for("\r\n50 132\r\n");
+    terminal.type_in("sh -c 'echo now; exec sleep 1000'\r");
+    terminal.wait_for("\r\nnow\r\n");
+    terminal.type_in("\x03");
+    terminal.type_in("echo status $?\r");
+    terminal.wait_for("\r\nstatus 130\r\n");
+
+    let paste: String = (0..160).map(|i| format!("{i:03} {:x<60}\n", "")).collect();
+    terminal.type_in("echo ready; cat > /tmp/pasted\r");
+    terminal.wait_for("\r\nready\r\n");
+    terminal.type_in(&paste);
+    terminal.type_in("\x04");
+    terminal.type_in("wc -c < /tmp/pasted; cut -c 1-3 /tmp/pasted | tr -d '\\n' | wc -c\r");
+    terminal.wait_for(&format!("\r\n{}\r\n480\r\n", paste.len()));
+
+    terminal.type_in("poweroff\r");
+    assert_eq!(session.status(), 0);
+    assert_eq!(terminal.modes(), before);
+}
+
+#[test]
+fn what_is_piped_into_hvc0_early_is_not_lost() {
+    let ended = run_with_input(&mut on_hvc0(), b"echo here-I-am on $(tty)\nexec poweroff\n");
+    ended.assert_code(0);
+    let out = ended.out();
+    assert!(out.contains("\nhere-I-am on /dev/hvc0"), "{out}");
+}
+
+#[test]
+fn a_panic_is_134_whether_hvc0_is_there_or_not() {
+    let mut command = on_hvc0();
+    command.args(["--append", "-- sh -c \"echo c > /proc/sysrq-trigger\""]);
+    let with_driver = run(&mut command);
+    // Without its driver there is nothing but the early console on COM1.
+    let without = run(&mut minivmm(&[
+        "--kernel",
+        &kernel("cloud", "bzImage"),
+        "--console",
+        "virtio",
+        "--deadline",
+        "100s",
+    ]));
+    for ended in [with_driver, without] {
+        ended.assert_code(134);
+        let out = ended.out();
+        assert_eq!(
+            out.matches("Kernel panic - not syncing").count(),
+            1,
+            "{out}"
+        );
+    }
+}
+
 #[test]
 fn sigterm_ends_a_running_guest_at_once() {
     let child = minivmm(&[
