@@ -2,6 +2,7 @@
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -62,11 +63,29 @@ pub fn end_of_ram(size: u64) -> u64 {
 
 /// Maps `size` bytes of guest RAM: private, anonymous, and not reserved, so that a guest may be given more than the
 /// host has free and pays for what it touches.
+///
+/// It is left out of core dumps, and the kernel does not merge it with mappings that are not (malloc's are anonymous,
+/// too), so that /proc tells the guest's memory from minivmm's own.
 pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    GuestMemoryMmap::from_ranges(&ranges(size)).map_err(|source| MemoryError::Map {
+    let mem = GuestMemoryMmap::from_ranges(&ranges(size)).map_err(|source| MemoryError::Map {
         size: MemorySize { bytes: size },
         source,
-    })
+    })?;
+    for region in mem.iter() {
+        #[allow(unsafe_code, reason = "the kernel is handed addresses of this process")]
+        // SAFETY: the address and size are those of a live mapping; the advice does not change what is in it.
+        let advised = unsafe {
+            madvise(
+                region.as_ptr().cast(),
+                region.len() as usize,
+                Advice::LinuxDontDump,
+            )
+        };
+        if let Err(e) = advised {
+            log::debug!("guest memory would be part of a core dump: {e}");
+        }
+    }
+    Ok(mem)
 }
 
 /// Registers every region as a memslot. To be called before any interrupt controller is there: afterwards each call
