@@ -21,6 +21,8 @@ Examples:
       boots from a disk, with the distribution's own initrd
   minivmm --config vm.json --memory 2G
       takes the VM from a file, but for its memory
+  minivmm --kernel bzImage --initrd rootfs.cpio --timeline boot.json
+      says when what happened, and what the guest's exits and its console have cost
   minivmm doctor --kernel bzImage
       says whether this host can boot this kernel, and what to do if not
 
@@ -50,6 +52,10 @@ pub struct Cli {
     /// The VM to run.
     #[command(flatten)]
     pub vm: VmArgs,
+    /// Say when what happened, and what exits, console and memory came to: a table on stderr when the VM has ended, or
+    /// JSON in FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub timeline: Option<Option<PathBuf>>,
     /// How much to say on stderr.
     #[command(flatten)]
     pub log: LogArgs,

@@ -20,6 +20,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::acpi::{AcpiDevice, Hid};
 use crate::arch::x86_64::layout;
 use crate::interrupts::Interrupts;
+use crate::timeline::Place;
 use crate::vcpu::Buses;
 
 /// ACPI's ID of a virtio-mmio device, as Linux knows it (drivers/virtio/virtio_mmio.c).
@@ -65,6 +66,31 @@ pub fn virtio_parameters(count: usize) -> String {
         })
         .collect();
     parameters.join(" ")
+}
+
+/// What people call the device at `place`.
+pub fn device_name(place: Place) -> String {
+    const PORTS: [(u16, &str); 6] = [
+        (layout::EXIT_PORT, "exit port"),
+        (layout::BOOT_MARK_PORT, "boot-mark port"),
+        (layout::I8042_PORT, "i8042"),
+        (layout::COM1_PORT, "COM1"),
+        (layout::PVPANIC_PORT, "pvpanic"),
+        (layout::ACPI_POWER_PORT, "ACPI power"),
+    ];
+    match (place.is_port, place.base) {
+        (true, None) => "ports without a device".into(),
+        (false, None) => "addresses without a device".into(),
+        (true, Some(base)) => match PORTS.iter().find(|(port, _)| u64::from(*port) == base) {
+            Some((_, name)) => (*name).into(),
+            None => format!("port {base:#x}"),
+        },
+        (false, Some(layout::IOAPIC_START)) => "I/O APIC".into(),
+        (false, Some(base)) => match base.checked_sub(layout::VIRTIO_MMIO_START) {
+            Some(offset) => format!("virtio {}", offset / layout::VIRTIO_MMIO_SIZE),
+            None => format!("address {base:#x}"),
+        },
+    }
 }
 
 /// The VM's devices and how a guest finds them.
@@ -208,6 +234,17 @@ impl DeviceManager {
 mod tests {
     use super::*;
     use minivmm_devices::virtio::transport::mmio;
+
+    #[test]
+    fn devices_have_names() {
+        let name = |is_port, base| device_name(Place { is_port, base });
+        assert_eq!(name(true, Some(layout::COM1_PORT.into())), "COM1");
+        assert_eq!(name(true, Some(1)), "port 0x1");
+        assert_eq!(name(false, Some(VirtioSlot(3).base())), "virtio 3");
+        assert_eq!(name(false, Some(layout::IOAPIC_START)), "I/O APIC");
+        assert_eq!(name(false, Some(0xa000)), "address 0xa000");
+        assert_eq!(name(false, None), "addresses without a device");
+    }
 
     #[test]
     fn every_virtio_device_has_a_place_of_its_own() {

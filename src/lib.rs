@@ -15,6 +15,7 @@ pub mod exit_status;
 pub mod interrupts;
 pub mod memory;
 pub mod post_mortem;
+pub mod timeline;
 pub mod vcpu;
 pub mod vm;
 

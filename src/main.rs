@@ -2,12 +2,14 @@
 
 use std::error::Error;
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::exit;
 use std::time::Instant;
 
 use clap::Parser;
 use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs};
-use minivmm::config::ConfigError;
+use minivmm::config::{ConfigError, VmConfig};
+use minivmm::timeline::{Point, Timeline, TimelineFile};
 use minivmm::{console, doctor, error_chain, exit_status, vm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -19,16 +21,40 @@ fn main() {
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),
         None => match cli.vm.into_config() {
-            Ok(config) => match vm::run(&config, started) {
-                Ok(outcome) => outcome.exit_status(),
-                Err(vm::VmError::Config(e)) => usage_error(&e),
-                Err(e) => failure(&e),
-            },
+            Ok(config) => run_vm(&config, started, cli.timeline),
             Err(e) => usage_error(&e),
         },
     };
     console::restore_terminal();
     exit(status.into())
+}
+
+/// Runs the VM. Where a timeline is asked for, it is given however the VM ends, but not if the command line was wrong.
+fn run_vm(config: &VmConfig, started: Instant, wanted: Option<Option<PathBuf>>) -> u8 {
+    let mut timeline = match wanted {
+        Some(_) => Timeline::start(started),
+        None => Timeline::default(),
+    };
+    timeline.note(Point::ConfigRead);
+    let file = match wanted.flatten().map(TimelineFile::open).transpose() {
+        Ok(file) => file,
+        Err(e) => return failure(&e),
+    };
+    let status = match vm::run(config, started, &mut timeline) {
+        Ok(outcome) => outcome.exit_status(),
+        Err(vm::VmError::Config(e)) => return usage_error(&e),
+        Err(e) => failure(&e),
+    };
+    match (timeline.finish(status), file) {
+        (Some(report), Some(file)) => {
+            if let Err(e) = file.write(&report) {
+                failure(&e);
+            }
+        }
+        (Some(report), None) => PatientStderr.print(&report.to_string()),
+        (None, _) => {}
+    }
+    status
 }
 
 /// What the command line says can be wrong; what a file says is one of the things that minivmm cannot go on with.
@@ -107,6 +133,15 @@ impl PatientStderr {
         tv_sec: 0,
         tv_nsec: 200_000_000,
     };
+    /// What a pipe that is ready for writing takes without a wait.
+    const PIPE_BUF: usize = 4096;
+
+    fn print(&mut self, text: &str) {
+        for piece in text.as_bytes().chunks(Self::PIPE_BUF) {
+            // Nobody to tell.
+            let _ = self.write_all(piece);
+        }
+    }
 }
 
 impl Write for PatientStderr {

@@ -15,6 +15,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 use crate::arch::x86_64::{cpuid, msrs, regs};
 use crate::boot::Entry;
 use crate::exit_status::Outcome;
+use crate::timeline::{ExitProfile, Place};
 
 /// Why a vCPU could not be made or started.
 #[derive(Debug, thiserror::Error)]
@@ -210,6 +211,8 @@ pub struct Vcpu {
     pub last_access: Option<Access>,
     /// Exits from the guest, all kinds.
     pub exits: u64,
+    /// More about them, for a timeline.
+    pub profile: Option<ExitProfile>,
 }
 
 impl Vcpu {
@@ -261,6 +264,7 @@ impl Vcpu {
             index,
             last_access: None,
             exits: 0,
+            profile: None,
         })
     }
 
@@ -298,6 +302,9 @@ impl Vcpu {
     }
 
     fn run(&mut self, buses: &Buses, control: &Control) {
+        if let Some(profile) = &mut self.profile {
+            profile.first_run();
+        }
         while !control.is_stopping() {
             match self.step(buses) {
                 Ok(None) => {}
@@ -317,6 +324,9 @@ impl Vcpu {
             Err(e) => return Err(VcpuFailure::RunFailed { errno: e.errno() }),
         };
         self.exits += 1;
+        if let Some(profile) = &mut self.profile {
+            profile.exit(&exit);
+        }
         match exit {
             VcpuExit::IoIn(port, data) => {
                 #[allow(unsafe_code, reason = "kvm-ioctls hides the width of a port access")]
@@ -325,7 +335,6 @@ impl Vcpu {
                 let width = unsafe { (*run).__bindgen_anon_1.io.size };
                 port_read(&buses.pio, port, width, data);
                 self.last_access = Some(Access::new(port.into(), true, false, data));
-                Ok(None)
             }
             VcpuExit::IoOut(port, data) => {
                 #[allow(unsafe_code, reason = "kvm-ioctls hides the width of a port access")]
@@ -333,26 +342,36 @@ impl Vcpu {
                 let width = unsafe { (*run).__bindgen_anon_1.io.size };
                 self.last_access = Some(Access::new(port.into(), true, true, data));
                 port_write(&buses.pio, port, width, data);
-                Ok(None)
             }
             VcpuExit::MmioRead(address, data) => {
                 buses.mmio.read(address, data);
                 self.last_access = Some(Access::new(address, false, false, data));
-                Ok(None)
             }
             VcpuExit::MmioWrite(address, data) => {
                 self.last_access = Some(Access::new(address, false, true, data));
                 buses.mmio.write(address, data);
-                Ok(None)
             }
             VcpuExit::InternalError => {
                 #[allow(unsafe_code, reason = "kvm-ioctls does not decode this exit")]
                 // SAFETY: as above; after this exit reason the union holds `internal`.
                 let suberror = unsafe { (*run).__bindgen_anon_1.internal.suberror };
-                Err(VcpuFailure::InternalError { suberror })
+                return Err(VcpuFailure::InternalError { suberror });
             }
-            exit => handle_exit(&exit),
+            exit => return handle_exit(&exit),
         }
+        // What comes here was an access, and is done.
+        if let (Some(profile), Some(access)) = (&mut self.profile, self.last_access) {
+            let bus = if access.is_port {
+                &buses.pio
+            } else {
+                &buses.mmio
+            };
+            profile.handled(Place {
+                is_port: access.is_port,
+                base: bus.base_of(access.address),
+            });
+        }
+        Ok(None)
     }
 }
 

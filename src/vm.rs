@@ -26,6 +26,7 @@ use crate::exit_status::Outcome;
 use crate::interrupts::Interrupts;
 use crate::memory::{self, MemoryError};
 use crate::post_mortem::{self, Scene};
+use crate::timeline::{BootMarks, Point, Timeline};
 use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError};
 
 /// The log's target for what the user has to know to go on, which is no warning.
@@ -150,10 +151,14 @@ fn refused(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
 }
 
 /// Builds the VM that `config` describes and runs it to its end, again after every reset if the configuration wants it.
-/// `started` is where the deadline counts from.
+/// `started` is where the deadline counts from; what happens when goes to `timeline`.
 ///
 /// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
-pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
+pub fn run(
+    config: &VmConfig,
+    started: Instant,
+    timeline: &mut Timeline,
+) -> Result<Outcome, VmError> {
     config.validate()?;
     let signals = Signals::block().map_err(host("signal handling"))?;
     vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
@@ -161,7 +166,7 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
     let deadline = config.deadline.and_then(|span| started.checked_add(span.0));
 
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
-    let mut vm = Vm::prepare(config)?;
+    let mut vm = Vm::prepare(config, timeline)?;
     let (console, mut input) = Console::open(&config.serial)?;
     let terminal = match config.serial {
         SerialMode::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
@@ -171,16 +176,16 @@ pub fn run(config: &VmConfig, started: Instant) -> Result<Outcome, VmError> {
         log::info!(target: NOTICE, "the console is {}", path.display());
     }
     let (outcome, last_words) = loop {
-        console.start_of_vm();
+        console.start_of_vm(timeline.watches_boot());
         let (outcome, last_words) = vm
-            .boot(&console, input.terminal_size())?
-            .run(&signals, &mut input, deadline)?;
+            .boot(&console, input.terminal_size(), timeline)?
+            .run(&signals, &mut input, deadline, timeline)?;
         if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
             break (outcome, last_words);
         }
         say(last_words);
         log::info!("the guest reset the machine: booting again");
-        vm = Vm::prepare(config)?;
+        vm = Vm::prepare(config, timeline)?;
     };
     // A guest that ended by itself has its last words delivered however slow the reader is. Whoever stops a VM does not
     // want to wait for that.
@@ -234,10 +239,11 @@ struct Vm {
 
 impl Vm {
     /// Makes the VM and its RAM, and loads the kernel.
-    fn prepare(config: &VmConfig) -> Result<Self, VmError> {
+    fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Self, VmError> {
         let cmdline = config.kernel_cmdline();
         let resources = open_resources(config)?;
         let mem = memory::create(config.memory.bytes)?;
+        timeline.note(Point::MemoryMapped);
         let kernel = boot::load(
             &mem,
             &BootSource {
@@ -248,6 +254,7 @@ impl Vm {
                 rsdp: layout::ACPI_START,
             },
         )?;
+        timeline.note_kernel(&kernel);
 
         let kvm = open_kvm()?;
         if is_stock_linux(&kernel) && doctor::host_is_pvm() {
@@ -272,6 +279,7 @@ impl Vm {
         memory::register(&fd, &mem)?;
         fd.set_tss_address(layout::KVM_TSS_START as usize)
             .map_err(refused("place its scratch pages"))?;
+        timeline.note(Point::VmCreated);
         Ok(Self {
             fd: Arc::new(fd),
             kvm,
@@ -286,7 +294,12 @@ impl Vm {
     }
 
     /// Makes interrupt controllers, vCPUs and devices, and writes the tables by which the guest finds them.
-    fn boot(mut self, console: &Console, size: Option<TerminalSize>) -> Result<BootedVm, VmError> {
+    fn boot(
+        mut self,
+        console: &Console,
+        size: Option<TerminalSize>,
+        timeline: &mut Timeline,
+    ) -> Result<BootedVm, VmError> {
         let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
         let interrupts = Interrupts::new(Arc::clone(&self.fd)).map_err(refused(
             "split the interrupt controller (KVM_CAP_SPLIT_IRQCHIP)",
@@ -320,7 +333,7 @@ impl Vm {
         let port = virtio.as_ref().map(VirtioConsole::port);
         let devices = DeviceManager::new(
             &interrupts,
-            &event_sink(&control),
+            &event_sink(&control, timeline.boot_marks()),
             &self.mem,
             serial,
             virtio,
@@ -343,6 +356,7 @@ impl Vm {
         acpi::write_tables(&self.mem, self.cpus, &devices.acpi).map_err(VmError::BootTables)?;
         mptable::write(&self.mem, self.cpus).map_err(VmError::BootTables)?;
         regs::write_boot_tables(&self.mem, self.kernel.entry).map_err(VmError::BootTables)?;
+        timeline.note(Point::VmReady);
         Ok(BootedVm {
             vcpus,
             devices,
@@ -376,13 +390,15 @@ impl BootedVm {
         signals: &Signals,
         input: &mut ConsoleInput,
         deadline: Option<Instant>,
+        timeline: &mut Timeline,
     ) -> Result<(Outcome, LastWords), VmError> {
         let events = EventLoop::new(&self.control, signals, input, self.guest_ready, deadline)
             .map_err(host("the event loop"))?;
         let buses = Arc::new(self.devices.buses);
         let mut running: Vec<RunningVcpu> = Vec::with_capacity(self.vcpus.len());
         let mut started = Ok(());
-        for vcpu in self.vcpus {
+        for mut vcpu in self.vcpus {
+            vcpu.profile = timeline.exit_profile();
             match vcpu.start(Arc::clone(&buses), Arc::clone(&self.control)) {
                 Ok(vcpu) => running.push(vcpu),
                 Err(e) => {
@@ -397,6 +413,9 @@ impl BootedVm {
         self.control.end(Outcome::Quit);
         running.iter().for_each(RunningVcpu::kick);
         let vcpus: Vec<Vcpu> = running.into_iter().filter_map(RunningVcpu::join).collect();
+        let profiles = vcpus.iter().filter_map(|vcpu| vcpu.profile.as_ref());
+        let (phases, bytes) = (self.console.phases(), self.console.bytes_out());
+        timeline.end_of_boot(profiles, phases, bytes, &self.vm.mem);
         started?;
         looped.map_err(host("the event loop"))?;
 
@@ -460,14 +479,19 @@ fn open_resources(config: &VmConfig) -> Result<HostResources, DiskError> {
 }
 
 /// What devices report, turned into the VM's end.
-fn event_sink(control: &Arc<Control>) -> EventSink {
+fn event_sink(control: &Arc<Control>, marks: Option<BootMarks>) -> EventSink {
     let control = Arc::clone(control);
     Arc::new(move |event| match event {
         GuestEvent::PowerOff => control.end(Outcome::PowerOff),
         GuestEvent::Reset => control.end(Outcome::Reset),
         GuestEvent::Panicked => control.end(Outcome::Panicked),
         GuestEvent::Exit(status) => control.end(Outcome::Exit(status)),
-        GuestEvent::BootMark(mark) => log::info!("boot mark {mark}"),
+        GuestEvent::BootMark(mark) => {
+            if let Some(marks) = &marks {
+                marks.note(mark);
+            }
+            log::info!("boot mark {mark}");
+        }
     })
 }
 

@@ -613,3 +613,34 @@ fn a_session_at_a_terminal() {
     let text = terminal.text();
     assert!(text.ends_with("\r\n"), "the prompt begins a line: {text:?}");
 }
+
+#[test]
+fn a_timeline_names_the_phases_of_a_boot() {
+    let (kernel, initramfs) = (kernel("cloud", "bzImage"), initramfs());
+    // At log level 7 the kernel says when it starts init. The demo guest's init makes boot mark 1 before it says a word.
+    let loud = ["init_run", "boot_mark", "first_user_output", "login_prompt"];
+    for (log, phases) in [("loglevel=7", &loud[..]), ("quiet", &loud[1..])] {
+        let file = NamedTempFile::new().unwrap();
+        let append = format!("{log} -- sh -c \"printf 'debian login: '\"");
+        let mut command = minivmm(&["--kernel", &kernel, "--initrd", &initramfs]);
+        command.args(["--deadline", "100s", "--append", &append]);
+        run(command.arg("--timeline").arg(file.path())).assert_code(0);
+        let json = fs::read_to_string(&file).unwrap();
+        let timeline: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let mut names: Vec<&str> = timeline["events"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|event| event["name"].as_str().unwrap())
+            .collect();
+        names.retain(|name| loud.contains(name));
+        assert_eq!(names, phases, "{json}");
+        assert_eq!(
+            timeline["initrd"]["bytes"],
+            fs::metadata(&initramfs).unwrap().len()
+        );
+        assert!(
+            timeline["exits"]["kinds"]["io_out"].as_u64() >= timeline["console"]["bytes"].as_u64()
+        );
+    }
+}

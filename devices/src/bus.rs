@@ -133,6 +133,11 @@ impl Bus {
         true
     }
 
+    /// The first address of the range that `addr` lies in; `None` where no device is.
+    pub fn base_of(&self, addr: u64) -> Option<u64> {
+        self.find(addr).map(|(range, _)| range.base)
+    }
+
     /// How many reads no device answered.
     pub fn unclaimed_reads(&self) -> u64 {
         self.unclaimed_reads.load(Ordering::Relaxed)
@@ -309,6 +314,7 @@ mod tests {
                 let hit = kept.iter().find(|(b, l)| (*b..b + l).contains(&addr));
                 let mut data = vec![0; len];
                 prop_assert_eq!(bus.read(addr, &mut data), hit.is_some());
+                prop_assert_eq!(bus.base_of(addr), hit.map(|(b, _)| *b));
                 prop_assert_eq!(data[0], hit.map_or(0xff, |(b, _)| (addr - b) as u8));
             }
         }

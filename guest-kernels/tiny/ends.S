@@ -11,6 +11,8 @@ next_letter:
     je   wait_for_key
     cmp  $'m', %al
     je   message
+    cmp  $'b', %al
+    je   boot_mark
     cmp  $'p', %al
     je   power_off
     cmp  $'r', %al
@@ -44,6 +46,9 @@ wait_for_key:                   # asks for receive interrupts and raises RTS, as
 message:                        # words without an end of line, as a prompt is
     lea  words(%rip), %rsi
     puts_rsi
+    jmp  next_letter
+boot_mark:
+    outb 7, MARK_PORT
     jmp  next_letter
 power_off:
     poweroff

@@ -110,6 +110,22 @@ pub enum KernelFormat {
     Elf32,
 }
 
+/// How a file came into guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Loading {
+    /// Its bytes were read into guest memory.
+    Copied,
+}
+
+impl fmt::Display for Loading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Loading::Copied => "copied",
+        })
+    }
+}
+
 /// What was loaded, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadedKernel {
@@ -121,8 +137,12 @@ pub struct LoadedKernel {
     pub version: Option<String>,
     /// Bytes of the kernel file that were loaded.
     pub kernel_bytes: u64,
+    /// How the kernel was loaded.
+    pub kernel_loading: Loading,
     /// Bytes of the initrd, 0 without one.
     pub initrd_bytes: u64,
+    /// How the initrd was loaded, if there is one.
+    pub initrd_loading: Loading,
     /// GPAs that the kernel needs before it has read the memory map.
     pub kernel_range: Range<u64>,
     /// GPAs of the initrd.
@@ -168,9 +188,11 @@ fn load_bzimage(
         format: KernelFormat::BzImage,
         version: image.version.clone(),
         kernel_bytes: image.code_len,
+        kernel_loading: Loading::Copied,
         initrd_bytes: initrd_range
             .as_ref()
             .map_or(0, |range| range.end - range.start),
+        initrd_loading: Loading::Copied,
         kernel_range,
         initrd_range,
     })
@@ -224,9 +246,11 @@ fn load_elf(
         },
         version: None,
         kernel_bytes: kernel.file_bytes(),
+        kernel_loading: Loading::Copied,
         initrd_bytes: initrd_range
             .as_ref()
             .map_or(0, |range| range.end - range.start),
+        initrd_loading: Loading::Copied,
         kernel_range,
         initrd_range,
     })

@@ -11,6 +11,7 @@ mod escape;
 mod input;
 mod mode;
 mod output;
+mod phases;
 mod pty;
 mod terminal;
 #[cfg(test)]
@@ -30,6 +31,7 @@ pub use input::{ConsoleInput, InputOutcome};
 pub use mode::{SerialMode, SerialModeError};
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
+use crate::timeline::Phases;
 use output::{Destination, Shared, Sink};
 use transcript::Transcript;
 
@@ -127,11 +129,17 @@ impl Console {
         self.0.shared.set_ready(callback);
     }
 
-    /// Forgets the output of the VM before: its panic and byte count. On a terminal, the next begins a line.
-    pub fn start_of_vm(&self) {
+    /// Forgets the output of the VM before: its panic and byte count. On a terminal, the next begins a line. With
+    /// `watch_phases`, the output is searched for what [`Console::phases`] tells.
+    pub fn start_of_vm(&self, watch_phases: bool) {
         let mut state = self.0.shared.state();
         state.end_line();
-        state.transcript = Transcript::default();
+        state.transcript = Transcript::new(watch_phases);
+    }
+
+    /// When the guest's output told how far its boot was, if that is watched.
+    pub fn phases(&self) -> Phases {
+        self.0.shared.state().transcript.phases()
     }
 
     /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.

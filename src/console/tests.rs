@@ -139,7 +139,7 @@ fn output_arrives_whole_and_is_counted() {
     console.finish(NEVER);
     assert!(console.saw_panic());
     assert_eq!((console.bytes_out(), console.bytes_dropped()), (50, 0));
-    console.start_of_vm();
+    console.start_of_vm(false);
     assert!(!console.saw_panic() && console.bytes_out() == 0);
     drop(guest);
     drop(console);

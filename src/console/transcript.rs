@@ -1,4 +1,10 @@
-//! What is remembered of the guest's output: how much, whether its last line is whole, and whether the kernel panicked.
+//! What is remembered of the guest's output: how much, whether its last line is whole, whether the kernel panicked, and
+//! when the boot's phases were.
+
+use std::time::Instant;
+
+use super::phases::PhaseScanner;
+use crate::timeline::Phases;
 
 /// What is known about the output of one run of a VM.
 #[derive(Debug, Default)]
@@ -6,15 +12,33 @@ pub(super) struct Transcript {
     pub(super) bytes: u64,
     last: Option<u8>,
     panic: PanicScanner,
+    phases: Option<PhaseScanner>,
 }
 
 impl Transcript {
+    pub(super) fn new(watch_phases: bool) -> Self {
+        Self {
+            phases: watch_phases.then(PhaseScanner::default),
+            ..Self::default()
+        }
+    }
+
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.bytes += bytes.len() as u64;
         self.last = bytes.last().copied().or(self.last);
         for byte in bytes {
             self.panic.push(*byte);
         }
+        if let Some(phases) = &mut self.phases {
+            phases.push(bytes, Instant::now());
+        }
+    }
+
+    pub(super) fn phases(&self) -> Phases {
+        self.phases
+            .as_ref()
+            .map(PhaseScanner::phases)
+            .unwrap_or_default()
     }
 
     pub(super) fn is_mid_line(&self) -> bool {

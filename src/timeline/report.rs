@@ -1,0 +1,304 @@
+//! The timeline as a table and as JSON.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::exits::{Cost, KINDS, Place};
+use super::memory::PrivateMemory;
+use super::process_start::Source;
+use super::{Point, Watch};
+use crate::arch::x86_64::layout::COM1_PORT;
+use crate::boot::{KernelFormat, Loading};
+use crate::device_manager::device_name;
+
+/// Version of the JSON. It counts up when a field goes or changes its meaning; new ones may come at any time.
+const VERSION: u32 = 1;
+
+/// All that a timeline has to say. As JSON it is stable: times are integers in ns, sizes in bytes. Nothing in it is text
+/// from the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    version: u32,
+    /// The process's exit status.
+    status: u8,
+    /// How often the guest was booted. All but `process_end` is about the first time.
+    boots: u32,
+    process_start: Start,
+    /// In the order in which they happened; what did not happen is not there.
+    events: Vec<Event>,
+    /// Boot marks that were too many to be among the events.
+    boot_marks_lost: u64,
+    kernel: Option<Kernel>,
+    initrd: Option<Initrd>,
+    exits: Exits,
+    console: ConsoleCost,
+    /// Of the process when the guest has ended; null if there was none, or no /proc.
+    memory: Option<PrivateMemory>,
+}
+
+/// What the times count from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct Start {
+    /// On CLOCK_MONOTONIC, for who measures from outside.
+    monotonic_ns: u64,
+    source: Source,
+    /// How far off it may be; null where the source is `main`.
+    within_ns: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct Event {
+    name: Point,
+    /// Since the start of the process.
+    at_ns: u64,
+    /// A boot mark's byte.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    value: Option<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct Kernel {
+    format: KernelFormat,
+    bytes: u64,
+    loading: Loading,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct Initrd {
+    bytes: u64,
+    loading: Loading,
+}
+
+/// What took the vCPUs out of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Exits {
+    total: u64,
+    /// The least time from an access being done to the next exit: about what the way into the guest and out of it takes on
+    /// this host. Null if there were no two in a row.
+    round_trip_ns: Option<u64>,
+    kinds: BTreeMap<&'static str, u64>,
+    /// The busiest first.
+    devices: Vec<DeviceExits>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct DeviceExits {
+    name: String,
+    exits: u64,
+    /// From KVM_RUN's return to the device being done, over all vCPUs.
+    handling_ns: u64,
+}
+
+/// What the guest has said on its consoles, and what COM1 has cost. hvc0 is among the devices: it takes many bytes with one
+/// exit, and its own thread handles them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct ConsoleCost {
+    bytes: u64,
+    com1_exits: u64,
+    /// At least so long has the guest waited for COM1: the handling, and a round trip for each exit.
+    com1_cost_ns: u64,
+}
+
+impl Report {
+    pub(super) fn new(watch: &Watch, status: u8) -> Self {
+        let (marks, boot_marks_lost) = watch.marks.taken();
+        let marks = marks
+            .into_iter()
+            .map(|(value, at)| (Point::BootMark, at, Some(value)));
+        let mut events: Vec<(Point, Instant, Option<u8>)> = watch
+            .points
+            .iter()
+            .map(|(point, at)| (*point, *at, None))
+            .chain(marks)
+            .collect();
+        events.sort_by_key(|(_, at, _)| *at);
+        let start = watch.start.at;
+        let com1 = Place {
+            is_port: true,
+            base: Some(COM1_PORT.into()),
+        };
+        let com1 = watch.exits.places.get(&com1).copied().unwrap_or_default();
+        let round_trip = watch.exits.round_trip;
+        let com1_cost = com1.handling.as_nanos()
+            + round_trip.unwrap_or_default().as_nanos() * u128::from(com1.exits);
+        let kernel = watch.kernel.as_ref();
+        Self {
+            version: VERSION,
+            status,
+            boots: watch.boots,
+            process_start: Start {
+                monotonic_ns: watch.start.monotonic_ns,
+                source: watch.start.source,
+                within_ns: watch.start.within.map(nanoseconds),
+            },
+            events: events
+                .into_iter()
+                .map(|(name, at, value)| Event {
+                    name,
+                    at_ns: nanoseconds(at.saturating_duration_since(start)),
+                    value,
+                })
+                .collect(),
+            boot_marks_lost,
+            kernel: kernel.map(|kernel| Kernel {
+                format: kernel.format,
+                bytes: kernel.kernel_bytes,
+                loading: kernel.kernel_loading,
+            }),
+            initrd: kernel
+                .filter(|kernel| kernel.initrd_range.is_some())
+                .map(|kernel| Initrd {
+                    bytes: kernel.initrd_bytes,
+                    loading: kernel.initrd_loading,
+                }),
+            exits: Exits {
+                total: watch.exits.kinds.iter().sum(),
+                round_trip_ns: round_trip.map(nanoseconds),
+                kinds: KINDS.into_iter().zip(watch.exits.kinds).collect(),
+                devices: busiest_first(&watch.exits.places),
+            },
+            console: ConsoleCost {
+                bytes: watch.console_bytes,
+                com1_exits: com1.exits,
+                com1_cost_ns: com1_cost as u64,
+            },
+            memory: watch.memory,
+        }
+    }
+}
+
+fn busiest_first<'a>(places: impl IntoIterator<Item = (&'a Place, &'a Cost)>) -> Vec<DeviceExits> {
+    let mut devices: Vec<DeviceExits> = places
+        .into_iter()
+        .map(|(place, cost)| DeviceExits {
+            name: device_name(*place),
+            exits: cost.exits,
+            handling_ns: nanoseconds(cost.handling),
+        })
+        .collect();
+    devices.sort_by_key(|device| std::cmp::Reverse(device.exits));
+    devices
+}
+
+/// 2^64 ns are 584 years.
+fn nanoseconds(time: Duration) -> u64 {
+    time.as_nanos() as u64
+}
+
+fn milliseconds(ns: u64) -> f64 {
+    ns as f64 / 1e6
+}
+
+/// Bytes with a unit that leaves few digits.
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} bytes"),
+        1024..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        _ => format!("{:.1} MiB", bytes as f64 / (1u64 << 20) as f64),
+    }
+}
+
+impl Report {
+    /// What an event is called in the table.
+    fn label(&self, event: &Event) -> String {
+        let label = match event.name {
+            Point::ProcessStart => {
+                match (self.process_start.source, self.process_start.within_ns) {
+                    (Source::Main, _) | (_, None) => "process start (not known; taken for main)",
+                    (_, Some(within)) => {
+                        return format!(
+                            "process start (known to within {:.3} ms)",
+                            milliseconds(within)
+                        );
+                    }
+                }
+            }
+            Point::Main => "main",
+            Point::ConfigRead => "configuration read",
+            Point::MemoryMapped => "guest memory mapped",
+            Point::KernelLoaded => return format!("loaded: {}", self.loaded()),
+            Point::VmCreated => "VM created",
+            Point::VmReady => "vCPUs, devices and tables made",
+            Point::FirstRun => "first KVM_RUN",
+            Point::FirstConsoleByte => "first byte on the console",
+            Point::InitRun => "kernel: Run ... as init process",
+            Point::FirstUserOutput => "first output of userspace",
+            Point::LoginPrompt => "login prompt",
+            Point::BootMark => return format!("boot mark {}", event.value.unwrap_or_default()),
+            Point::LastExit => "last exit",
+            Point::VcpusStopped => "vCPUs stopped",
+            Point::MemoryMeasured => "memory measured, for this table",
+            Point::ProcessEnd => return format!("process end, status {}", self.status),
+        };
+        label.to_owned()
+    }
+
+    fn loaded(&self) -> String {
+        let kernel = self.kernel.map(|k| {
+            let format = match k.format {
+                KernelFormat::BzImage => "bzImage",
+                KernelFormat::Elf64 | KernelFormat::Elf32 => "ELF",
+            };
+            format!("kernel ({format}, {}, {})", size(k.bytes), k.loading)
+        });
+        let initrd = self
+            .initrd
+            .map(|i| format!("initrd ({}, {})", size(i.bytes), i.loading));
+        let files: Vec<String> = kernel.into_iter().chain(initrd).collect();
+        files.join(", ")
+    }
+}
+
+/// The table, some lines that end with a newline each.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:>12} {:>10}", "ms", "step")?;
+        let mut before = 0;
+        for event in &self.events {
+            let (at, step) = (
+                milliseconds(event.at_ns),
+                milliseconds(event.at_ns - before),
+            );
+            writeln!(f, "{at:>12.3} {step:>10.3}  {}", self.label(event))?;
+            before = event.at_ns;
+        }
+        if self.boot_marks_lost > 0 {
+            writeln!(f, "{} more boot marks", self.boot_marks_lost)?;
+        }
+        if self.boots > 1 {
+            writeln!(f, "the first of {} boots", self.boots)?;
+        }
+        if self.boots == 0 {
+            // No guest ran: there is nothing to count.
+            return Ok(());
+        }
+        let kinds: Vec<String> = (self.exits.kinds.iter())
+            .filter(|(_, count)| **count > 0)
+            .map(|(name, count)| format!("{name} {count}"))
+            .collect();
+        writeln!(f, "exits: {} ({})", self.exits.total, kinds.join(", "))?;
+        writeln!(f, "{:>12} {:>10}  handled by", "exits", "ms")?;
+        for device in &self.exits.devices {
+            let ms = milliseconds(device.handling_ns);
+            writeln!(f, "{:>12} {ms:>10.3}  {}", device.exits, device.name)?;
+        }
+        let ConsoleCost {
+            bytes,
+            com1_exits,
+            com1_cost_ns,
+        } = self.console;
+        let ms = milliseconds(com1_cost_ns);
+        writeln!(
+            f,
+            "console: {bytes} bytes; COM1 took {com1_exits} exits, {ms:.3} ms at the least"
+        )?;
+        if let Some(memory) = self.memory {
+            let (own, guest) = (size(memory.own_bytes), size(memory.guest_bytes));
+            writeln!(f, "memory: minivmm's own {own}, the guest's {guest}")?;
+        }
+        Ok(())
+    }
+}
