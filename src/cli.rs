@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::BenchArgs;
 use crate::boot::BootProtocol;
 use crate::config::{
     ConfigError, ConsoleKind, DiskConfig, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig,
@@ -63,9 +64,13 @@ pub struct Cli {
 
 /// What minivmm does besides running a VM.
 #[derive(Debug, Subcommand)]
+// The VM path does not wait for what it has no use for.
+#[command(defer = true)]
 pub enum Command {
     /// Say what this host, and a kernel and initrd, can and cannot do; status 0 only if a guest can boot
     Doctor(DoctorArgs),
+    /// Measure how long a guest takes to boot, in minivmm and in the other monitors that are installed
+    Bench(BenchArgs),
 }
 
 /// Arguments of `doctor`.
@@ -93,9 +98,9 @@ pub struct LogArgs {
     pub quiet: bool,
 }
 
-/// A VM; what is given here goes over what a configuration file says.
-#[derive(Debug, Args)]
-pub struct VmArgs {
+/// A guest, whatever runs it.
+#[derive(Debug, Clone, Args)]
+pub struct GuestArgs {
     /// Linux kernel: bzImage, ELF vmlinux or PVH ELF
     #[arg(short, long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -115,6 +120,33 @@ pub struct VmArgs {
     /// Guest memory, as in 512M or 2G [default: 256M]
     #[arg(short, long, value_name = "SIZE")]
     pub memory: Option<MemorySize>,
+}
+
+impl GuestArgs {
+    /// `base` with these arguments over it.
+    pub fn over(self, base: VmConfig) -> VmConfig {
+        VmConfig {
+            kernel: self.kernel.unwrap_or(base.kernel),
+            initrd: self.initrd.or(base.initrd),
+            cmdline: self.cmdline.or(base.cmdline),
+            append: if self.append.is_empty() {
+                base.append
+            } else {
+                Some(self.append.join(" "))
+            },
+            cpus: self.cpus.unwrap_or(base.cpus),
+            memory: self.memory.unwrap_or(base.memory),
+            ..base
+        }
+    }
+}
+
+/// A VM; what is given here goes over what a configuration file says.
+#[derive(Debug, Args)]
+pub struct VmArgs {
+    /// What is booted.
+    #[command(flatten)]
+    pub guest: GuestArgs,
     /// Disk, a raw image or a block device: path=FILE[,ro][,id=SERIAL], as in --disk path=root.img,id=root; may be given
     /// again, and the guest finds them in this order (/dev/vda, /dev/vdb, ...). What may be written is locked against
     /// other processes; ro disks can be shared. A kernel without ACPI is told of its disks if acpi=off is on its command
@@ -155,17 +187,8 @@ impl VmArgs {
             Some(path) => VmConfig::from_file(path)?,
             None => VmConfig::default(),
         };
+        let base = self.guest.over(base);
         Ok(VmConfig {
-            kernel: self.kernel.unwrap_or(base.kernel),
-            initrd: self.initrd.or(base.initrd),
-            cmdline: self.cmdline.or(base.cmdline),
-            append: if self.append.is_empty() {
-                base.append
-            } else {
-                Some(self.append.join(" "))
-            },
-            cpus: self.cpus.unwrap_or(base.cpus),
-            memory: self.memory.unwrap_or(base.memory),
             disks: if self.disk.is_empty() {
                 base.disks
             } else {
@@ -177,6 +200,7 @@ impl VmArgs {
             on_reboot: self.on_reboot.unwrap_or(base.on_reboot),
             deadline: self.deadline.or(base.deadline),
             boot_protocol: self.boot_protocol.unwrap_or(base.boot_protocol),
+            ..base
         })
     }
 }

@@ -183,6 +183,12 @@ impl FromStr for Span {
     }
 }
 
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        humantime::format_duration(self.0).fmt(f)
+    }
+}
+
 impl TryFrom<String> for Span {
     type Error = String;
 
@@ -193,7 +199,7 @@ impl TryFrom<String> for Span {
 
 impl From<Span> for String {
     fn from(span: Span) -> Self {
-        humantime::format_duration(span.0).to_string()
+        span.to_string()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The main thread while the VM runs: console input, signals, the deadline and the VM's end.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -52,6 +52,15 @@ impl Signals {
         )?))
     }
 
+    /// No signals at all, for tests that must not change those of their process.
+    #[cfg(test)]
+    pub(crate) fn none() -> io::Result<Self> {
+        Ok(Self(SignalFd::with_flags(
+            &SigSet::empty(),
+            SfdFlags::SFD_NONBLOCK,
+        )?))
+    }
+
     /// The next signal that asks minivmm to end, if one has come. The terminal is lent to the shell for the time that
     /// minivmm is stopped.
     pub fn stop_requested(&self) -> Option<i32> {
@@ -67,6 +76,12 @@ impl Signals {
             }
         }
         None
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

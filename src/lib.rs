@@ -4,6 +4,7 @@
 
 pub mod acpi;
 pub mod arch;
+pub mod bench;
 pub mod boot;
 pub mod cli;
 pub mod config;
@@ -13,6 +14,7 @@ pub mod doctor;
 pub mod event_loop;
 pub mod exit_status;
 pub mod interrupts;
+pub mod measure;
 pub mod memory;
 pub mod post_mortem;
 pub mod timeline;

@@ -644,3 +644,27 @@ fn a_timeline_names_the_phases_of_a_boot() {
         );
     }
 }
+
+#[test]
+fn bench_measures_linux_beside_qemu() {
+    let bzimage = kernel("cloud", "bzImage");
+    let mut command = minivmm(&["bench", "--runs", "2", "--vs", "qemu", "--json"]);
+    command.args(["--kernel", &bzimage, "--initrd", &initramfs()]);
+    command.args(["--append", "-- true", "--timeout", "100s"]);
+    let child = command.spawn().unwrap();
+    let output = common::wait(child, Duration::from_secs(600));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    for vmm in report["vmms"].as_array().unwrap() {
+        assert_eq!(vmm["error"], serde_json::Value::Null);
+        let ms = |what: &str| vmm[what]["median_ms"].as_f64().unwrap();
+        assert!(ms("first_output") <= ms("marker"), "{vmm}");
+        assert!(ms("marker") < ms("end"), "{vmm}");
+        // Linux has touched some of its memory, and no more than it has.
+        let guest_kib = vmm["guest_kib"].as_u64().expect("found by its size");
+        assert!((8 << 10..=256 << 10).contains(&guest_kib), "{vmm}");
+    }
+    let own_kib = |i: usize| report["vmms"][i]["own_kib"].as_u64().unwrap();
+    assert!(own_kib(0) > 0 && own_kib(0) < own_kib(1), "{report}");
+}

@@ -60,13 +60,13 @@ enum DevKvm {
 
 /// The first processor of /proc/cpuinfo.
 #[derive(Debug, Clone, Default)]
-struct Cpu {
-    model: String,
+pub(crate) struct Cpu {
+    pub(crate) model: String,
     amd: bool,
     /// The flag vmx or svm.
     virtualization: bool,
     /// The flag hypervisor: this host is itself a virtual machine.
-    hypervisor: bool,
+    pub(crate) hypervisor: bool,
 }
 
 /// The modules in /sys/module; a built-in one is there as well.
@@ -100,7 +100,8 @@ fn is_pvm(cpu: &Cpu, modules: Modules) -> bool {
     software || (modules.pvm && !modules.intel && !modules.amd)
 }
 
-fn read_cpu() -> Cpu {
+/// This host's processor; empty without /proc.
+pub(crate) fn read_cpu() -> Cpu {
     File::open("/proc/cpuinfo")
         .map_or_else(|_| Cpu::default(), |file| parse_cpu(BufReader::new(file)))
 }
@@ -139,6 +140,21 @@ fn read_modules() -> Modules {
         amd: has("kvm_amd"),
         pvm: has("kvm_pvm"),
     }
+}
+
+/// KVM's modules that are loaded or built in, as in `kvm_amd`; empty if there is none.
+pub(crate) fn kvm_modules() -> String {
+    let Modules {
+        kvm: _,
+        intel,
+        amd,
+        pvm,
+    } = read_modules();
+    [(intel, "kvm_intel"), (amd, "kvm_amd"), (pvm, "kvm_pvm")]
+        .into_iter()
+        .filter_map(|(there, name)| there.then_some(name))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn open_kvm() -> DevKvm {

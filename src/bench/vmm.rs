@@ -1,0 +1,390 @@
+//! The monitors that can be measured, and how each is told of one and the same guest.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use crate::config::VmConfig;
+use crate::measure::find_program;
+
+/// A monitor besides minivmm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Other {
+    /// QEMU's machine type microvm.
+    Qemu,
+    /// Firecracker.
+    Firecracker,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// kvmtool, whose program is called lkvm.
+    Kvmtool,
+    /// crosvm.
+    Crosvm,
+    /// None: minivmm alone
+    None,
+}
+
+/// How a monitor's stdout is to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stdout {
+    /// The console and nothing else.
+    Console,
+    /// The console, after words of the monitor's own: its first byte says nothing.
+    Mixed,
+}
+
+/// A monitor as it is on this host.
+#[derive(Debug)]
+pub struct Vmm {
+    /// As --vs calls it.
+    pub name: &'static str,
+    /// Its program.
+    pub program: PathBuf,
+    /// The command that boots the guest.
+    pub words: Vec<OsString>,
+    /// What is on its stdout.
+    pub stdout: Stdout,
+    /// What differs from the others, for the report.
+    pub differs: &'static str,
+}
+
+impl Other {
+    /// All there are.
+    pub const ALL: [Self; 5] = [
+        Self::Qemu,
+        Self::Firecracker,
+        Self::CloudHypervisor,
+        Self::Kvmtool,
+        Self::Crosvm,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Firecracker => "firecracker",
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Kvmtool => "kvmtool",
+            Self::Crosvm => "crosvm",
+            Self::None => "none",
+        }
+    }
+
+    /// The names that its program goes by.
+    pub fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Qemu => &["qemu-system-x86_64"],
+            Self::Firecracker => &["firecracker"],
+            Self::CloudHypervisor => &["cloud-hypervisor"],
+            Self::Kvmtool => &["lkvm", "kvmtool"],
+            Self::Crosvm => &["crosvm"],
+            Self::None => &[],
+        }
+    }
+
+    /// This monitor, if its program is on the PATH; `scratch` is a directory for its files.
+    pub fn find(self, guest: &VmConfig, scratch: &Path) -> std::io::Result<Option<Vmm>> {
+        let Some(program) = self.programs().iter().find_map(|name| find_program(name)) else {
+            return Ok(None);
+        };
+        let mut words = vec![program.clone().into_os_string()];
+        words.extend(match self {
+            Self::Qemu => qemu(guest),
+            Self::Firecracker => firecracker(guest, scratch)?,
+            Self::CloudHypervisor => cloud_hypervisor(guest),
+            Self::Kvmtool => kvmtool(guest),
+            Self::Crosvm => crosvm(guest),
+            Self::None => Vec::new(),
+        });
+        Ok(Some(Vmm {
+            name: self.name(),
+            program,
+            words,
+            stdout: match self {
+                Self::Kvmtool => Stdout::Mixed,
+                _ => Stdout::Console,
+            },
+            differs: self.differs(),
+        }))
+    }
+
+    fn differs(self) -> &'static str {
+        match self {
+            Self::Qemu => {
+                "microvm without PIT, PIC and RTC; firmware (qboot) runs before a bzImage; isa-serial on stdio"
+            }
+            Self::Firecracker => {
+                "takes an ELF vmlinux, no bzImage; has no ACPI power-off, so a guest that powers off halts for ever: have it \
+                 reset, or give --stop-at-marker"
+            }
+            Self::CloudHypervisor => {
+                "takes a PVH vmlinux, newer versions a bzImage; PCI; serial on stdio"
+            }
+            Self::Kvmtool => {
+                "puts words of its own before the command line (noapic noacpi pci=conf1 reboot=k panic=1 ...); writes of itself \
+                 to stdout, so that its first console byte is not known"
+            }
+            Self::Crosvm => {
+                "one process (--disable-sandbox); adds virtual hardware's words to the command line; serial on stdout"
+            }
+            Self::None => "",
+        }
+    }
+}
+
+impl fmt::Display for Other {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// minivmm itself: the very program that measures.
+pub(super) fn minivmm(guest: &VmConfig) -> std::io::Result<Vmm> {
+    let program = std::env::current_exe()?;
+    let mut words = vec![program.clone().into_os_string(), "--kernel".into()];
+    words.push(guest.kernel.clone().into());
+    if let Some(initrd) = &guest.initrd {
+        words.extend(["--initrd".into(), initrd.clone().into()]);
+    }
+    words.extend(
+        [
+            "--cmdline",
+            &guest.kernel_cmdline(),
+            "--cpus",
+            &guest.cpus.to_string(),
+            "--memory",
+            &guest.memory.to_string(),
+        ]
+        .map(OsString::from),
+    );
+    Ok(Vmm {
+        name: "minivmm",
+        program,
+        words,
+        stdout: Stdout::Console,
+        differs: "",
+    })
+}
+
+impl Vmm {
+    /// The first line of what it says of its version.
+    pub fn version(&self) -> String {
+        // kvmtool knows the word, not the option.
+        let argument = match self.name {
+            "kvmtool" => "version",
+            _ => "--version",
+        };
+        let output = Command::new(&self.program)
+            .arg(argument)
+            .stdin(Stdio::null())
+            .output();
+        let text = output.map(|output| output.stdout).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        text.lines().next().unwrap_or("unknown").trim().to_owned()
+    }
+}
+
+fn mib(guest: &VmConfig) -> u64 {
+    guest.memory.bytes >> 20
+}
+
+/// A list of words, some of them paths.
+fn words<const N: usize>(words: [&dyn AsRef<OsStr>; N]) -> Vec<OsString> {
+    words
+        .iter()
+        .map(|word| (*word).as_ref().to_owned())
+        .collect()
+}
+
+/// An option with the initrd, if there is one.
+fn initrd(guest: &VmConfig, option: &str) -> Vec<OsString> {
+    let path = guest.initrd.iter();
+    path.flat_map(|path| [option.into(), path.clone().into()])
+        .collect()
+}
+
+/// docs/system/i386/microvm.rst
+fn qemu(guest: &VmConfig) -> Vec<OsString> {
+    let memory = format!("{}M", mib(guest));
+    let mut all = words([
+        &"-M",
+        &"microvm,pit=off,pic=off,rtc=off",
+        &"-enable-kvm",
+        &"-cpu",
+        &"host,-arch-capabilities",
+        &"-smp",
+        &guest.cpus.to_string(),
+        &"-m",
+        &memory,
+        &"-nodefaults",
+        &"-no-user-config",
+        &"-no-reboot",
+        &"-display",
+        &"none",
+        &"-serial",
+        &"stdio",
+        &"-kernel",
+        &guest.kernel,
+        &"-append",
+        &guest.kernel_cmdline(),
+    ]);
+    all.extend(initrd(guest, "-initrd"));
+    all
+}
+
+/// docs/getting-started.md; only errors are logged, since the log goes to stdout.
+fn firecracker(guest: &VmConfig, scratch: &Path) -> std::io::Result<Vec<OsString>> {
+    let file = scratch.join("firecracker.json");
+    let config = json!({
+        "boot-source": {
+            "kernel_image_path": guest.kernel,
+            "initrd_path": guest.initrd,
+            "boot_args": guest.kernel_cmdline(),
+        },
+        "drives": [],
+        "machine-config": { "vcpu_count": guest.cpus, "mem_size_mib": mib(guest) },
+    });
+    std::fs::write(&file, config.to_string())?;
+    Ok(words([
+        &"--no-api",
+        &"--level",
+        &"Error",
+        &"--config-file",
+        &file,
+    ]))
+}
+
+/// README.md, "Custom Kernel and Disk Image"
+fn cloud_hypervisor(guest: &VmConfig) -> Vec<OsString> {
+    let mut all = words([
+        &"--kernel",
+        &guest.kernel,
+        &"--cmdline",
+        &guest.kernel_cmdline(),
+        &"--cpus",
+        &format!("boot={}", guest.cpus),
+        &"--memory",
+        &format!("size={}M", mib(guest)),
+        &"--serial",
+        &"tty",
+        &"--console",
+        &"off",
+    ]);
+    all.extend(initrd(guest, "--initramfs"));
+    all
+}
+
+/// Documentation/kvmtool.1
+fn kvmtool(guest: &VmConfig) -> Vec<OsString> {
+    let mut all = words([
+        &"run",
+        &"--kernel",
+        &guest.kernel,
+        &"--params",
+        &guest.kernel_cmdline(),
+        &"--cpus",
+        &guest.cpus.to_string(),
+        &"--mem",
+        &mib(guest).to_string(),
+        &"--console",
+        &"serial",
+        &"--network",
+        &"mode=none",
+    ]);
+    all.extend(initrd(guest, "--initrd"));
+    all
+}
+
+/// docs/book/src/running_crosvm/
+fn crosvm(guest: &VmConfig) -> Vec<OsString> {
+    let mut all = words([
+        &"run",
+        &"--disable-sandbox",
+        &"--cpus",
+        &guest.cpus.to_string(),
+        &"--mem",
+        &mib(guest).to_string(),
+        &"--serial",
+        &"type=stdout,hardware=serial,num=1",
+        &"--params",
+        &guest.kernel_cmdline(),
+    ]);
+    all.extend(initrd(guest, "--initrd"));
+    all.push(guest.kernel.clone().into());
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::measure::shown;
+
+    fn guest() -> VmConfig {
+        VmConfig {
+            kernel: "/boot/vm linux".into(),
+            initrd: Some("/i.cpio".into()),
+            append: Some("-- true".into()),
+            cpus: 2,
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn each_is_told_of_the_same_guest() {
+        const LINE: &str = "console=ttyS0 panic=-1 quiet -- true";
+        let scratch = tempfile::tempdir().unwrap();
+        let guest = guest();
+        let json = firecracker(&guest, scratch.path()).unwrap();
+        let json = std::fs::read_to_string(json.last().unwrap()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(
+            json,
+            json!({
+                "boot-source": {"kernel_image_path": "/boot/vm linux", "initrd_path": "/i.cpio", "boot_args": LINE},
+                "drives": [],
+                "machine-config": {"vcpu_count": 2, "mem_size_mib": 256},
+            })
+        );
+        let own = minivmm(&guest).unwrap().words;
+        for (words, cpus, memory) in [
+            (qemu(&guest), "-smp 2", "-m 256M"),
+            (
+                cloud_hypervisor(&guest),
+                "--cpus boot=2",
+                "--memory size=256M",
+            ),
+            (kvmtool(&guest), "--cpus 2", "--mem 256"),
+            (crosvm(&guest), "--cpus 2", "--mem 256"),
+            (own, "--cpus 2", "--memory 256M"),
+        ] {
+            let line = shown(&words);
+            for wanted in [
+                cpus,
+                memory,
+                "'/boot/vm linux'",
+                "/i.cpio",
+                &format!("'{LINE}'"),
+            ] {
+                assert!(line.contains(wanted), "no {wanted} in {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_guest_may_have_no_initrd() {
+        let guest = VmConfig {
+            initrd: None,
+            ..guest()
+        };
+        for words in [
+            qemu(&guest),
+            cloud_hypervisor(&guest),
+            kvmtool(&guest),
+            crosvm(&guest),
+        ] {
+            assert!(!shown(&words).contains("init"), "{words:?}");
+        }
+    }
+}

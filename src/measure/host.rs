@@ -1,0 +1,89 @@
+//! What the host was like: without it, no time means anything to anybody else.
+
+use std::fmt;
+use std::fs;
+
+use serde::{Deserialize, Serialize};
+
+use crate::doctor;
+
+/// The host, as far as it decides how long a boot takes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// The processor's model name.
+    pub cpu: String,
+    /// Processors that this process may use.
+    pub cpus: usize,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// The host's kernel release.
+    pub kernel: String,
+    /// KVM's modules, as in `kvm_amd`.
+    pub kvm: String,
+    /// Whether the host is itself a virtual machine: then its KVM is nested, or made of software.
+    pub virtual_machine: bool,
+    /// The first processor's frequency governor, where there is one.
+    pub governor: Option<String>,
+    /// Load average of the last minute when the measurement began.
+    pub load: f64,
+}
+
+impl HostFacts {
+    /// Looks at this host; what cannot be read is empty or 0.
+    pub fn read() -> Self {
+        let processor = doctor::read_cpu();
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let meminfo = read("/proc/meminfo");
+        let memory_kib = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:"))
+            .and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        let load = read("/proc/loadavg");
+        Self {
+            cpu: processor.model,
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            memory_mib: memory_kib.unwrap_or_default() >> 10,
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            kvm: doctor::kvm_modules(),
+            virtual_machine: processor.hypervisor,
+            governor: fs::read_to_string("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+                .ok()
+                .map(|text| text.trim().to_owned()),
+            load: load
+                .split(' ')
+                .next()
+                .and_then(|word| word.parse().ok())
+                .unwrap_or_default(),
+        }
+    }
+
+    /// Whether times of both hosts can be compared: all but the load is the same.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let without_load = |facts: &Self| Self {
+            load: 0.0,
+            ..facts.clone()
+        };
+        without_load(self) == without_load(other)
+    }
+}
+
+impl fmt::Display for HostFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}, {} CPUs, {} MiB{}; Linux {}, {}; governor {}; load average {} at the start",
+            self.cpu,
+            self.cpus,
+            self.memory_mib,
+            if self.virtual_machine {
+                ", itself a virtual machine"
+            } else {
+                ""
+            },
+            self.kernel,
+            self.kvm,
+            self.governor.as_deref().unwrap_or("unknown"),
+            self.load,
+        )
+    }
+}

@@ -1,0 +1,14 @@
+//! Measuring other programs from outside: when a process first says something, says a certain thing, and ends; how much
+//! memory it holds; what the host was like meanwhile.
+
+mod host;
+mod memory;
+mod process;
+mod progress;
+mod stats;
+
+pub use host::HostFacts;
+pub use memory::{GuestShare, Mapping, guest_share, mappings, private_kib};
+pub use process::{Run, RunError, Watch, find_program, last_lines, run, shown};
+pub use progress::Progress;
+pub use stats::Summary;

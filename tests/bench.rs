@@ -1,0 +1,336 @@
+//! `minivmm bench`, with a tiny guest in minivmm and scripts in place of the other monitors.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use common::terminal::Terminal;
+use common::{Ended, kill, minivmm, run, tiny};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// What works like a monitor: it notes how it was called, and its guest prints what the tiny one does.
+const WORKING: &str = r#"case "$*" in *ersion) echo "$0 9.9"; exit ;; esac
+echo "${0##*/} $*" >>"$LOG"; printf '!'"#;
+
+/// A PATH with monitors that are scripts.
+struct Fakes(TempDir);
+
+impl Fakes {
+    fn new(scripts: &[(&str, &str)]) -> Self {
+        let fakes = Self(tempfile::tempdir().unwrap());
+        for (name, script) in scripts {
+            let path = fakes.0.path().join(name);
+            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        fakes
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A measurement of a tiny guest that prints `!` and powers off.
+    fn bench(&self, args: &[&str]) -> Command {
+        let mut command = minivmm(&["bench", "--memory", "16M", "--until", "!", "--runs", "2"]);
+        let path = format!("{}:/usr/bin:/bin", self.0.path().display());
+        command
+            .arg("--kernel")
+            .arg(tiny("hello"))
+            .args(args)
+            .env("PATH", path)
+            .env("LOG", self.file("log"));
+        command
+    }
+
+    /// The same, with JSON to read.
+    #[track_caller]
+    fn report(&self, args: &[&str]) -> Value {
+        let ended = run(self.bench(args).arg("--json"));
+        ended.assert_code(0);
+        serde_json::from_slice(&ended.stdout).unwrap()
+    }
+
+    /// A process that a script has written its id of, if it lives.
+    fn alive(&self, name: &str) -> bool {
+        let pid = fs::read_to_string(self.file(name)).unwrap();
+        let stat = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+        !stat.is_empty() && !stat.contains(") Z ")
+    }
+}
+
+/// A monitor that never gets anywhere, nor does its child.
+const HANGING: &str = r#"case "$*" in *ersion) exit ;; esac
+sleep 1000 & echo $! >"${LOG%/*}/child"; echo $$ >"${LOG%/*}/pid"; echo stuck >&2; wait"#;
+
+fn by_name<'a>(report: &'a Value, name: &str) -> &'a Value {
+    let vmms = report["vmms"].as_array().unwrap();
+    vmms.iter().find(|vmm| vmm["name"] == name).expect(name)
+}
+
+#[track_caller]
+fn assert_error(ended: &Ended, code: i32, words: &[&str]) {
+    ended.assert_code(code);
+    for word in words {
+        assert!(ended.stderr.contains(word), "no {word}: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn all_that_are_there_are_measured_in_turn() {
+    let all = [
+        "qemu-system-x86_64",
+        "firecracker",
+        "cloud-hypervisor",
+        "lkvm",
+        "crosvm",
+    ];
+    let fakes = Fakes::new(&all.map(|name| (name, WORKING)));
+    let report = fakes.report(&[]);
+    let names: Vec<_> = report["vmms"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|vmm| vmm["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "minivmm",
+            "qemu",
+            "firecracker",
+            "cloud-hypervisor",
+            "kvmtool",
+            "crosvm"
+        ]
+    );
+    for vmm in report["vmms"].as_array().unwrap() {
+        for times in ["marker", "end"] {
+            let times = &vmm[times];
+            assert_eq!(times["samples_ms"].as_array().unwrap().len(), 2, "{vmm}");
+            assert!(times["min_ms"].as_f64() <= times["median_ms"].as_f64());
+            assert!(times["median_ms"].as_f64() <= times["p99_ms"].as_f64());
+        }
+        assert!(vmm["marker_ratio"].as_f64().unwrap() > 0.0);
+        assert_eq!(vmm["statuses"], serde_json::json!([0]), "{vmm}");
+        assert_eq!(vmm["error"], Value::Null);
+    }
+    assert_eq!(by_name(&report, "minivmm")["marker_ratio"], 1.0);
+    // Its first words on stdout are its own.
+    assert_eq!(by_name(&report, "kvmtool")["first_output"], Value::Null);
+    assert!(
+        by_name(&report, "qemu")["version"]
+            .as_str()
+            .unwrap()
+            .ends_with("9.9")
+    );
+    assert!(report["host"]["cpus"].as_u64().unwrap() > 0);
+
+    // Three rounds, the first of which is not counted.
+    let log = fs::read_to_string(fakes.file("log")).unwrap();
+    let called: Vec<_> = log
+        .lines()
+        .map(|line| line.split(' ').next().unwrap())
+        .collect();
+    assert_eq!(called, [all, all, all].concat());
+    assert!(log.contains("console=ttyS0 panic=-1 quiet"), "{log}");
+}
+
+#[test]
+fn a_table_names_what_was_measured() {
+    let fakes = Fakes::new(&[("crosvm", WORKING)]);
+    let json = fakes.file("result.json");
+    let ended = run(&mut fakes.bench(&["--vs", "crosvm", "--json", json.to_str().unwrap()]));
+    ended.assert_code(0);
+    for wanted in [
+        "2 runs of each in turn after 1",
+        "first byte on the console",
+        "marker: \"!\" on the console",
+        "end of the process",
+        "crosvm run --disable-sandbox",
+        "differs: one process",
+        "load average",
+    ] {
+        assert!(ended.out().contains(wanted), "no {wanted}: {}", ended.out());
+    }
+    assert_eq!(ended.stderr, "");
+    let report: Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    assert_eq!(report["vmms"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn a_monitor_that_hangs_is_killed_and_the_others_go_on() {
+    let fakes = Fakes::new(&[("lkvm", HANGING), ("crosvm", WORKING)]);
+    let report = fakes.report(&["--timeout", "1s", "--vs", "kvmtool,crosvm"]);
+    let kvmtool = by_name(&report, "kvmtool");
+    assert_eq!(kvmtool["marker"], Value::Null);
+    let error = kvmtool["error"].as_str().unwrap();
+    assert!(
+        error.contains("killed after 1s") && error.contains("stuck"),
+        "{error}"
+    );
+    assert!(by_name(&report, "crosvm")["marker"].is_object());
+    assert!(!fakes.alive("pid") && !fakes.alive("child"));
+}
+
+#[test]
+fn a_monitor_that_fails_is_quoted() {
+    let script = "echo 'cannot read this kernel' >&2; exit 7";
+    let fakes = Fakes::new(&[("firecracker", script)]);
+    let ended = run(&mut fakes.bench(&["--vs", "firecracker"]));
+    ended.assert_code(0);
+    let wanted = "FAILED: ended (exit status: 7) without '!' on its console";
+    assert!(ended.out().contains(wanted), "{}", ended.out());
+    assert!(
+        ended.stderr.contains("cannot read this kernel"),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[test]
+fn guests_that_stay_are_stopped_at_the_marker() {
+    let script = format!("{WORKING}; sleep 1000 & echo $! >\"${{LOG%/*}}/child\"; wait");
+    let fakes = Fakes::new(&[("crosvm", &script)]);
+    let ended = run(&mut fakes.bench(&["--timeout", "1s"]));
+    ended.assert_code(0);
+    assert!(
+        ended.out().contains("the guest did not end after '!'"),
+        "{}",
+        ended.out()
+    );
+    let report = fakes.report(&["--stop-at-marker"]);
+    let crosvm = by_name(&report, "crosvm");
+    assert!(
+        crosvm["marker"].is_object() && crosvm["end"].is_null(),
+        "{crosvm}"
+    );
+    assert!(!fakes.alive("child"));
+}
+
+#[test]
+fn a_regression_has_a_status_of_its_own() {
+    let fakes = Fakes::new(&[]);
+    let mut report = fakes.report(&["--vs", "none"]);
+    let path = fakes.file("baseline.json");
+    let against = |report: &Value, ratio: &str| {
+        fs::write(&path, report.to_string()).unwrap();
+        let path = path.to_str().unwrap();
+        run(&mut fakes.bench(&["--vs", "none", "--baseline", path, "--max-ratio", ratio]))
+    };
+    assert_error(&against(&report, "1000"), 0, &["marker: ", "process end: "]);
+    report["vmms"][0]["marker"]["median_ms"] = 1e-6.into();
+    assert_error(
+        &against(&report, "1000"),
+        1,
+        &["times the baseline's median, more than 1000"],
+    );
+    report["host"]["cpu"] = "Another".into();
+    assert_error(
+        &against(&report, "1000"),
+        1,
+        &["is of another host: Another"],
+    );
+    report["vmms"][0]["name"] = "qemu".into();
+    assert_error(&against(&report, "1000"), 125, &["no times of minivmm"]);
+    assert_error(
+        &against(&Value::Null, "1000"),
+        125,
+        &["is not what minivmm bench --json writes"],
+    );
+}
+
+#[test]
+fn mistakes_are_named() {
+    let fakes = Fakes::new(&[]);
+    let bench = |args: &[&str]| run(&mut fakes.bench(args));
+    assert_error(
+        &bench(&["--vs", "crosvm"]),
+        2,
+        &["crosvm is not on the PATH"],
+    );
+    assert_error(&bench(&["--vs", "xen"]), 2, &["xen", "cloud-hypervisor"]);
+    assert_error(&bench(&["--runs", "0"]), 2, &["--runs"]);
+    assert_error(&bench(&["--max-ratio", "2"]), 2, &["--baseline"]);
+    assert_error(
+        &bench(&["--initrd", "/nowhere"]),
+        125,
+        &["cannot read /nowhere"],
+    );
+    assert_error(
+        &bench(&["--baseline", "/nowhere"]),
+        125,
+        &["the baseline /nowhere"],
+    );
+    let ended = run(&mut minivmm(&["bench", "--vs", "none"]));
+    assert_error(&ended, 2, &["--kernel"]);
+    // The tiny guest says nothing but one sign.
+    let mut command = minivmm(&["bench", "--memory", "16M", "--vs", "none", "--kernel"]);
+    assert_error(
+        &run(command.arg(tiny("hello"))),
+        125,
+        &[
+            "without 'minivmm-demo: userspace' on its console",
+            "--until",
+            "'!'",
+        ],
+    );
+}
+
+#[test]
+fn nobody_is_left_running() {
+    for (signal, status) in [("INT", Some(130)), ("TERM", Some(143)), ("KILL", None)] {
+        let fakes = Fakes::new(&[("crosvm", HANGING)]);
+        let child = fakes.bench(&["--vs", "crosvm"]).spawn().unwrap();
+        wait_for(&fakes.file("pid"));
+        assert!(fakes.alive("pid"));
+        common::signal(&child, signal);
+        let output = common::wait(child, common::PATIENCE);
+        assert_eq!(output.status.code(), status, "SIG{signal}");
+        // The kernel does it a moment after the parent's death.
+        for _ in 0..1000 {
+            if !fakes.alive("pid") {
+                break;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!fakes.alive("pid"), "SIG{signal}");
+        if signal == "KILL" {
+            // Its own child is beyond the kernel's reach, but not beyond this test's.
+            let pid = fs::read_to_string(fakes.file("child")).unwrap();
+            kill(pid.trim().parse().unwrap(), "KILL");
+        } else {
+            assert!(!fakes.alive("child"), "SIG{signal}");
+        }
+    }
+}
+
+/// Waits until a script has written this.
+fn wait_for(file: &Path) {
+    for _ in 0..6000 {
+        if fs::read_to_string(file).is_ok_and(|text| text.ends_with('\n')) {
+            return;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{} does not appear", file.display());
+}
+
+#[test]
+fn a_terminal_shows_how_far_it_is() {
+    // The terminal's shell has an environment of its own, so there is nothing to measure against.
+    let fakes = Fakes::new(&[]);
+    let terminal = Terminal::new();
+    let mut session = terminal.run(&fakes.bench(&["--vs", "none"]));
+    assert_eq!(session.status(), 0);
+    let screen = terminal.text();
+    for wanted in ["1/3 minivmm", "3/3 minivmm", "load average"] {
+        assert!(screen.contains(wanted), "no {wanted}: {screen:?}");
+    }
+}
