@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bench::BenchArgs;
 use crate::boot::BootProtocol;
+use crate::compare::CompareArgs;
 use crate::config::{
     ConfigError, ConsoleKind, DiskConfig, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig,
 };
@@ -71,6 +72,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Measure how long a guest takes to boot, in minivmm and in the other monitors that are installed
     Bench(BenchArgs),
+    /// Run one command on one root file system in container runtimes and in a virtual machine, and measure it
+    Compare(CompareArgs),
 }
 
 /// Arguments of `doctor`.

@@ -10,7 +10,7 @@ use clap::Parser;
 use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs};
 use minivmm::config::{ConfigError, VmConfig};
 use minivmm::timeline::{Point, Timeline, TimelineFile};
-use minivmm::{bench, console, doctor, error_chain, exit_status, vm};
+use minivmm::{bench, compare, console, doctor, error_chain, exit_status, vm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 fn main() {
@@ -20,13 +20,16 @@ fn main() {
     end_in_good_order_on_panic();
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),
-        Some(Command::Bench(args)) => match bench::run(&args, &mut io::stdout()) {
-            Ok(status) => status,
-            Err(e) => {
+        Some(Command::Bench(args)) => bench::run(&args, &mut io::stdout()).unwrap_or_else(|e| {
+            failure(&e);
+            e.exit_status()
+        }),
+        Some(Command::Compare(args)) => {
+            compare::run(&args, &mut io::stdout()).unwrap_or_else(|e| {
                 failure(&e);
                 e.exit_status()
-            }
-        },
+            })
+        }
         None => match cli.vm.into_config() {
             Ok(config) => run_vm(&config, started, cli.timeline),
             Err(e) => usage_error(&e),

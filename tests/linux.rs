@@ -668,3 +668,63 @@ fn bench_measures_linux_beside_qemu() {
     let own_kib = |i: usize| report["vmms"][i]["own_kib"].as_u64().unwrap();
     assert!(own_kib(0) > 0 && own_kib(0) < own_kib(1), "{report}");
 }
+
+#[test]
+fn compare_runs_one_root_in_containers_and_in_a_guest() {
+    let root = tempfile::tempdir().unwrap();
+    let busybox = guest("fetch", &["--offline", "busybox"]).join("busybox");
+    // Whatever a root can have; what is seen of it must be the same everywhere.
+    let script = "cd $ROOT; mkdir -p bin tmp x/deep/er; cp $BUSYBOX bin/busybox; ln -s busybox bin/sh
+        cd x; echo content >hard; ln hard deep/link; ln -s deep/link soft; mkfifo pipe; mknod null c 1 3
+        head -c 70000 /dev/urandom >odd; chown 123:4567 odd; chmod 6755 odd; touch empty -d @1000000000";
+    let made = Command::new("sh")
+        .args(["-ec", script])
+        .env("ROOT", root.path())
+        .env("BUSYBOX", busybox)
+        .status();
+    assert!(made.unwrap().success());
+    let look = "cd /x; busybox stat -c '%n %F %h %u %g %a %t %T %s %Y' * deep/link; cat soft; busybox md5sum odd
+        echo \"<$1>\" \"<$2>\" \"$HOME\"; test -c /dev/null && test -d /proc/self; busybox tty; read nothing; exit 7";
+    let mut command = minivmm(&["compare", "--runs", "1", "--timeout", "100s", "--json"]);
+    command
+        .arg("--rootfs")
+        .arg(root.path())
+        .args(["--kernel", &kernel("cloud", "bzImage")])
+        .args(["--", "sh", "-c", look, "sh", "a  b", ""])
+        // docker's daemon does not run, and a docker without one is a failure.
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    let child = command.spawn().unwrap();
+    let output = common::wait(child, Duration::from_secs(600));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect(&stderr);
+    let rows = report["rows"].as_array().unwrap();
+    let vm = rows.iter().find(|row| row["name"] == "minivmm").unwrap();
+    assert_eq!(vm["error"], serde_json::Value::Null);
+    assert_eq!(vm["statuses"], serde_json::json!([7]));
+    assert!(
+        vm["kernel_seen"].as_str().unwrap().ends_with("cloud-amd64"),
+        "{vm}"
+    );
+    assert!(vm["warm_first_output"]["median_ms"].as_f64() < vm["warm_end"]["median_ms"].as_f64());
+
+    let container = |row: &&serde_json::Value| row["name"] == "crun" || row["name"] == "runc";
+    let containers: Vec<_> = rows.iter().filter(container).collect();
+    if containers.is_empty() {
+        println!("skipped: neither crun nor runc is installed to compare with");
+        return;
+    }
+    let host = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    for row in containers {
+        assert_eq!(row["error"], serde_json::Value::Null);
+        assert_eq!(row["statuses"], serde_json::json!([7]));
+        assert_eq!(row["kernel_seen"], host.trim());
+        assert!(
+            row["own_namespaces"]
+                .as_array()
+                .unwrap()
+                .contains(&"pid".into()),
+            "{row}"
+        );
+    }
+    assert_eq!(report["same_output"], true, "{report}");
+}

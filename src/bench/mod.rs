@@ -308,16 +308,9 @@ impl Row {
             if self.vmm.stdout == Stdout::Console {
                 self.first_output.extend(run.first_output);
             }
-            // A signal's status as a shell has it.
-            let status = run.status.map(|status| {
-                use std::os::unix::process::ExitStatusExt;
-                status.code().or(status.signal().map(|signal| 128 + signal))
-            });
-            self.statuses.extend(
-                status
-                    .flatten()
-                    .filter(|status| !self.statuses.contains(status)),
-            );
+            let status = measure::status_code(run.status);
+            self.statuses
+                .extend(status.filter(|status| !self.statuses.contains(status)));
         }
         Ok(())
     }

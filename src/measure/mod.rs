@@ -9,6 +9,8 @@ mod stats;
 
 pub use host::HostFacts;
 pub use memory::{GuestShare, Mapping, guest_share, mappings, private_kib};
-pub use process::{Run, RunError, Watch, find_program, last_lines, run, shown};
+pub use process::{
+    Run, RunError, Watch, die_with_parent, find_program, last_lines, run, shown, status_code,
+};
 pub use progress::Progress;
 pub use stats::Summary;

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -115,7 +115,7 @@ pub fn run(words: &[OsString], watch: Watch<'_>, signals: &Signals) -> Result<Ru
 /// The kernel kills the child when this process is gone, however it went; and the child has no signal blocked, as this process
 /// has.
 #[allow(unsafe_code, reason = "code between fork and exec")]
-fn die_with_parent(command: &mut Command) {
+pub fn die_with_parent(command: &mut Command) {
     let parent = getpid();
     let between = move || {
         SigSet::empty().thread_set_mask()?;
@@ -317,6 +317,12 @@ fn quoted(word: &OsStr) -> String {
     }
 }
 
+/// A status as a shell has it: 128 and the number of a signal.
+pub fn status_code(status: Option<ExitStatus>) -> Option<i32> {
+    let status = status?;
+    status.code().or(status.signal().map(|signal| 128 + signal))
+}
+
 /// The last lines of a program's output, on one line, without what a terminal would act on.
 pub fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
@@ -327,8 +333,10 @@ pub fn last_lines(bytes: &[u8]) -> String {
         .collect();
     let last = &lines[lines.len().saturating_sub(3)..];
     let line = last.join(" | ").replace(|c: char| c.is_control(), "");
-    let skip = line.chars().count().saturating_sub(300);
-    line.chars().skip(skip).collect()
+    match line.chars().count().checked_sub(300) {
+        None | Some(0) => line,
+        Some(skip) => format!("... {}", line.chars().skip(skip).collect::<String>()),
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,145 @@
+//! The root file system that all run on: a copy for the containers, an initramfs of the same for the virtual machine.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use super::CompareArgs;
+use super::cpio::{self, PackError};
+use super::runtime::call;
+use crate::config::MemorySize;
+
+/// guestctl, built from its source beside the demo initramfs: first process of the virtual machine, and probe everywhere.
+const GUESTCTL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guestctl"));
+
+/// Where in the root it is, with what it reads.
+const DIR: &str = ".minivmm";
+/// The words of the probe, for guestctl.
+pub(super) const PROBE_FILE: &str = ".minivmm/probe";
+/// The kernel hands this to its first process, which runs the words of the file that it names.
+pub(super) const RUN: &str = "MINIVMM_RUN";
+
+/// The status that the probe ends with.
+pub(super) const PROBE_STATUS: i32 = 42;
+
+/// The command's environment, everywhere.
+pub(super) const ENVIRONMENT: [&str; 2] = [
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME=/root",
+];
+
+/// Command line of the virtual machine's kernel: nothing but the command's output on the console.
+const CMDLINE: &str = "console=ttyS0 panic=-1 quiet loglevel=1 rdinit=/.minivmm/init";
+
+/// What all run.
+pub(super) struct Image {
+    /// The name of containers and images.
+    pub(super) id: String,
+    /// For all files of this comparison.
+    pub(super) scratch: PathBuf,
+    /// The copy of the root file system.
+    pub(super) root: PathBuf,
+    /// The command and its arguments.
+    pub(super) command: Vec<String>,
+    /// The same for the probe.
+    pub(super) probe: Vec<String>,
+}
+
+/// What the virtual machine boots.
+pub(super) struct VmImage {
+    pub(super) kernel: PathBuf,
+    pub(super) initramfs: PathBuf,
+    pub(super) initramfs_bytes: u64,
+    /// Bytes of all files in it.
+    pub(super) content_bytes: u64,
+    pub(super) cmdline: String,
+    pub(super) memory: MemorySize,
+    pub(super) cpus: u8,
+}
+
+impl Image {
+    /// Copies the root file system: what runs may write there, and the original is nobody's but its owner's.
+    pub(super) fn new(args: &CompareArgs, scratch: &Path) -> Result<Self, String> {
+        let root = scratch.join("root");
+        fs::create_dir(&root).map_err(|e| format!("cannot make {}: {e}", root.display()))?;
+        let from = args.rootfs.join(".");
+        call(
+            "cp",
+            &["-a".into(), "-x".into(), from.into(), root.clone().into()],
+        )?;
+        let image = Self {
+            id: format!("minivmm-compare-{}", std::process::id()),
+            scratch: scratch.to_owned(),
+            command: args.command.clone(),
+            probe: vec![
+                format!("/{DIR}/guestctl"),
+                "probe".into(),
+                PROBE_STATUS.to_string(),
+            ],
+            root,
+        };
+        image
+            .add_guestctl()
+            .map_err(|e| format!("cannot write to the copy of {}: {e}", args.rootfs.display()))?;
+        Ok(image)
+    }
+
+    fn add_guestctl(&self) -> io::Result<()> {
+        let dir = self.root.join(DIR);
+        fs::create_dir_all(&dir)?;
+        let program = dir.join("guestctl");
+        fs::write(&program, GUESTCTL)?;
+        fs::set_permissions(&program, Permissions::from_mode(0o755))
+    }
+}
+
+impl VmImage {
+    /// Packs the copy of the root, with what a container runtime would be told by its configuration.
+    pub(super) fn new(
+        args: &CompareArgs,
+        kernel: PathBuf,
+        image: &Image,
+    ) -> Result<Self, PackError> {
+        let files = image.scratch.join("vm");
+        let initramfs = image.scratch.join("initramfs.cpio");
+        let write = |what: io::Result<()>| what.map_err(PackError::Write);
+        write(fs::create_dir_all(files.join(DIR)))?;
+        for (name, words) in [
+            ("run", &image.command[..]),
+            ("probe", &image.probe[..]),
+            ("environment", &ENVIRONMENT.map(str::to_owned)[..]),
+        ] {
+            let text: String = words.iter().map(|word| format!("{word}\0")).collect();
+            write(fs::write(files.join(DIR).join(name), text))?;
+        }
+        write(symlink("guestctl", files.join(DIR).join("init")))?;
+        // Archives one after another are one initramfs.
+        let mut out = BufWriter::new(File::create(&initramfs).map_err(PackError::Write)?);
+        let content_bytes = cpio::pack(&image.root, &mut out)?;
+        cpio::pack(&files, &mut out)?;
+        write(out.flush())?;
+        let initramfs_bytes = initramfs.metadata().map_err(PackError::Write)?.len();
+        let cmdline = [CMDLINE, &args.append.join(" ")]
+            .join(" ")
+            .trim()
+            .to_owned();
+        Ok(Self {
+            kernel,
+            initramfs,
+            initramfs_bytes,
+            content_bytes,
+            cmdline,
+            memory: args.memory.unwrap_or(memory_for(initramfs_bytes)),
+            cpus: args.cpus,
+        })
+    }
+}
+
+/// The archive and what is unpacked from it are in memory together for a while; and Linux needs some.
+fn memory_for(initramfs_bytes: u64) -> MemorySize {
+    let wanted = 2 * initramfs_bytes + (128 << 20);
+    MemorySize {
+        bytes: wanted.next_multiple_of(64 << 20).max(256 << 20),
+    }
+}

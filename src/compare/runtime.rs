@@ -1,0 +1,319 @@
+//! What runs the command: minivmm and the container runtimes, each by its own command line.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use super::image::{ENVIRONMENT, Image, RUN, VmImage};
+use crate::measure::{self, find_program, last_lines};
+
+/// Something that runs a command on a root file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Runtime {
+    /// A virtual machine.
+    Minivmm,
+    /// An OCI runtime, called directly.
+    Crun,
+    /// The reference OCI runtime, called directly.
+    Runc,
+    /// Without a daemon, with a monitor process for each container.
+    Podman,
+    /// By way of a daemon.
+    Docker,
+}
+
+/// What is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Job {
+    /// The command that is compared.
+    Command,
+    /// guestctl: prints the kernel's release and ends with [`super::image::PROBE_STATUS`].
+    Probe,
+}
+
+impl Job {
+    fn words(self, image: &Image) -> &[String] {
+        match self {
+            Self::Command => &image.command,
+            Self::Probe => &image.probe,
+        }
+    }
+}
+
+impl Runtime {
+    pub(super) const CONTAINERS: [Self; 4] = [Self::Crun, Self::Runc, Self::Podman, Self::Docker];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Minivmm => "minivmm",
+            Self::Crun => "crun",
+            Self::Runc => "runc",
+            Self::Podman => "podman",
+            Self::Docker => "docker",
+        }
+    }
+
+    /// All programs that must be there to run something, the one that is called first.
+    fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Minivmm => &[],
+            Self::Crun => &["crun"],
+            Self::Runc => &["runc"],
+            // Debian's podman prefers crun, others runc: it is asked for below.
+            Self::Podman => &["podman", "conmon"],
+            Self::Docker => &[
+                "docker",
+                "dockerd",
+                "containerd",
+                "containerd-shim-runc-v2",
+                "runc",
+            ],
+        }
+    }
+
+    /// Names of processes that serve all runs.
+    pub(super) fn daemons(self) -> &'static [&'static str] {
+        match self {
+            Self::Docker => &["dockerd", "containerd"],
+            _ => &[],
+        }
+    }
+
+    /// The program, if it is there.
+    pub(super) fn find(self) -> Option<PathBuf> {
+        match self {
+            Self::Minivmm => std::env::current_exe().ok(),
+            _ => find_program(self.programs().first()?),
+        }
+    }
+
+    /// The programs that this host must have for it and their bytes together, shared libraries aside.
+    pub(super) fn shipped(self) -> (Vec<String>, u64) {
+        let mut files: Vec<PathBuf> = match self {
+            Self::Minivmm => self.find().into_iter().collect(),
+            _ => self
+                .programs()
+                .iter()
+                .filter_map(|name| find_program(name))
+                .collect(),
+        };
+        if self == Self::Podman {
+            files.extend(
+                output("podman", &["info", "--format", "{{.Host.OCIRuntime.Path}}"])
+                    .map(PathBuf::from),
+            );
+        }
+        let size = |file: &PathBuf| file.metadata().map_or(0, |meta| meta.len());
+        let names = files.iter().filter_map(|file| file.file_name());
+        (
+            names
+                .map(|name| name.to_string_lossy().into_owned())
+                .collect(),
+            files.iter().map(size).sum(),
+        )
+    }
+
+    /// The first line of what it says of its version.
+    pub(super) fn version(self, program: &Path) -> String {
+        let text = output(&program.to_string_lossy(), &["--version"]).unwrap_or_default();
+        text.lines().next().unwrap_or("unknown").to_owned()
+    }
+
+    /// What of the host the command meets, but for namespaces, which are measured.
+    pub(super) fn shares(self) -> &'static str {
+        match self {
+            Self::Minivmm => {
+                "no kernel: the command has its own, behind KVM and minivmm's devices; root file system in memory of its own"
+            }
+            Self::Crun | Self::Runc => {
+                "the host's kernel; all system calls (no seccomp filter in the runtime's default configuration)"
+            }
+            Self::Podman | Self::Docker => {
+                "the host's kernel; the system calls that its default seccomp filter lets through"
+            }
+        }
+    }
+
+    /// Makes ready what every run needs: an image, a configuration. An error says what failed.
+    pub(super) fn prepare(self, image: &Image) -> Result<(), String> {
+        match self {
+            Self::Minivmm | Self::Podman => Ok(()),
+            Self::Crun | Self::Runc => {
+                for job in [Job::Command, Job::Probe] {
+                    self.make_bundle(image, job)?;
+                }
+                Ok(())
+            }
+            Self::Docker => {
+                let archive = image.scratch.join("image.tar");
+                call(
+                    "tar",
+                    &[
+                        "-C".into(),
+                        image.root.clone().into(),
+                        "-cf".into(),
+                        archive.clone().into(),
+                        ".".into(),
+                    ],
+                )?;
+                call(
+                    "docker",
+                    &[
+                        "import".into(),
+                        archive.clone().into(),
+                        image.id.clone().into(),
+                    ],
+                )?;
+                fs::remove_file(archive).map_err(|e| e.to_string())
+            }
+        }
+    }
+
+    /// A bundle with the runtime's own default configuration, but for what runs where.
+    fn make_bundle(self, image: &Image, job: Job) -> Result<(), String> {
+        let bundle = self.bundle(image, job);
+        fs::create_dir_all(&bundle).map_err(|e| e.to_string())?;
+        let mut words: Vec<OsString> =
+            vec!["spec".into(), "--bundle".into(), bundle.clone().into()];
+        if !rustix::process::geteuid().is_root() {
+            words.push("--rootless".into());
+        }
+        call(self.name(), &words)?;
+        let file = bundle.join("config.json");
+        let text = fs::read_to_string(&file).map_err(|e| e.to_string())?;
+        let mut spec: Value =
+            serde_json::from_str(&text).map_err(|e| format!("{}: {e}", file.display()))?;
+        spec["process"]["terminal"] = json!(false);
+        spec["process"]["args"] = json!(job.words(image));
+        spec["process"]["env"] = json!(ENVIRONMENT);
+        spec["root"] = json!({"path": image.root, "readonly": false});
+        fs::write(&file, spec.to_string()).map_err(|e| e.to_string())
+    }
+
+    fn bundle(self, image: &Image, job: Job) -> PathBuf {
+        image.scratch.join(format!("{}-{job:?}", self.name()))
+    }
+
+    /// The command that does a job.
+    pub(super) fn command(
+        self,
+        program: &Path,
+        image: &Image,
+        vm: &VmImage,
+        job: Job,
+    ) -> Vec<OsString> {
+        let mut all: Vec<OsString> = vec![program.into()];
+        let options = |options: &[&str]| options.iter().map(OsString::from).collect::<Vec<_>>();
+        let environment = ENVIRONMENT
+            .iter()
+            .map(|variable| format!("--env={variable}").into());
+        match self {
+            Self::Minivmm => {
+                let mut cmdline = vm.cmdline.clone();
+                if job == Job::Probe {
+                    cmdline.push_str(&format!(" {RUN}=/{}", super::image::PROBE_FILE));
+                }
+                all.extend(["--kernel".into(), vm.kernel.clone().into()]);
+                all.extend(["--initrd".into(), vm.initramfs.clone().into()]);
+                all.extend(options(&[
+                    "--cmdline",
+                    &cmdline,
+                    "--memory",
+                    &vm.memory.to_string(),
+                    "--cpus",
+                    &vm.cpus.to_string(),
+                ]));
+            }
+            Self::Crun | Self::Runc => {
+                all.extend([
+                    "run".into(),
+                    "--bundle".into(),
+                    self.bundle(image, job).into(),
+                ]);
+                all.push(image.id.clone().into());
+            }
+            Self::Podman => {
+                // Without systemd nobody makes its control groups, or keeps its journal.
+                if !Path::new("/run/systemd/system").exists() {
+                    all.extend(options(&[
+                        "--cgroup-manager=cgroupfs",
+                        "--events-backend=file",
+                    ]));
+                }
+                all.extend(options(&[
+                    "run",
+                    "--rm",
+                    "--network=none",
+                    "--name",
+                    &image.id,
+                ]));
+                all.extend(environment);
+                all.extend(["--rootfs".into(), image.root.clone().into()]);
+                all.extend(job.words(image).iter().map(OsString::from));
+            }
+            Self::Docker => {
+                all.extend(options(&[
+                    "run",
+                    "--rm",
+                    "--network=none",
+                    "--name",
+                    &image.id,
+                ]));
+                all.extend(environment);
+                all.push(image.id.clone().into());
+                all.extend(job.words(image).iter().map(OsString::from));
+            }
+        }
+        all
+    }
+
+    /// Takes away what a run that was killed may have left.
+    pub(super) fn clean_up(self, image: &Image) {
+        let words: &[&str] = match self {
+            Self::Minivmm => return,
+            Self::Crun | Self::Runc => &["delete", "--force", &image.id],
+            Self::Podman | Self::Docker => &["rm", "--force", &image.id],
+        };
+        // Usually there is nothing.
+        let _ = call(
+            self.name(),
+            &words.iter().map(OsString::from).collect::<Vec<_>>(),
+        );
+    }
+
+    /// Takes away what [`Self::prepare`] made outside of the scratch directory.
+    pub(super) fn forget(self, image: &Image) {
+        if self == Self::Docker {
+            let _ = call("docker", &["rmi", "--force", &image.id].map(OsString::from));
+        }
+    }
+}
+
+/// Runs a program to its end; an error has its last words.
+pub(super) fn call(program: &str, words: &[OsString]) -> Result<(), String> {
+    let mut command = Command::new(program);
+    measure::die_with_parent(command.args(words).stdin(Stdio::null()));
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!(
+            "{program}: {}: {}",
+            output.status,
+            last_lines(&output.stderr)
+        )),
+        Err(error) => Err(format!("cannot run {program}: {error}")),
+    }
+}
+
+/// What a program prints.
+fn output(program: &str, words: &[&str]) -> Option<String> {
+    let output = Command::new(program)
+        .args(words)
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    (output.status.success() && !text.is_empty()).then_some(text)
+}
