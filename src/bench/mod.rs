@@ -14,9 +14,7 @@ use crate::cli::GuestArgs;
 use crate::config::{ConfigError, Span, VmConfig};
 use crate::event_loop::Signals;
 use crate::exit_status;
-use crate::measure::{
-    self, GuestShare, HostFacts, Progress, Run, RunError, Summary, Watch, guest_share, mappings,
-};
+use crate::measure::{self, GuestShare, HostFacts, Progress, Run, RunError, Summary, Watch};
 
 pub use report::{Report, VmmReport};
 pub use vmm::Other;
@@ -279,10 +277,7 @@ impl Row {
         signals: &Signals,
     ) -> Result<(), BenchError> {
         let mut memory = None;
-        let mut look = |pid| {
-            let mappings = mappings(pid).unwrap_or_default();
-            memory = guest_share(&mappings, guest.memory.bytes);
-        };
+        let mut look = |pid| memory = GuestShare::read(pid, guest.memory.bytes);
         let watch = Watch {
             marker: Some(&args.until),
             limit: args.timeout.0,

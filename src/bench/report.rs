@@ -215,8 +215,8 @@ impl VmmReport {
             end,
             marker_ratio: None,
             end_ratio: None,
-            own_kib: row.memory.map(|memory| memory.own_kib),
-            guest_kib: row.memory.map(|memory| memory.guest_kib),
+            own_kib: row.memory.map(|memory| memory.own_bytes >> 10),
+            guest_kib: row.memory.map(|memory| memory.guest_bytes >> 10),
             statuses: row.statuses.clone(),
             error: row.error.clone(),
         }

@@ -20,7 +20,7 @@ use crate::event_loop::Signals;
 use crate::exit_status::{MONITOR_FAILED, Outcome, USAGE};
 use crate::measure::{self, HostFacts, Progress, Run, RunError, Watch};
 use image::{Image, PROBE_STATUS, VmImage};
-use processes::{Seen, daemons_kib};
+use processes::{Seen, daemons_bytes};
 use report::Report;
 use runtime::{Job, Runtime};
 
@@ -155,7 +155,7 @@ struct Row {
     /// The kernel's release as the probe saw it.
     kernel: Option<String>,
     seen: Seen,
-    daemons_kib: u64,
+    daemons_bytes: u64,
     cold: Times,
     warm: Times,
     statuses: Vec<i32>,
@@ -331,7 +331,7 @@ impl Comparison<'_> {
         self.say("looking at the memory", row);
         let mut seen = Seen::before();
         self.run(row, Job::Command, Some(&mut |_| seen.look()))?;
-        row.daemons_kib = daemons_kib(row.runtime.daemons());
+        row.daemons_bytes = daemons_bytes(row.runtime.daemons());
         row.seen = seen;
         Ok(())
     }
@@ -407,7 +407,7 @@ impl Row {
             prepare: Duration::ZERO,
             kernel: None,
             seen: Seen::default(),
-            daemons_kib: 0,
+            daemons_bytes: 0,
             cold: Times::default(),
             warm: Times::default(),
             statuses: Vec::new(),

@@ -86,6 +86,8 @@ pub(super) struct RowReport {
     pub(super) status_handed_on: bool,
     /// Statuses that the command ended with.
     pub(super) statuses: Vec<i32>,
+    /// The command's output in the last run, or the last 64 KiB of it.
+    pub(super) output: String,
     /// Namespaces that the runtime's processes have of their own.
     pub(super) own_namespaces: Vec<String>,
     /// What else of the host the command meets.
@@ -277,18 +279,14 @@ impl RowReport {
             cold_first_output: cold.0,
             cold_end: cold.1,
             end_ratio: None,
-            peak_kib: row.seen.peak_kib,
+            peak_kib: row.seen.peak_bytes >> 10,
             processes: row.seen.processes,
-            daemons_kib: row.daemons_kib,
+            daemons_kib: row.daemons_bytes >> 10,
             status_handed_on: row.kernel.is_some(),
             kernel_seen: row.kernel.clone(),
             statuses: row.statuses.clone(),
-            own_namespaces: row
-                .seen
-                .namespaces
-                .iter()
-                .map(|name| (*name).into())
-                .collect(),
+            output: String::from_utf8_lossy(&row.stdout).into_owned(),
+            own_namespaces: row.seen.namespaces.iter().cloned().collect(),
             shares: runtime.shares().into(),
             error: row.error.clone(),
         }

@@ -7,6 +7,8 @@ use procfs::process::{MemoryMap, Process};
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::measure::private_bytes;
+
 /// Memory of this process that no other process shares, in bytes: resident or swapped out, in anonymous or file pages. What
 /// the kernel keeps for it, KVM's page tables among it, is not part of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -31,15 +33,7 @@ impl PrivateMemory {
     fn sum(maps: &[MemoryMap], guest: &[Range<u64>]) -> Self {
         let mut sum = Self::default();
         for map in maps {
-            let private: u64 = [
-                "Private_Clean",
-                "Private_Dirty",
-                "Private_Hugetlb",
-                "SwapPss",
-            ]
-            .iter()
-            .filter_map(|field| map.extension.map.get(*field))
-            .sum();
+            let private = private_bytes(map);
             let (start, end) = map.address;
             if guest.iter().any(|ram| ram.start < end && start < ram.end) {
                 sum.guest_bytes += private;

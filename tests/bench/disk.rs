@@ -129,7 +129,7 @@ fn main() -> Outcome<()> {
     std::io::copy(&mut File::open("/dev/urandom")?.take(DISK_LEN), &mut disk)?;
     disk.flush()?;
     let mut columns = columns(disk.path())?;
-    let load_before = load();
+    let host = host(&[QEMU]);
     for round in 1..=rounds {
         for column in &mut columns {
             eprintln!("round {round} of {rounds}: {}", column.name);
@@ -163,8 +163,7 @@ fn main() -> Outcome<()> {
     for column in &columns {
         println!("{}: {}", column.name, command_line(&column.command));
     }
-    println!("\n{}", host(&[QEMU]));
-    println!("load average {load_before} before, {} after", load());
+    println!("\n{host}; load average {} after", load());
     Ok(())
 }
 

@@ -4,26 +4,16 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// The processor, the kernel, its KVM, and the versions of these programs.
+use minivmm::measure::HostFacts;
+
+/// What the host is like now, and the versions of these programs.
 pub(crate) fn host(programs: &[&str]) -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown processor", |(_, model)| model);
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let kvm: Vec<&str> = ["kvm_intel", "kvm_amd", "kvm_pvm"]
-        .into_iter()
-        .filter(|module| Path::new("/sys/module").join(module).exists())
-        .collect();
     let versions: String = programs
         .iter()
         .filter_map(|program| version_of(program))
         .map(|version| format!("; {version}"))
         .collect();
-    let (kernel, kvm) = (kernel.trim(), kvm.join(" "));
-    format!("{model}, {cpus} CPUs; Linux {kernel}, {kvm}{versions}")
+    format!("{}{versions}", HostFacts::read())
 }
 
 /// The first line of what a program says of itself; `None` if there is no such program.

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::{project, tiny};
 use host::{command_line, host, load, version_of};
+use minivmm::measure::Summary;
 
 /// Measured rounds, unless the command line says otherwise.
 const RUNS: usize = 200;
@@ -67,12 +68,6 @@ impl Row {
             Err(format!("{:?}: {status}", self.command).into())
         }
     }
-
-    /// The time, in milliseconds, that `share` of the runs did not exceed.
-    fn percentile(&self, share: f64) -> f64 {
-        let rank = (share * self.times.len() as f64).ceil() as usize;
-        self.times[rank.max(1) - 1].as_secs_f64() * 1e3
-    }
 }
 
 fn main() -> Outcome<()> {
@@ -86,7 +81,7 @@ fn main() -> Outcome<()> {
         None => RUNS,
     };
     let mut rows = rows()?;
-    let load_before = load();
+    let host = host(&[QEMU, "runc"]);
     for round in 0..WARM_UPS + runs {
         for row in &mut rows {
             row.run()?;
@@ -95,7 +90,10 @@ fn main() -> Outcome<()> {
             }
         }
     }
-    rows.iter_mut().for_each(|row| row.times.sort());
+    let summaries = rows
+        .iter()
+        .map(|row| Summary::new(&row.times).ok_or("nothing was measured"))
+        .collect::<Result<Vec<_>, _>>()?;
 
     println!(
         "Whole processes, from just before posix_spawn(3) to the return of waitpid(2), in ms;"
@@ -105,24 +103,22 @@ fn main() -> Outcome<()> {
         "{:<28} {:>8} {:>8} {:>8} {:>8} {:>9}",
         "", "median", "p90", "p99", "min", "x floor"
     );
-    let floor = rows[0].percentile(0.5);
-    for row in &rows {
-        let median = row.percentile(0.5);
+    for (row, times) in rows.iter().zip(&summaries) {
         println!(
-            "{:<28} {median:>8.2} {:>8.2} {:>8.2} {:>8.2} {:>9.2}",
+            "{:<28} {:>8.2} {:>8.2} {:>8.2} {:>8.2} {:>9.2}",
             row.name,
-            row.percentile(0.9),
-            row.percentile(0.99),
-            row.percentile(0.0),
-            median / floor
+            times.median_ms,
+            times.p90_ms,
+            times.p99_ms,
+            times.min_ms,
+            times.median_ms / summaries[0].median_ms
         );
     }
     println!();
     for row in &rows {
         println!("{}: {}", row.name, command_line(&row.command));
     }
-    println!("\n{}", host(&[QEMU, "runc"]));
-    println!("load average {load_before} before, {} after", load());
+    println!("\n{host}; load average {} after", load());
     Ok(())
 }
 
