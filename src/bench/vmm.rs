@@ -143,26 +143,22 @@ impl fmt::Display for Other {
 /// minivmm itself: the very program that measures.
 pub(super) fn minivmm(guest: &VmConfig) -> std::io::Result<Vmm> {
     let program = std::env::current_exe()?;
-    let mut words = vec![program.clone().into_os_string(), "--kernel".into()];
-    words.push(guest.kernel.clone().into());
-    if let Some(initrd) = &guest.initrd {
-        words.extend(["--initrd".into(), initrd.clone().into()]);
-    }
-    words.extend(
-        [
-            "--cmdline",
-            &guest.kernel_cmdline(),
-            "--cpus",
-            &guest.cpus.to_string(),
-            "--memory",
-            &guest.memory.to_string(),
-        ]
-        .map(OsString::from),
-    );
+    let mut all: Vec<OsString> = vec![program.clone().into()];
+    all.extend(words(
+        guest,
+        "--serial stdio",
+        &[
+            ("--cpus", &guest.cpus.to_string()),
+            ("--memory", &guest.memory.to_string()),
+            ("--kernel", &guest.kernel),
+            ("--cmdline", &guest.kernel_cmdline()),
+        ],
+        "--initrd",
+    ));
     Ok(Vmm {
         name: "minivmm",
         program,
-        words,
+        words: all,
         stdout: Stdout::Console,
         differs: "",
     })
@@ -190,48 +186,38 @@ fn mib(guest: &VmConfig) -> u64 {
     guest.memory.bytes >> 20
 }
 
-/// A list of words, some of them paths.
-fn words<const N: usize>(words: [&dyn AsRef<OsStr>; N]) -> Vec<OsString> {
-    words
+/// Fixed words, then options with their values, then the initrd if there is one.
+fn words(
+    guest: &VmConfig,
+    fixed: &str,
+    options: &[(&str, &dyn AsRef<OsStr>)],
+    initrd: &str,
+) -> Vec<OsString> {
+    let mut words: Vec<OsString> = fixed.split(' ').map(OsString::from).collect();
+    let initrd = guest
+        .initrd
         .iter()
-        .map(|word| (*word).as_ref().to_owned())
-        .collect()
-}
-
-/// An option with the initrd, if there is one.
-fn initrd(guest: &VmConfig, option: &str) -> Vec<OsString> {
-    let path = guest.initrd.iter();
-    path.flat_map(|path| [option.into(), path.clone().into()])
-        .collect()
+        .map(|path| (initrd, path as &dyn AsRef<OsStr>));
+    for (option, value) in options.iter().copied().chain(initrd) {
+        words.extend([option.into(), value.as_ref().to_owned()]);
+    }
+    words
 }
 
 /// docs/system/i386/microvm.rst
 fn qemu(guest: &VmConfig) -> Vec<OsString> {
-    let memory = format!("{}M", mib(guest));
-    let mut all = words([
-        &"-M",
-        &"microvm,pit=off,pic=off,rtc=off",
-        &"-enable-kvm",
-        &"-cpu",
-        &"host,-arch-capabilities",
-        &"-smp",
-        &guest.cpus.to_string(),
-        &"-m",
-        &memory,
-        &"-nodefaults",
-        &"-no-user-config",
-        &"-no-reboot",
-        &"-display",
-        &"none",
-        &"-serial",
-        &"stdio",
-        &"-kernel",
-        &guest.kernel,
-        &"-append",
-        &guest.kernel_cmdline(),
-    ]);
-    all.extend(initrd(guest, "-initrd"));
-    all
+    words(
+        guest,
+        "-M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -nodefaults -no-user-config -no-reboot \
+         -display none -serial stdio",
+        &[
+            ("-smp", &guest.cpus.to_string()),
+            ("-m", &format!("{}M", mib(guest))),
+            ("-kernel", &guest.kernel),
+            ("-append", &guest.kernel_cmdline()),
+        ],
+        "-initrd",
+    )
 }
 
 /// docs/getting-started.md; only errors are logged, since the log goes to stdout.
@@ -247,73 +233,56 @@ fn firecracker(guest: &VmConfig, scratch: &Path) -> std::io::Result<Vec<OsString
         "machine-config": { "vcpu_count": guest.cpus, "mem_size_mib": mib(guest) },
     });
     std::fs::write(&file, config.to_string())?;
-    Ok(words([
-        &"--no-api",
-        &"--level",
-        &"Error",
-        &"--config-file",
-        &file,
-    ]))
+    let fixed = ["--no-api", "--level", "Error", "--config-file"];
+    let mut words: Vec<OsString> = fixed.map(OsString::from).into();
+    words.push(file.into());
+    Ok(words)
 }
 
 /// README.md, "Custom Kernel and Disk Image"
 fn cloud_hypervisor(guest: &VmConfig) -> Vec<OsString> {
-    let mut all = words([
-        &"--kernel",
-        &guest.kernel,
-        &"--cmdline",
-        &guest.kernel_cmdline(),
-        &"--cpus",
-        &format!("boot={}", guest.cpus),
-        &"--memory",
-        &format!("size={}M", mib(guest)),
-        &"--serial",
-        &"tty",
-        &"--console",
-        &"off",
-    ]);
-    all.extend(initrd(guest, "--initramfs"));
-    all
+    words(
+        guest,
+        "--serial tty --console off",
+        &[
+            ("--cpus", &format!("boot={}", guest.cpus)),
+            ("--memory", &format!("size={}M", mib(guest))),
+            ("--kernel", &guest.kernel),
+            ("--cmdline", &guest.kernel_cmdline()),
+        ],
+        "--initramfs",
+    )
 }
 
 /// Documentation/kvmtool.1
 fn kvmtool(guest: &VmConfig) -> Vec<OsString> {
-    let mut all = words([
-        &"run",
-        &"--kernel",
-        &guest.kernel,
-        &"--params",
-        &guest.kernel_cmdline(),
-        &"--cpus",
-        &guest.cpus.to_string(),
-        &"--mem",
-        &mib(guest).to_string(),
-        &"--console",
-        &"serial",
-        &"--network",
-        &"mode=none",
-    ]);
-    all.extend(initrd(guest, "--initrd"));
-    all
+    words(
+        guest,
+        "run --console serial --network mode=none",
+        &[
+            ("--cpus", &guest.cpus.to_string()),
+            ("--mem", &mib(guest).to_string()),
+            ("--kernel", &guest.kernel),
+            ("--params", &guest.kernel_cmdline()),
+        ],
+        "--initrd",
+    )
 }
 
 /// docs/book/src/running_crosvm/
 fn crosvm(guest: &VmConfig) -> Vec<OsString> {
-    let mut all = words([
-        &"run",
-        &"--disable-sandbox",
-        &"--cpus",
-        &guest.cpus.to_string(),
-        &"--mem",
-        &mib(guest).to_string(),
-        &"--serial",
-        &"type=stdout,hardware=serial,num=1",
-        &"--params",
-        &guest.kernel_cmdline(),
-    ]);
-    all.extend(initrd(guest, "--initrd"));
-    all.push(guest.kernel.clone().into());
-    all
+    let mut words = words(
+        guest,
+        "run --disable-sandbox --serial type=stdout,hardware=serial,num=1",
+        &[
+            ("--cpus", &guest.cpus.to_string()),
+            ("--mem", &mib(guest).to_string()),
+            ("--params", &guest.kernel_cmdline()),
+        ],
+        "--initrd",
+    );
+    words.push(guest.kernel.clone().into());
+    words
 }
 
 #[cfg(test)]
