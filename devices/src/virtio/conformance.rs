@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use virtio_bindings::virtio_mmio::*;
 
-use super::block::{Block, Disk};
+use super::block::{Access, Block, Disk, Engine};
 use super::device::VirtioDevice;
 use super::rng::Rng;
 use super::testing::*;
@@ -11,7 +11,7 @@ use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::bus::BusDevice;
 use crate::virtio::transport::mmio;
 
-const KINDS: [&str; 3] = ["rng", "block", "block, read-only"];
+const KINDS: [&str; 4] = ["rng", "block", "block, read-only", "block, ephemeral"];
 
 fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
@@ -19,8 +19,13 @@ fn device(kind: &str) -> Box<dyn VirtioDevice> {
         _ => {
             let file = tempfile::NamedTempFile::new().unwrap();
             file.as_file().set_len(1 << 20).unwrap();
-            let disk = Disk::open(file.path(), kind != "block").unwrap();
-            Box::new(Block::new(disk, "serial"))
+            let access = match kind {
+                "block" => Access::ReadWrite,
+                "block, read-only" => Access::ReadOnly,
+                _ => Access::Ephemeral,
+            };
+            let disk = Disk::open(file.path(), access).unwrap();
+            Box::new(Block::new(disk, "serial", 1, Engine::Sync))
         }
     }
 }

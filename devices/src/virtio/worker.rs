@@ -24,6 +24,7 @@ pub trait Handler: Send + 'static {
 
 /// A running worker. Dropping it stops it.
 pub struct Worker {
+    queue: u16,
     stop: Arc<AtomicBool>,
     /// `None` only while it is being stopped.
     thread: Option<JoinHandle<Virtqueue>>,
@@ -38,6 +39,7 @@ impl Worker {
         interrupt: Interrupt,
         mut handler: impl Handler,
     ) -> io::Result<Self> {
+        let index = queue.index();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = thread::Builder::new().name(name).spawn(move || {
@@ -47,9 +49,15 @@ impl Worker {
             queue
         })?;
         Ok(Self {
+            queue: index,
             stop,
             thread: Some(thread),
         })
+    }
+
+    /// The number of its queue.
+    pub fn queue(&self) -> u16 {
+        self.queue
     }
 
     /// Has the worker look into its queue.
@@ -59,15 +67,20 @@ impl Worker {
         }
     }
 
+    /// Has the worker end after the request in hand.
+    pub fn ask_to_stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.notify();
+    }
+
     /// Waits for the request in hand and takes the queue back.
     pub fn stop(mut self) -> Option<Virtqueue> {
         self.join()
     }
 
     fn join(&mut self) -> Option<Virtqueue> {
-        self.stop.store(true, Ordering::Release);
+        self.ask_to_stop();
         let thread = self.thread.take()?;
-        thread.thread().unpark();
         match thread.join() {
             Ok(queue) => Some(queue),
             // A bug, and not to be hidden.

@@ -1,10 +1,14 @@
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 
+use proptest::prelude::*;
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::*;
 
 use super::super::testing::{DATA, Driver, END, HIGH, SEAM, WRITE};
+use super::Access::{Ephemeral, ReadOnly, ReadWrite};
+use super::overlay::Overlay;
 use super::*;
 use crate::bus::BusDevice;
 
@@ -30,19 +34,19 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(read_only: bool, without: u64) -> Self {
+    fn new(access: Access, without: u64) -> Self {
         let mut file = NamedTempFile::new().unwrap();
         file.write_all(&pattern()).unwrap();
-        let disk = Disk::open(file.path(), read_only).unwrap();
-        let driver = Driver::started(Box::new(Block::new(disk, "a-serial")), without);
+        let disk = Disk::open(file.path(), access).unwrap();
+        let driver = Driver::started(
+            Box::new(Block::new(disk, "a-serial", 1, Engine::Sync)),
+            without,
+        );
         Self { driver, file }
     }
 
     fn header(&self, kind: u32, sector: u64) {
-        let mut header = [0xaa; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.driver.write(DATA, &header);
+        self.driver.write(DATA, &header(kind, sector));
     }
 
     /// A request of header, `data` and status; gives the status and the length written.
@@ -66,9 +70,25 @@ impl Rig {
     }
 }
 
+fn header(kind: u32, sector: u64) -> [u8; 16] {
+    let mut header = [0xaa; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    header
+}
+
+/// A disk of `queues` queues on this file, started.
+fn multi_queue(file: &NamedTempFile, access: Access, queues: u16) -> Driver {
+    let disk = Disk::open(file.path(), access).unwrap();
+    let mut driver = Driver::new(Box::new(Block::new(disk, "", queues, Engine::Sync)));
+    driver.queues = queues;
+    driver.start(0);
+    driver
+}
+
 #[test]
 fn the_configuration_says_what_the_disk_is() {
-    let mut rig = Rig::new(false, 0);
+    let mut rig = Rig::new(ReadWrite, 0);
     let mut config = [0; 60];
     rig.driver.transport.read(0x100, &mut config);
     let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
@@ -82,14 +102,14 @@ fn the_configuration_says_what_the_disk_is() {
     );
     let writes = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
     assert_eq!(rig.driver.offered() & writes, writes);
-    let mut rig = Rig::new(true, 0);
+    let mut rig = Rig::new(ReadOnly, 0);
     assert_eq!(rig.driver.offered() & writes, 0);
     assert_ne!(rig.driver.offered() & 1 << VIRTIO_BLK_F_RO, 0);
 }
 
 #[test]
 fn reads_and_writes_move_the_right_bytes() {
-    let mut rig = Rig::new(false, 0);
+    let mut rig = Rig::new(ReadWrite, 0);
     let data = [(BUFFER, 1024, WRITE)];
     assert_eq!(rig.request(VIRTIO_BLK_T_IN, 3, &data), (OK, 1025));
     assert_eq!(rig.driver.read(BUFFER, 1024), pattern()[3 * 512..5 * 512]);
@@ -121,7 +141,7 @@ fn reads_and_writes_move_the_right_bytes() {
 
 #[test]
 fn a_header_and_a_status_may_lie_anywhere() {
-    let mut rig = Rig::new(false, 0);
+    let mut rig = Rig::new(ReadWrite, 0);
     rig.header(VIRTIO_BLK_T_IN, 1);
     // The header in three pieces, the status in the data's last descriptor, and an empty descriptor.
     let chain = [
@@ -143,7 +163,7 @@ fn a_header_and_a_status_may_lie_anywhere() {
 
 #[test]
 fn bad_requests_get_their_status() {
-    let mut rig = Rig::new(false, 0);
+    let mut rig = Rig::new(ReadWrite, 0);
     let sector = |len| [(BUFFER, len, WRITE)];
     let given = |len| [(BUFFER, len, 0)];
     let (read, write) = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT);
@@ -214,7 +234,7 @@ fn bad_requests_get_their_status() {
 
 #[test]
 fn a_request_without_a_status_needs_a_reset() {
-    let mut rig = Rig::new(false, 0);
+    let mut rig = Rig::new(ReadWrite, 0);
     for chain in [
         &[(DATA, 16, 0)][..],
         &[(DATA, 16, 0), (BUFFER, 512, 0)],
@@ -233,7 +253,7 @@ fn a_request_without_a_status_needs_a_reset() {
 
 #[test]
 fn a_read_only_disk_stays_as_it_is() {
-    let mut rig = Rig::new(true, 0);
+    let mut rig = Rig::new(ReadOnly, 0);
     let clear = [(BUFFER, 16, 0)];
     rig.driver.write(BUFFER, &segment(0, 8, 0));
     assert_eq!(rig.request(VIRTIO_BLK_T_DISCARD, 0, &clear), (IOERR, 1));
@@ -262,7 +282,7 @@ fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
 
 #[test]
 fn discard_and_write_zeroes() {
-    let mut rig = Rig::new(false, 0);
+    let mut rig = Rig::new(ReadWrite, 0);
     let mut run = |kind, sector, count, flags, len| {
         rig.driver.write(BUFFER, &[0; 64]);
         rig.driver.write(BUFFER, &segment(sector, count, flags));
@@ -313,7 +333,7 @@ fn discard_and_write_zeroes() {
 
 #[test]
 fn an_image_that_was_truncated_gives_an_error_and_no_more() {
-    let mut rig = Rig::new(false, 0);
+    let mut rig = Rig::new(ReadWrite, 0);
     rig.file.as_file().set_len(5 * 512 + 100).unwrap();
     let data = [(BUFFER, 1024, WRITE)];
     assert_eq!(rig.request(VIRTIO_BLK_T_IN, 5, &data), (IOERR, 1));
@@ -323,7 +343,7 @@ fn an_image_that_was_truncated_gives_an_error_and_no_more() {
 
 #[test]
 fn a_driver_without_flush_writes_through() {
-    let mut rig = Rig::new(false, 1 << VIRTIO_BLK_F_FLUSH);
+    let mut rig = Rig::new(ReadWrite, 1 << VIRTIO_BLK_F_FLUSH);
     rig.driver.write(BUFFER, &[9; 512]);
     assert_eq!(
         rig.request(VIRTIO_BLK_T_OUT, 2, &[(BUFFER, 512, 0)]),
@@ -336,8 +356,8 @@ fn a_driver_without_flush_writes_through() {
 fn a_write_that_the_host_refuses_gives_an_error_and_no_more() {
     let file = NamedTempFile::new().unwrap();
     file.as_file().set_len(1 << 20).unwrap();
-    let disk = Disk::open(file.path(), true).unwrap().claim_writable();
-    let mut driver = Driver::started(Box::new(Block::new(disk, "")), 0);
+    let disk = Disk::open(file.path(), ReadOnly).unwrap().claim_writable();
+    let mut driver = Driver::started(Box::new(Block::new(disk, "", 1, Engine::Sync)), 0);
     let mut header = [0; 16];
     header[0] = 1;
     driver.write(DATA, &header);
@@ -351,27 +371,277 @@ fn a_disk_is_a_file_that_is_free() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     let message = |result: Result<Disk, DiskError>| result.err().unwrap().to_string();
-    let missing = message(Disk::open(&path, false));
+    let missing = message(Disk::open(&path, ReadWrite));
     assert!(
         missing.contains("for writing") && missing.contains("disk"),
         "{missing}"
     );
     fs::write(&path, [0; 511]).unwrap();
-    assert!(message(Disk::open(&path, true)).contains("511 bytes"));
-    assert!(message(Disk::open(dir.path(), true)).contains("neither"));
-    assert!(message(Disk::open("/dev/null".as_ref(), false)).contains("neither"));
+    assert!(message(Disk::open(&path, ReadOnly)).contains("511 bytes"));
+    assert!(message(Disk::open(dir.path(), ReadOnly)).contains("neither"));
+    assert!(message(Disk::open("/dev/null".as_ref(), ReadWrite)).contains("neither"));
     // A header of a format is data like any other; what is beyond the last whole sector is not seen.
     fs::write(&path, [b"QFI\xfb", &[0; 1000][..]].concat()).unwrap();
-    assert_eq!(Disk::open(&path, false).unwrap().sectors(), 1);
+    assert_eq!(Disk::open(&path, ReadWrite).unwrap().sectors(), 1);
 
-    let reader = Disk::open(&path, true).unwrap();
-    let second = Disk::open(&path, true).unwrap();
-    assert!(message(Disk::open(&path, false)).contains("in use"));
+    let reader = Disk::open(&path, ReadOnly).unwrap();
+    let second = Disk::open(&path, ReadOnly).unwrap();
+    assert!(message(Disk::open(&path, ReadWrite)).contains("in use"));
     drop((reader, second));
-    let writer = Disk::open(&path, false).unwrap();
-    assert!(message(Disk::open(&path, false)).contains("in use"));
-    assert!(message(Disk::open(&path, true)).contains("in use"));
+    let writer = Disk::open(&path, ReadWrite).unwrap();
+    assert!(message(Disk::open(&path, ReadWrite)).contains("in use"));
+    assert!(message(Disk::open(&path, ReadOnly)).contains("in use"));
     // A device that was started and dropped has let go of it.
-    drop(Driver::started(Box::new(Block::new(writer, "")), 0));
-    Disk::open(&path, false).unwrap();
+    drop(Driver::started(
+        Box::new(Block::new(writer, "", 1, Engine::Sync)),
+        0,
+    ));
+    Disk::open(&path, ReadWrite).unwrap();
+}
+
+/// Puts a request in the driver's current queue: `data` are the bytes to write, or where and how long to read.
+fn submit(driver: &mut Driver, kind: u32, sector: u64, data: (u64, u32, u16)) {
+    let space = DATA + 0x200 * u64::from(driver.queue);
+    driver.write(space, &header(kind, sector));
+    driver.write(space + 0x100, &[0xee]);
+    driver.chain(0, &[(space, 16, 0), data, (space + 0x100, 1, WRITE)]);
+    driver.offer(0);
+    driver.notify();
+}
+
+/// Waits for it and gives its status.
+fn status(driver: &mut Driver) -> u8 {
+    driver.wait_used();
+    driver.read(DATA + 0x200 * u64::from(driver.queue) + 0x100, 1)[0]
+}
+
+#[test]
+fn every_queue_works_alone_and_with_the_others() {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(&pattern()).unwrap();
+    let mut driver = multi_queue(&file, ReadWrite, MAX_QUEUES);
+    let mut config = [0; 2];
+    driver.transport.read(0x100 + 34, &mut config);
+    assert_eq!(u16::from_le_bytes(config), MAX_QUEUES);
+    let round = |driver: &mut Driver, queues: &[u16]| {
+        for queue in queues {
+            driver.queue = *queue;
+            let at = BUFFER + 512 * u64::from(*queue);
+            driver.write(at, &[0; 512]);
+            submit(driver, VIRTIO_BLK_T_IN, u64::from(*queue), (at, 512, WRITE));
+        }
+        for queue in queues {
+            driver.queue = *queue;
+            assert_eq!(status(driver), OK);
+            let at = 512 * usize::from(*queue);
+            assert_eq!(
+                driver.read(BUFFER + at as u64, 512),
+                pattern()[at..at + 512]
+            );
+        }
+    };
+    let all: Vec<u16> = (0..MAX_QUEUES).collect();
+    for _ in 0..20 {
+        round(&mut driver, &all);
+    }
+    // One is taken back; the others go on from where they stand.
+    driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_SEL, 3);
+    driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_READY, 0);
+    let others: Vec<u16> = all.iter().copied().filter(|queue| *queue != 3).collect();
+    for _ in 0..20 {
+        round(&mut driver, &others);
+    }
+    driver.queue = 3;
+    let before = driver.used_index();
+    driver.offer(0);
+    driver.notify();
+    // Again with fewer queues than there are, and a reset under requests of all.
+    for queues in [2, MAX_QUEUES] {
+        driver.queues = queues;
+        driver.start(0);
+        round(&mut driver, &all[..queues.into()]);
+    }
+    assert_eq!(before, 20);
+    for queue in all {
+        driver.queue = queue;
+        submit(&mut driver, VIRTIO_BLK_T_IN, 0, (BUFFER, 512, WRITE));
+    }
+    driver.set_status(0);
+    let before: Vec<u16> = (0..MAX_QUEUES)
+        .map(|queue| used_of(&mut driver, queue))
+        .collect();
+    std::thread::yield_now();
+    let after: Vec<u16> = (0..MAX_QUEUES)
+        .map(|queue| used_of(&mut driver, queue))
+        .collect();
+    assert_eq!(before, after);
+    driver.start(0);
+    driver.any_request();
+}
+
+fn used_of(driver: &mut Driver, queue: u16) -> u16 {
+    driver.queue = queue;
+    driver.used_index()
+}
+
+#[test]
+fn a_fault_in_one_queue_stops_all() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let mut driver = multi_queue(&file, ReadWrite, 2);
+    driver.queue = 1;
+    driver.offer(999);
+    driver.notify();
+    driver.expect_needs_reset("a bad head in queue 1");
+}
+
+/// What the queues of an ephemeral disk do at once: each a change of its own sectors, and a look at any.
+#[derive(Debug, Clone, Copy)]
+struct Change {
+    kind: u32,
+    sector: u64,
+    count: u64,
+    value: u8,
+}
+
+fn changes() -> impl Strategy<Value = Vec<Change>> {
+    let kind = prop_oneof![
+        4 => Just(VIRTIO_BLK_T_OUT),
+        1 => Just(VIRTIO_BLK_T_DISCARD),
+        1 => Just(VIRTIO_BLK_T_WRITE_ZEROES),
+    ];
+    let change =
+        (kind, 0..SECTORS, 1u64..20, any::<u8>()).prop_map(|(kind, sector, count, value)| Change {
+            kind,
+            sector,
+            count: count.min(SECTORS - sector),
+            value,
+        });
+    proptest::collection::vec(change, 1..80)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Of changes that go on at once in several queues, in one cluster too, none is lost and none touches what lies beside
+    /// it; the base stays as it is.
+    #[test]
+    fn an_ephemeral_disk_is_a_disk(changes in changes()) {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(&pattern()).unwrap();
+        let mut driver = multi_queue(&file, Ephemeral, 4);
+        let mut model = pattern();
+        let mut changes = &changes[..];
+        while !changes.is_empty() {
+            // As many as do not overlap, one a queue.
+            let mut taken = [false; SECTORS as usize];
+            let mut queues = 0;
+            while let Some((change, rest)) = changes.split_first().filter(|_| queues < 4) {
+                let sectors = change.sector as usize..(change.sector + change.count) as usize;
+                if taken[sectors.clone()].contains(&true) {
+                    break;
+                }
+                taken[sectors.clone()].fill(true);
+                let bytes = sectors.start * 512..sectors.end * 512;
+                driver.queue = queues;
+                let buffer = BUFFER + 0x4000 * u64::from(queues);
+                let data = if change.kind == VIRTIO_BLK_T_OUT {
+                    // Different in every byte's neighbourhood.
+                    let bytes_out: Vec<u8> = bytes.clone().map(|n| change.value ^ (n / 3) as u8).collect();
+                    driver.write(buffer, &bytes_out);
+                    model[bytes].copy_from_slice(&bytes_out);
+                    (buffer, bytes_out.len() as u32, 0)
+                } else {
+                    driver.write(buffer, &segment(change.sector, change.count as u32, 0));
+                    model[bytes].fill(0);
+                    (buffer, 16, 0)
+                };
+                submit(&mut driver, change.kind, change.sector, data);
+                (queues, changes) = (queues + 1, rest);
+            }
+            for queue in 0..queues {
+                driver.queue = queue;
+                prop_assert_eq!(status(&mut driver), OK);
+            }
+            driver.queue = 0;
+            let odd = BUFFER + 0x4000;
+            let whole = SECTORS as u32 * 512;
+            submit(&mut driver, VIRTIO_BLK_T_IN, 0, (odd, whole, WRITE));
+            prop_assert_eq!(status(&mut driver), OK);
+            prop_assert!(driver.read(odd, whole as usize) == model);
+        }
+        drop(driver);
+        prop_assert!(fs::read(file.path()).unwrap() == pattern());
+    }
+}
+
+#[test]
+fn many_share_the_base_of_an_ephemeral_disk() {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(&pattern()).unwrap();
+    let mut one = multi_queue(&file, Ephemeral, 1);
+    let mut other = multi_queue(&file, Ephemeral, 1);
+    let reader = Disk::open(file.path(), ReadOnly).unwrap();
+    assert!(Disk::open(file.path(), ReadWrite).is_err());
+    drop(reader);
+    assert_eq!(one.offered() & 1 << VIRTIO_BLK_F_RO, 0);
+    one.write(BUFFER, &[1; 512]);
+    submit(&mut one, VIRTIO_BLK_T_OUT, 66, (BUFFER, 512, 0));
+    assert_eq!(status(&mut one), OK);
+    submit(&mut other, VIRTIO_BLK_T_IN, 66, (BUFFER, 512, WRITE));
+    assert_eq!(status(&mut other), OK);
+    assert_eq!(other.read(BUFFER, 512), pattern()[66 * 512..]);
+    // A change that needs bytes of a base that has gone fails, and does no more.
+    file.as_file().set_len(512).unwrap();
+    submit(&mut one, VIRTIO_BLK_T_OUT, 1, (BUFFER, 512, 0));
+    assert_eq!(status(&mut one), IOERR);
+    submit(&mut one, VIRTIO_BLK_T_OUT, 8, (BUFFER, 4096, 0));
+    assert_eq!(status(&mut one), OK);
+}
+
+#[test]
+fn writers_of_one_cluster_do_not_undo_each_other() {
+    const CLUSTERS: u64 = 1000;
+    let base = tempfile::tempfile().unwrap();
+    base.set_len(CLUSTERS * 4096).unwrap();
+    let overlay = Overlay::new(CLUSTERS * 4096).unwrap();
+    let barrier = std::sync::Barrier::new(4);
+    std::thread::scope(|scope| {
+        for writer in 0..4u8 {
+            let (overlay, base, barrier) = (&overlay, &base, &barrier);
+            scope.spawn(move || {
+                for cluster in 0..CLUSTERS {
+                    let (len, at) = if writer == 3 {
+                        (5 * 512, 3)
+                    } else {
+                        (512, u64::from(writer))
+                    };
+                    let offset = cluster * 4096 + at * 512;
+                    barrier.wait();
+                    let bytes = vec![writer + 1; len];
+                    let write = |top: &fs::File| top.write_all_at(&bytes, offset);
+                    overlay.change(base, offset, len as u64, write).unwrap();
+                }
+            });
+        }
+    });
+    for cluster in 0..CLUSTERS {
+        let (file, len) = overlay.place(&base, cluster * 4096, 4096);
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, cluster * 4096).unwrap();
+        assert_eq!((len, bytes[0], bytes[512], bytes[1024]), (4096, 1, 2, 3));
+        assert!(bytes[1536..] == [4; 2560]);
+    }
+}
+
+#[test]
+fn an_ephemeral_disk_has_limits() {
+    let file = NamedTempFile::new().unwrap();
+    // Not every file system has files so long.
+    if file.as_file().set_len((1 << 44) + 512).is_ok() {
+        let error = Disk::open(file.path(), Ephemeral)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(error.contains("16 TiB"), "{error}");
+    }
 }
