@@ -11,7 +11,13 @@ use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::bus::BusDevice;
 use crate::virtio::transport::mmio;
 
-const KINDS: [&str; 4] = ["rng", "block", "block, read-only", "block, ephemeral"];
+const KINDS: [&str; 5] = [
+    "rng",
+    "block",
+    "block, sync",
+    "block, read-only",
+    "block, ephemeral",
+];
 
 fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
@@ -19,13 +25,14 @@ fn device(kind: &str) -> Box<dyn VirtioDevice> {
         _ => {
             let file = tempfile::NamedTempFile::new().unwrap();
             file.as_file().set_len(1 << 20).unwrap();
-            let access = match kind {
-                "block" => Access::ReadWrite,
-                "block, read-only" => Access::ReadOnly,
-                _ => Access::Ephemeral,
+            let (access, engine) = match kind {
+                "block" => (Access::ReadWrite, Engine::IoUring),
+                "block, sync" => (Access::ReadWrite, Engine::Sync),
+                "block, read-only" => (Access::ReadOnly, Engine::IoUring),
+                _ => (Access::Ephemeral, Engine::Sync),
             };
             let disk = Disk::open(file.path(), access).unwrap();
-            Box::new(Block::new(disk, "serial", 1, Engine::Sync))
+            Box::new(Block::new(disk, "serial", 1, engine))
         }
     }
 }

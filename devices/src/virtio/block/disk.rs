@@ -3,8 +3,8 @@
 use std::env;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock, ioctl_blksszget};
@@ -15,7 +15,7 @@ use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
 use crate::virtio::queue::Buffers;
 
 /// iovecs that the kernel takes in one call (UIO_MAXIOV).
-const MAX_IOVECS: usize = 1024;
+pub(super) const MAX_IOVECS: usize = 1024;
 
 /// Zeroes to write where the host has no faster way.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -125,6 +125,8 @@ pub(super) enum Direction {
 /// An open and locked disk. The lock goes with it.
 pub struct Disk {
     file: File,
+    /// The same file, opened once more, with the lock.
+    _lock: File,
     /// Where writes go, if the file is to stay as it is.
     overlay: Option<Overlay>,
     sectors: u64,
@@ -143,21 +145,22 @@ impl Disk {
                 source,
             }
         };
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(for_writing)
-            // A FIFO that is named by mistake must not hang.
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(|source| DiskError::Open {
-                path: path.to_owned(),
-                for_writing,
-                source,
-            })?;
-        let kind = file
-            .metadata()
-            .map_err(host("read the metadata of"))?
-            .file_type();
+        let open = |flags| {
+            OpenOptions::new()
+                .read(true)
+                .write(for_writing)
+                .custom_flags(flags)
+                .open(path)
+                .map_err(|source| DiskError::Open {
+                    path: path.to_owned(),
+                    for_writing,
+                    source,
+                })
+        };
+        // A FIFO that is named by mistake must not hang.
+        let lock = open(libc::O_NONBLOCK)?;
+        let metadata = lock.metadata().map_err(host("read the metadata of"))?;
+        let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind {
                 path: path.to_owned(),
@@ -165,17 +168,25 @@ impl Disk {
         }
         // flock and not fcntl: it belongs to the open file, so that no other open and close of this process drops it,
         // and udev keeps off a block device that is locked so.
-        let lock = if for_writing {
+        let operation = if for_writing {
             FlockOperation::NonBlockingLockExclusive
         } else {
             FlockOperation::NonBlockingLockShared
         };
-        flock(&file, lock).map_err(|errno| match errno {
+        flock(&lock, operation).map_err(|errno| match errno {
             Errno::WOULDBLOCK => DiskError::InUse {
                 path: path.to_owned(),
             },
             errno => host("lock")(errno.into()),
         })?;
+        // Not the file that is locked: io_uring lets go of a file some 20 ms after the end of a process that was killed.
+        let mut file = open(0)?;
+        let same = file.metadata().map_err(host("read the metadata of"))?;
+        if (same.dev(), same.ino()) != (metadata.dev(), metadata.ino()) {
+            return Err(host("open")(io::Error::other(
+                "it was just replaced by another",
+            )));
+        }
         let len = file
             .seek(SeekFrom::End(0))
             .map_err(host("find the size of"))?;
@@ -217,6 +228,7 @@ impl Disk {
         };
         Ok(Self {
             file,
+            _lock: lock,
             overlay,
             sectors,
             block_size,
@@ -234,36 +246,33 @@ impl Disk {
         self.block_size
     }
 
+    /// The file, if all reads and writes are its.
+    pub(super) fn plain_file(&self) -> Option<BorrowedFd<'_>> {
+        self.overlay.is_none().then(|| self.file.as_fd())
+    }
+
     /// Whether nothing may be written to it.
     pub fn is_read_only(&self) -> bool {
         self.read_only
     }
 
-    /// A disk whose every write fails in the host.
+    /// The same with another file behind it.
     #[cfg(test)]
-    pub(super) fn claim_writable(self) -> Self {
-        Self {
-            read_only: false,
-            ..self
-        }
+    pub(super) fn with_file(self, file: File) -> Self {
+        Self { file, ..self }
     }
 
-    /// Moves all of `buffers` from or to the bytes at `offset`, straight from and to guest memory.
+    /// Moves all of `buffers` from or to the bytes at `offset`, straight from and to guest memory. `iovecs` is room to
+    /// work in.
     pub(super) fn transfer(
         &self,
         direction: Direction,
         buffers: &Buffers<'_>,
         offset: u64,
+        iovecs: &mut Vec<libc::iovec>,
     ) -> io::Result<()> {
-        let mut iovecs: Vec<libc::iovec> = buffers
-            .slices()
-            .iter()
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect();
-        let (mut rest, len) = (&mut iovecs[..], buffers.len());
+        describe(buffers, iovecs);
+        let (mut rest, len) = (iovecs.as_mut_slice(), buffers.len());
         match &self.overlay {
             Some(overlay) if direction == Direction::Write => {
                 overlay.change(&self.file, offset, len, |top| {
@@ -315,6 +324,15 @@ impl Disk {
             None => write_zeroes(&self.file, offset, len, unmap),
         }
     }
+}
+
+/// Makes `iovecs` those of `buffers`.
+pub(super) fn describe(buffers: &Buffers<'_>, iovecs: &mut Vec<libc::iovec>) {
+    iovecs.clear();
+    iovecs.extend(buffers.slices().iter().map(|slice| libc::iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
+    }));
 }
 
 /// Moves `len` bytes between the file at `offset` and guest memory; gives what is left of the iovecs.
@@ -420,7 +438,7 @@ fn punch_hole(file: &File, offset: u64, len: u64) -> Result<(), Errno> {
 }
 
 /// Takes `count` bytes off the front; says how many iovecs that used up.
-fn advance(iovecs: &mut [libc::iovec], mut count: usize) -> usize {
+pub(super) fn advance(iovecs: &mut [libc::iovec], mut count: usize) -> usize {
     let mut used_up = 0;
     for iovec in iovecs {
         if count < iovec.iov_len {

@@ -5,6 +5,7 @@ mod overlay;
 mod request;
 #[cfg(test)]
 mod tests;
+mod uring;
 
 use std::io;
 use std::sync::Arc;
@@ -16,11 +17,12 @@ use virtio_bindings::virtio_blk::{
 };
 
 pub use disk::{Access, Disk, DiskError};
-use request::Requests;
+use request::{OneByOne, Requests};
+use uring::Uring;
 
 use super::device::{Resources, VirtioDevice, read_config_bytes};
-use super::queue::Virtqueue;
-use super::worker::Worker;
+use super::queue::{QueueError, Virtqueue};
+use super::worker::{Serving, Worker};
 
 /// Device ID (§ 5).
 pub const DEVICE_TYPE: u32 = 2;
@@ -64,13 +66,14 @@ pub struct Block {
     id: [u8; MAX_ID_LEN],
     config: [u8; 60],
     queues: u16,
+    engine: Engine,
     workers: Vec<Worker>,
 }
 
 impl Block {
     /// A device for `disk` with this serial number, of which the first [`MAX_ID_LEN`] bytes count, and as many queues, but
     /// at least one and at most [`MAX_QUEUES`].
-    pub fn new(disk: Disk, serial: &str, queues: u16, _engine: Engine) -> Self {
+    pub fn new(disk: Disk, serial: &str, queues: u16, engine: Engine) -> Self {
         let queues = queues.clamp(1, MAX_QUEUES);
         let mut id = [0; MAX_ID_LEN];
         for (byte, value) in id.iter_mut().zip(serial.bytes()) {
@@ -81,6 +84,7 @@ impl Block {
             disk: Arc::new(disk),
             id,
             queues,
+            engine,
             workers: Vec::new(),
         }
     }
@@ -110,6 +114,28 @@ fn config_space(disk: &Disk, queues: u16) -> [u8; 60] {
     put(52, &1u32.to_le_bytes()); // max_write_zeroes_seg
     put(56, &[1]); // write_zeroes_may_unmap
     config
+}
+
+/// What a queue's worker does.
+fn serve(requests: Requests, engine: Engine, serving: &mut Serving<'_>) -> Result<(), QueueError> {
+    // What the ring cannot do: to find out where each part of a request lies, and to flush each write.
+    let plain_file = requests.disk.plain_file();
+    if let (Engine::IoUring, false, Some(file)) = (engine, requests.write_through, plain_file) {
+        // Setting a ring up takes milliseconds: it is done for a guest that uses its disk.
+        while serving.ask_for_notification()? {
+            if serving.must_stop() {
+                return Ok(());
+            }
+            serving.wait();
+        }
+        match Uring::new(&requests, file, serving) {
+            Ok(mut uring) => return uring.run(serving),
+            Err(e) => log::info!(
+                "a disk is read and written without io_uring, which is not to be had: {e}"
+            ),
+        }
+    }
+    serving.run(&mut OneByOne::new(requests))
 }
 
 impl VirtioDevice for Block {
@@ -151,9 +177,17 @@ impl VirtioDevice for Block {
         self.workers = queues
             .into_iter()
             .map(|queue| {
-                let requests = Requests::new(Arc::clone(&self.disk), self.id, write_through);
+                let requests = Requests {
+                    disk: Arc::clone(&self.disk),
+                    id: self.id,
+                    write_through,
+                };
+                let engine = self.engine;
                 let name = format!("virtio-blk {}", queue.index());
-                Worker::start(name, queue, mem.clone(), interrupt.clone(), requests)
+                let (mem, interrupt) = (mem.clone(), interrupt.clone());
+                Worker::start_with(name, queue, mem, interrupt, move |serving| {
+                    serve(requests, engine, serving)
+                })
             })
             .collect::<io::Result<_>>()?;
         Ok(())

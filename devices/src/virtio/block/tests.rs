@@ -1,4 +1,4 @@
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 
@@ -15,6 +15,8 @@ use crate::bus::BusDevice;
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+
+const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Sync];
 
 /// Sectors of the test disk.
 const SECTORS: u64 = 67;
@@ -34,14 +36,11 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(access: Access, without: u64) -> Self {
+    fn new(engine: Engine, access: Access, without: u64) -> Self {
         let mut file = NamedTempFile::new().unwrap();
         file.write_all(&pattern()).unwrap();
         let disk = Disk::open(file.path(), access).unwrap();
-        let driver = Driver::started(
-            Box::new(Block::new(disk, "a-serial", 1, Engine::Sync)),
-            without,
-        );
+        let driver = Driver::started(Box::new(Block::new(disk, "a-serial", 1, engine)), without);
         Self { driver, file }
     }
 
@@ -78,9 +77,9 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
 }
 
 /// A disk of `queues` queues on this file, started.
-fn multi_queue(file: &NamedTempFile, access: Access, queues: u16) -> Driver {
+fn multi_queue(file: &NamedTempFile, engine: Engine, access: Access, queues: u16) -> Driver {
     let disk = Disk::open(file.path(), access).unwrap();
-    let mut driver = Driver::new(Box::new(Block::new(disk, "", queues, Engine::Sync)));
+    let mut driver = Driver::new(Box::new(Block::new(disk, "", queues, engine)));
     driver.queues = queues;
     driver.start(0);
     driver
@@ -88,189 +87,201 @@ fn multi_queue(file: &NamedTempFile, access: Access, queues: u16) -> Driver {
 
 #[test]
 fn the_configuration_says_what_the_disk_is() {
-    let mut rig = Rig::new(ReadWrite, 0);
-    let mut config = [0; 60];
-    rig.driver.transport.read(0x100, &mut config);
-    let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
-    assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), SECTORS);
-    assert_eq!((word(12), word(20)), (254, 512));
-    assert_eq!((config[24], config[26]), (3, 8), "4 KiB physical blocks");
-    assert_eq!((word(36), word(40), word(44)), (MAX_DISCARD_SECTORS, 1, 8));
-    assert_eq!(
-        (word(48), word(52), config[56]),
-        (MAX_WRITE_ZEROES_SECTORS, 1, 1)
-    );
-    let writes = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
-    assert_eq!(rig.driver.offered() & writes, writes);
-    let mut rig = Rig::new(ReadOnly, 0);
-    assert_eq!(rig.driver.offered() & writes, 0);
-    assert_ne!(rig.driver.offered() & 1 << VIRTIO_BLK_F_RO, 0);
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadWrite, 0);
+        let mut config = [0; 60];
+        rig.driver.transport.read(0x100, &mut config);
+        let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+        assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), SECTORS);
+        assert_eq!((word(12), word(20)), (254, 512));
+        assert_eq!((config[24], config[26]), (3, 8), "4 KiB physical blocks");
+        assert_eq!((word(36), word(40), word(44)), (MAX_DISCARD_SECTORS, 1, 8));
+        assert_eq!(
+            (word(48), word(52), config[56]),
+            (MAX_WRITE_ZEROES_SECTORS, 1, 1)
+        );
+        let writes = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        assert_eq!(rig.driver.offered() & writes, writes);
+        let mut rig = Rig::new(engine, ReadOnly, 0);
+        assert_eq!(rig.driver.offered() & writes, 0);
+        assert_ne!(rig.driver.offered() & 1 << VIRTIO_BLK_F_RO, 0);
+    }
 }
 
 #[test]
 fn reads_and_writes_move_the_right_bytes() {
-    let mut rig = Rig::new(ReadWrite, 0);
-    let data = [(BUFFER, 1024, WRITE)];
-    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 3, &data), (OK, 1025));
-    assert_eq!(rig.driver.read(BUFFER, 1024), pattern()[3 * 512..5 * 512]);
-    // The whole disk into buffers of odd sizes, one of them across two regions and one above the gap.
-    let rest = (SECTORS * 512) as u32 - 1000 - 333;
-    let data = [
-        (SEAM - 10, 1000, WRITE),
-        (BUFFER, 333, WRITE),
-        (HIGH, rest, WRITE),
-    ];
-    assert_eq!(
-        rig.request(VIRTIO_BLK_T_IN, 0, &data),
-        (OK, (SECTORS * 512) as u32 + 1)
-    );
-    let mut got = rig.driver.read(SEAM - 10, 1000);
-    got.extend(rig.driver.read(BUFFER, 333));
-    got.extend(rig.driver.read(HIGH, rest as usize));
-    assert!(got == pattern());
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadWrite, 0);
+        let data = [(BUFFER, 1024, WRITE)];
+        assert_eq!(rig.request(VIRTIO_BLK_T_IN, 3, &data), (OK, 1025));
+        assert_eq!(rig.driver.read(BUFFER, 1024), pattern()[3 * 512..5 * 512]);
+        // The whole disk into buffers of odd sizes, one of them across two regions and one above the gap.
+        let rest = (SECTORS * 512) as u32 - 1000 - 333;
+        let data = [
+            (SEAM - 10, 1000, WRITE),
+            (BUFFER, 333, WRITE),
+            (HIGH, rest, WRITE),
+        ];
+        assert_eq!(
+            rig.request(VIRTIO_BLK_T_IN, 0, &data),
+            (OK, (SECTORS * 512) as u32 + 1)
+        );
+        let mut got = rig.driver.read(SEAM - 10, 1000);
+        got.extend(rig.driver.read(BUFFER, 333));
+        got.extend(rig.driver.read(HIGH, rest as usize));
+        assert!(got == pattern());
 
-    let mut wanted = pattern();
-    wanted[66 * 512..].fill(0x5a);
-    rig.driver.write(END - 200, &[0x5a; 200]);
-    rig.driver.write(SEAM - 100, &[0x5a; 312]);
-    let data = [(END - 200, 200, 0), (SEAM - 100, 312, 0)];
-    assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 66, &data), (OK, 1));
-    assert!(rig.contents() == wanted);
-    assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+        let mut wanted = pattern();
+        wanted[66 * 512..].fill(0x5a);
+        rig.driver.write(END - 200, &[0x5a; 200]);
+        rig.driver.write(SEAM - 100, &[0x5a; 312]);
+        let data = [(END - 200, 200, 0), (SEAM - 100, 312, 0)];
+        assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 66, &data), (OK, 1));
+        assert!(rig.contents() == wanted);
+        assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    }
 }
 
 #[test]
 fn a_header_and_a_status_may_lie_anywhere() {
-    let mut rig = Rig::new(ReadWrite, 0);
-    rig.header(VIRTIO_BLK_T_IN, 1);
-    // The header in three pieces, the status in the data's last descriptor, and an empty descriptor.
-    let chain = [
-        (DATA, 5, 0),
-        (DATA + 5, 10, 0),
-        (DATA + 15, 1, 0),
-        (BUFFER, 0, WRITE),
-        (STATUS - 512, 513, WRITE),
-    ];
-    assert_eq!(rig.chain(&chain), (OK, 513));
-    assert_eq!(rig.driver.read(STATUS - 512, 512), pattern()[512..1024]);
-    // Data that follow the header in its descriptor.
-    rig.driver.write(BUFFER, &[0; 16]);
-    rig.driver.write(BUFFER, &VIRTIO_BLK_T_OUT.to_le_bytes());
-    rig.driver.write(BUFFER + 16, &[7; 512]);
-    assert_eq!(rig.chain(&[(BUFFER, 528, 0), (STATUS, 1, WRITE)]), (OK, 1));
-    assert_eq!(rig.contents()[..512], [7; 512]);
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadWrite, 0);
+        rig.header(VIRTIO_BLK_T_IN, 1);
+        // The header in three pieces, the status in the data's last descriptor, and an empty descriptor.
+        let chain = [
+            (DATA, 5, 0),
+            (DATA + 5, 10, 0),
+            (DATA + 15, 1, 0),
+            (BUFFER, 0, WRITE),
+            (STATUS - 512, 513, WRITE),
+        ];
+        assert_eq!(rig.chain(&chain), (OK, 513));
+        assert_eq!(rig.driver.read(STATUS - 512, 512), pattern()[512..1024]);
+        // Data that follow the header in its descriptor.
+        rig.driver.write(BUFFER, &[0; 16]);
+        rig.driver.write(BUFFER, &VIRTIO_BLK_T_OUT.to_le_bytes());
+        rig.driver.write(BUFFER + 16, &[7; 512]);
+        assert_eq!(rig.chain(&[(BUFFER, 528, 0), (STATUS, 1, WRITE)]), (OK, 1));
+        assert_eq!(rig.contents()[..512], [7; 512]);
+    }
 }
 
 #[test]
 fn bad_requests_get_their_status() {
-    let mut rig = Rig::new(ReadWrite, 0);
-    let sector = |len| [(BUFFER, len, WRITE)];
-    let given = |len| [(BUFFER, len, 0)];
-    let (read, write) = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT);
-    for (case, status, kind, at, data) in [
-        ("no data", IOERR, read, 0, &[][..]),
-        ("no data to write", IOERR, write, 0, &[]),
-        ("half a sector", IOERR, read, 0, &sector(256)),
-        ("a sector and a byte", IOERR, read, 0, &sector(513)),
-        ("past the end", IOERR, read, SECTORS, &sector(512)),
-        ("over the end", IOERR, read, SECTORS - 1, &sector(1024)),
-        ("sectors overflow", IOERR, read, u64::MAX, &sector(512)),
-        ("bytes overflow", IOERR, read, u64::MAX / 512, &sector(512)),
-        ("bytes wrap to 0", IOERR, read, 1 << 55, &sector(512)),
-        ("off_t overflows", IOERR, read, 1 << 54, &sector(512)),
-        ("write past the end", IOERR, write, SECTORS, &given(512)),
-        ("write overflows", IOERR, write, u64::MAX, &given(512)),
-        ("read into readable", IOERR, read, 0, &given(512)),
-        ("write from writable", IOERR, write, 0, &sector(512)),
-        (
-            "both ways",
-            IOERR,
-            read,
-            0,
-            &[(BUFFER, 512, 0), (BUFFER, 512, WRITE)],
-        ),
-        (
-            "flush with data",
-            IOERR,
-            VIRTIO_BLK_T_FLUSH,
-            0,
-            &sector(512),
-        ),
-        ("short ID", IOERR, VIRTIO_BLK_T_GET_ID, 0, &sector(19)),
-        (
-            "ID the wrong way",
-            IOERR,
-            VIRTIO_BLK_T_GET_ID,
-            0,
-            &given(20),
-        ),
-        ("unknown", UNSUPP, 77, 0, &sector(512)),
-        ("SCSI", UNSUPP, VIRTIO_BLK_T_SCSI_CMD, 0, &sector(512)),
-        ("lifetime", UNSUPP, 10, 0, &sector(512)),
-        (
-            "secure erase",
-            UNSUPP,
-            VIRTIO_BLK_T_SECURE_ERASE,
-            0,
-            &given(16),
-        ),
-        ("all ones", UNSUPP, u32::MAX, 0, &[]),
-    ] {
-        assert_eq!(rig.request(kind, at, data), (status, 1), "{case}");
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadWrite, 0);
+        let sector = |len| [(BUFFER, len, WRITE)];
+        let given = |len| [(BUFFER, len, 0)];
+        let (read, write) = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT);
+        for (case, status, kind, at, data) in [
+            ("no data", IOERR, read, 0, &[][..]),
+            ("no data to write", IOERR, write, 0, &[]),
+            ("half a sector", IOERR, read, 0, &sector(256)),
+            ("a sector and a byte", IOERR, read, 0, &sector(513)),
+            ("past the end", IOERR, read, SECTORS, &sector(512)),
+            ("over the end", IOERR, read, SECTORS - 1, &sector(1024)),
+            ("sectors overflow", IOERR, read, u64::MAX, &sector(512)),
+            ("bytes overflow", IOERR, read, u64::MAX / 512, &sector(512)),
+            ("bytes wrap to 0", IOERR, read, 1 << 55, &sector(512)),
+            ("off_t overflows", IOERR, read, 1 << 54, &sector(512)),
+            ("write past the end", IOERR, write, SECTORS, &given(512)),
+            ("write overflows", IOERR, write, u64::MAX, &given(512)),
+            ("read into readable", IOERR, read, 0, &given(512)),
+            ("write from writable", IOERR, write, 0, &sector(512)),
+            (
+                "both ways",
+                IOERR,
+                read,
+                0,
+                &[(BUFFER, 512, 0), (BUFFER, 512, WRITE)],
+            ),
+            (
+                "flush with data",
+                IOERR,
+                VIRTIO_BLK_T_FLUSH,
+                0,
+                &sector(512),
+            ),
+            ("short ID", IOERR, VIRTIO_BLK_T_GET_ID, 0, &sector(19)),
+            (
+                "ID the wrong way",
+                IOERR,
+                VIRTIO_BLK_T_GET_ID,
+                0,
+                &given(20),
+            ),
+            ("unknown", UNSUPP, 77, 0, &sector(512)),
+            ("SCSI", UNSUPP, VIRTIO_BLK_T_SCSI_CMD, 0, &sector(512)),
+            ("lifetime", UNSUPP, 10, 0, &sector(512)),
+            (
+                "secure erase",
+                UNSUPP,
+                VIRTIO_BLK_T_SECURE_ERASE,
+                0,
+                &given(16),
+            ),
+            ("all ones", UNSUPP, u32::MAX, 0, &[]),
+        ] {
+            assert_eq!(rig.request(kind, at, data), (status, 1), "{case}");
+        }
+        for len in [0, 1, 15] {
+            let chain = [(DATA, len, 0), (STATUS, 1, WRITE)];
+            assert_eq!(rig.chain(&chain), (IOERR, 1), "a header of {len}");
+        }
+        assert_eq!(rig.chain(&[(STATUS, 1, WRITE)]), (IOERR, 1), "no header");
+        assert!(rig.contents() == pattern());
+        let data = [(BUFFER, 20, WRITE)];
+        assert_eq!(rig.request(VIRTIO_BLK_T_GET_ID, 0, &data), (OK, 21));
+        assert_eq!(
+            rig.driver.read(BUFFER, 20),
+            *b"a-serial\0\0\0\0\0\0\0\0\0\0\0\0"
+        );
     }
-    for len in [0, 1, 15] {
-        let chain = [(DATA, len, 0), (STATUS, 1, WRITE)];
-        assert_eq!(rig.chain(&chain), (IOERR, 1), "a header of {len}");
-    }
-    assert_eq!(rig.chain(&[(STATUS, 1, WRITE)]), (IOERR, 1), "no header");
-    assert!(rig.contents() == pattern());
-    let data = [(BUFFER, 20, WRITE)];
-    assert_eq!(rig.request(VIRTIO_BLK_T_GET_ID, 0, &data), (OK, 21));
-    assert_eq!(
-        rig.driver.read(BUFFER, 20),
-        *b"a-serial\0\0\0\0\0\0\0\0\0\0\0\0"
-    );
 }
 
 #[test]
 fn a_request_without_a_status_needs_a_reset() {
-    let mut rig = Rig::new(ReadWrite, 0);
-    for chain in [
-        &[(DATA, 16, 0)][..],
-        &[(DATA, 16, 0), (BUFFER, 512, 0)],
-        &[(DATA, 16, 0), (STATUS, 0, WRITE)],
-        &[(DATA, 0, 0)],
-    ] {
-        rig.driver.start(0);
-        rig.header(VIRTIO_BLK_T_OUT, 0);
-        rig.driver.chain(0, chain);
-        rig.driver.offer(0);
-        rig.driver.notify();
-        rig.driver.expect_needs_reset("no status");
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadWrite, 0);
+        for chain in [
+            &[(DATA, 16, 0)][..],
+            &[(DATA, 16, 0), (BUFFER, 512, 0)],
+            &[(DATA, 16, 0), (STATUS, 0, WRITE)],
+            &[(DATA, 0, 0)],
+        ] {
+            rig.driver.start(0);
+            rig.header(VIRTIO_BLK_T_OUT, 0);
+            rig.driver.chain(0, chain);
+            rig.driver.offer(0);
+            rig.driver.notify();
+            rig.driver.expect_needs_reset("no status");
+        }
+        assert!(rig.contents() == pattern());
     }
-    assert!(rig.contents() == pattern());
 }
 
 #[test]
 fn a_read_only_disk_stays_as_it_is() {
-    let mut rig = Rig::new(ReadOnly, 0);
-    let clear = [(BUFFER, 16, 0)];
-    rig.driver.write(BUFFER, &segment(0, 8, 0));
-    assert_eq!(rig.request(VIRTIO_BLK_T_DISCARD, 0, &clear), (IOERR, 1));
-    assert_eq!(
-        rig.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &clear),
-        (IOERR, 1)
-    );
-    assert_eq!(
-        rig.request(VIRTIO_BLK_T_OUT, 0, &[(BUFFER, 512, 0)]),
-        (IOERR, 1)
-    );
-    assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
-    assert_eq!(
-        rig.request(VIRTIO_BLK_T_IN, 0, &[(BUFFER, 512, WRITE)]),
-        (OK, 513)
-    );
-    assert!(rig.contents() == pattern());
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadOnly, 0);
+        let clear = [(BUFFER, 16, 0)];
+        rig.driver.write(BUFFER, &segment(0, 8, 0));
+        assert_eq!(rig.request(VIRTIO_BLK_T_DISCARD, 0, &clear), (IOERR, 1));
+        assert_eq!(
+            rig.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &clear),
+            (IOERR, 1)
+        );
+        assert_eq!(
+            rig.request(VIRTIO_BLK_T_OUT, 0, &[(BUFFER, 512, 0)]),
+            (IOERR, 1)
+        );
+        assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+        assert_eq!(
+            rig.request(VIRTIO_BLK_T_IN, 0, &[(BUFFER, 512, WRITE)]),
+            (OK, 513)
+        );
+        assert!(rig.contents() == pattern());
+    }
 }
 
 fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
@@ -282,81 +293,89 @@ fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
 
 #[test]
 fn discard_and_write_zeroes() {
-    let mut rig = Rig::new(ReadWrite, 0);
-    let mut run = |kind, sector, count, flags, len| {
-        rig.driver.write(BUFFER, &[0; 64]);
-        rig.driver.write(BUFFER, &segment(sector, count, flags));
-        rig.request(kind, 0, &[(BUFFER, len, 0)]).0
-    };
-    let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
-    for (case, status, kind, sector, count, flags, len) in [
-        ("no sectors", IOERR, discard, 0, 0, 0, 16),
-        (
-            "too many sectors",
-            IOERR,
-            discard,
-            0,
-            MAX_DISCARD_SECTORS + 1,
-            0,
-            16,
-        ),
-        (
-            "too many zeroes",
-            IOERR,
-            zeroes,
-            0,
-            MAX_WRITE_ZEROES_SECTORS + 1,
-            0,
-            16,
-        ),
-        ("u32::MAX", IOERR, zeroes, 0, u32::MAX, 0, 16),
-        ("over the end", IOERR, zeroes, SECTORS - 1, 2, 0, 16),
-        ("overflow", IOERR, discard, u64::MAX, 1, 0, 16),
-        ("discard with a flag", UNSUPP, discard, 0, 1, 1, 16),
-        ("an unknown flag", UNSUPP, zeroes, 0, 1, 2, 16),
-        ("a short segment", IOERR, zeroes, 0, 1, 0, 15),
-        ("a long segment", IOERR, zeroes, 0, 1, 0, 17),
-        ("two segments", IOERR, zeroes, 0, 1, 0, 32),
-        ("none", IOERR, zeroes, 0, 1, 0, 0),
-        ("discard", OK, discard, 8, 8, 0, 16),
-        ("zeroes", OK, zeroes, 17, 1, 0, 16),
-        ("zeroes, unmapped", OK, zeroes, 65, 2, 1, 16),
-    ] {
-        assert_eq!(run(kind, sector, count, flags, len), status, "{case}");
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadWrite, 0);
+        let mut run = |kind, sector, count, flags, len| {
+            rig.driver.write(BUFFER, &[0; 64]);
+            rig.driver.write(BUFFER, &segment(sector, count, flags));
+            rig.request(kind, 0, &[(BUFFER, len, 0)]).0
+        };
+        let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+        for (case, status, kind, sector, count, flags, len) in [
+            ("no sectors", IOERR, discard, 0, 0, 0, 16),
+            (
+                "too many sectors",
+                IOERR,
+                discard,
+                0,
+                MAX_DISCARD_SECTORS + 1,
+                0,
+                16,
+            ),
+            (
+                "too many zeroes",
+                IOERR,
+                zeroes,
+                0,
+                MAX_WRITE_ZEROES_SECTORS + 1,
+                0,
+                16,
+            ),
+            ("u32::MAX", IOERR, zeroes, 0, u32::MAX, 0, 16),
+            ("over the end", IOERR, zeroes, SECTORS - 1, 2, 0, 16),
+            ("overflow", IOERR, discard, u64::MAX, 1, 0, 16),
+            ("discard with a flag", UNSUPP, discard, 0, 1, 1, 16),
+            ("an unknown flag", UNSUPP, zeroes, 0, 1, 2, 16),
+            ("a short segment", IOERR, zeroes, 0, 1, 0, 15),
+            ("a long segment", IOERR, zeroes, 0, 1, 0, 17),
+            ("two segments", IOERR, zeroes, 0, 1, 0, 32),
+            ("none", IOERR, zeroes, 0, 1, 0, 0),
+            ("discard", OK, discard, 8, 8, 0, 16),
+            ("zeroes", OK, zeroes, 17, 1, 0, 16),
+            ("zeroes, unmapped", OK, zeroes, 65, 2, 1, 16),
+        ] {
+            assert_eq!(run(kind, sector, count, flags, len), status, "{case}");
+        }
+        let mut wanted = pattern();
+        wanted[8 * 512..16 * 512].fill(0);
+        wanted[17 * 512..18 * 512].fill(0);
+        wanted[65 * 512..].fill(0);
+        assert!(rig.contents() == wanted);
     }
-    let mut wanted = pattern();
-    wanted[8 * 512..16 * 512].fill(0);
-    wanted[17 * 512..18 * 512].fill(0);
-    wanted[65 * 512..].fill(0);
-    assert!(rig.contents() == wanted);
 }
 
 #[test]
 fn an_image_that_was_truncated_gives_an_error_and_no_more() {
-    let mut rig = Rig::new(ReadWrite, 0);
-    rig.file.as_file().set_len(5 * 512 + 100).unwrap();
-    let data = [(BUFFER, 1024, WRITE)];
-    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 5, &data), (IOERR, 1));
-    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 10, &data), (IOERR, 1));
-    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 3, &data), (OK, 1025));
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadWrite, 0);
+        rig.file.as_file().set_len(5 * 512 + 100).unwrap();
+        let data = [(BUFFER, 1024, WRITE)];
+        assert_eq!(rig.request(VIRTIO_BLK_T_IN, 5, &data), (IOERR, 1));
+        assert_eq!(rig.request(VIRTIO_BLK_T_IN, 10, &data), (IOERR, 1));
+        assert_eq!(rig.request(VIRTIO_BLK_T_IN, 3, &data), (OK, 1025));
+    }
 }
 
 #[test]
 fn a_driver_without_flush_writes_through() {
-    let mut rig = Rig::new(ReadWrite, 1 << VIRTIO_BLK_F_FLUSH);
-    rig.driver.write(BUFFER, &[9; 512]);
-    assert_eq!(
-        rig.request(VIRTIO_BLK_T_OUT, 2, &[(BUFFER, 512, 0)]),
-        (OK, 1)
-    );
-    assert_eq!(rig.contents()[1024..1536], [9; 512]);
+    for engine in ENGINES {
+        let mut rig = Rig::new(engine, ReadWrite, 1 << VIRTIO_BLK_F_FLUSH);
+        rig.driver.write(BUFFER, &[9; 512]);
+        assert_eq!(
+            rig.request(VIRTIO_BLK_T_OUT, 2, &[(BUFFER, 512, 0)]),
+            (OK, 1)
+        );
+        assert_eq!(rig.contents()[1024..1536], [9; 512]);
+    }
 }
 
 #[test]
 fn a_write_that_the_host_refuses_gives_an_error_and_no_more() {
     let file = NamedTempFile::new().unwrap();
     file.as_file().set_len(1 << 20).unwrap();
-    let disk = Disk::open(file.path(), ReadOnly).unwrap().claim_writable();
+    let disk = Disk::open(file.path(), ReadWrite)
+        .unwrap()
+        .with_file(File::open(file.path()).unwrap());
     let mut driver = Driver::started(Box::new(Block::new(disk, "", 1, Engine::Sync)), 0);
     let mut header = [0; 16];
     header[0] = 1;
@@ -417,66 +436,68 @@ fn status(driver: &mut Driver) -> u8 {
 
 #[test]
 fn every_queue_works_alone_and_with_the_others() {
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(&pattern()).unwrap();
-    let mut driver = multi_queue(&file, ReadWrite, MAX_QUEUES);
-    let mut config = [0; 2];
-    driver.transport.read(0x100 + 34, &mut config);
-    assert_eq!(u16::from_le_bytes(config), MAX_QUEUES);
-    let round = |driver: &mut Driver, queues: &[u16]| {
-        for queue in queues {
-            driver.queue = *queue;
-            let at = BUFFER + 512 * u64::from(*queue);
-            driver.write(at, &[0; 512]);
-            submit(driver, VIRTIO_BLK_T_IN, u64::from(*queue), (at, 512, WRITE));
+    for engine in ENGINES {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(&pattern()).unwrap();
+        let mut driver = multi_queue(&file, engine, ReadWrite, MAX_QUEUES);
+        let mut config = [0; 2];
+        driver.transport.read(0x100 + 34, &mut config);
+        assert_eq!(u16::from_le_bytes(config), MAX_QUEUES);
+        let round = |driver: &mut Driver, queues: &[u16]| {
+            for queue in queues {
+                driver.queue = *queue;
+                let at = BUFFER + 512 * u64::from(*queue);
+                driver.write(at, &[0; 512]);
+                submit(driver, VIRTIO_BLK_T_IN, u64::from(*queue), (at, 512, WRITE));
+            }
+            for queue in queues {
+                driver.queue = *queue;
+                assert_eq!(status(driver), OK);
+                let at = 512 * usize::from(*queue);
+                assert_eq!(
+                    driver.read(BUFFER + at as u64, 512),
+                    pattern()[at..at + 512]
+                );
+            }
+        };
+        let all: Vec<u16> = (0..MAX_QUEUES).collect();
+        for _ in 0..20 {
+            round(&mut driver, &all);
         }
-        for queue in queues {
-            driver.queue = *queue;
-            assert_eq!(status(driver), OK);
-            let at = 512 * usize::from(*queue);
-            assert_eq!(
-                driver.read(BUFFER + at as u64, 512),
-                pattern()[at..at + 512]
-            );
+        // One is taken back; the others go on from where they stand.
+        driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_SEL, 3);
+        driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_READY, 0);
+        let others: Vec<u16> = all.iter().copied().filter(|queue| *queue != 3).collect();
+        for _ in 0..20 {
+            round(&mut driver, &others);
         }
-    };
-    let all: Vec<u16> = (0..MAX_QUEUES).collect();
-    for _ in 0..20 {
-        round(&mut driver, &all);
-    }
-    // One is taken back; the others go on from where they stand.
-    driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_SEL, 3);
-    driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_READY, 0);
-    let others: Vec<u16> = all.iter().copied().filter(|queue| *queue != 3).collect();
-    for _ in 0..20 {
-        round(&mut driver, &others);
-    }
-    driver.queue = 3;
-    let before = driver.used_index();
-    driver.offer(0);
-    driver.notify();
-    // Again with fewer queues than there are, and a reset under requests of all.
-    for queues in [2, MAX_QUEUES] {
-        driver.queues = queues;
+        driver.queue = 3;
+        let before = driver.used_index();
+        driver.offer(0);
+        driver.notify();
+        // Again with fewer queues than there are, and a reset under requests of all.
+        for queues in [2, MAX_QUEUES] {
+            driver.queues = queues;
+            driver.start(0);
+            round(&mut driver, &all[..queues.into()]);
+        }
+        assert_eq!(before, 20);
+        for queue in all {
+            driver.queue = queue;
+            submit(&mut driver, VIRTIO_BLK_T_IN, 0, (BUFFER, 512, WRITE));
+        }
+        driver.set_status(0);
+        let before: Vec<u16> = (0..MAX_QUEUES)
+            .map(|queue| used_of(&mut driver, queue))
+            .collect();
+        std::thread::yield_now();
+        let after: Vec<u16> = (0..MAX_QUEUES)
+            .map(|queue| used_of(&mut driver, queue))
+            .collect();
+        assert_eq!(before, after);
         driver.start(0);
-        round(&mut driver, &all[..queues.into()]);
+        driver.any_request();
     }
-    assert_eq!(before, 20);
-    for queue in all {
-        driver.queue = queue;
-        submit(&mut driver, VIRTIO_BLK_T_IN, 0, (BUFFER, 512, WRITE));
-    }
-    driver.set_status(0);
-    let before: Vec<u16> = (0..MAX_QUEUES)
-        .map(|queue| used_of(&mut driver, queue))
-        .collect();
-    std::thread::yield_now();
-    let after: Vec<u16> = (0..MAX_QUEUES)
-        .map(|queue| used_of(&mut driver, queue))
-        .collect();
-    assert_eq!(before, after);
-    driver.start(0);
-    driver.any_request();
 }
 
 fn used_of(driver: &mut Driver, queue: u16) -> u16 {
@@ -486,13 +507,15 @@ fn used_of(driver: &mut Driver, queue: u16) -> u16 {
 
 #[test]
 fn a_fault_in_one_queue_stops_all() {
-    let file = NamedTempFile::new().unwrap();
-    file.as_file().set_len(1 << 20).unwrap();
-    let mut driver = multi_queue(&file, ReadWrite, 2);
-    driver.queue = 1;
-    driver.offer(999);
-    driver.notify();
-    driver.expect_needs_reset("a bad head in queue 1");
+    for engine in ENGINES {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut driver = multi_queue(&file, engine, ReadWrite, 2);
+        driver.queue = 1;
+        driver.offer(999);
+        driver.notify();
+        driver.expect_needs_reset("a bad head in queue 1");
+    }
 }
 
 /// What the queues of an ephemeral disk do at once: each a change of its own sectors, and a look at any.
@@ -528,7 +551,7 @@ proptest! {
     fn an_ephemeral_disk_is_a_disk(changes in changes()) {
         let mut file = NamedTempFile::new().unwrap();
         file.write_all(&pattern()).unwrap();
-        let mut driver = multi_queue(&file, Ephemeral, 4);
+        let mut driver = multi_queue(&file, Engine::Sync, Ephemeral, 4);
         let mut model = pattern();
         let mut changes = &changes[..];
         while !changes.is_empty() {
@@ -578,8 +601,8 @@ proptest! {
 fn many_share_the_base_of_an_ephemeral_disk() {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(&pattern()).unwrap();
-    let mut one = multi_queue(&file, Ephemeral, 1);
-    let mut other = multi_queue(&file, Ephemeral, 1);
+    let mut one = multi_queue(&file, Engine::Sync, Ephemeral, 1);
+    let mut other = multi_queue(&file, Engine::Sync, Ephemeral, 1);
     let reader = Disk::open(file.path(), ReadOnly).unwrap();
     assert!(Disk::open(file.path(), ReadWrite).is_err());
     drop(reader);
