@@ -198,8 +198,9 @@ fn columns(disk: &Path) -> Outcome<Vec<Column>> {
          fio --minimal --filename=/dev/$disk --direct=1 --ioengine=libaio --time_based --runtime={SECONDS} \
          --randrepeat=0 --norandommap{jobs}; poweroff -f"
     );
-    let cmdline =
-        format!("console=ttyS0 panic=-1 quiet root=LABEL=debian ro init=/bin/sh -- -c \"{script}\"");
+    let cmdline = format!(
+        "console=ttyS0 panic=-1 quiet root=LABEL=debian ro init=/bin/sh -- -c \"{script}\""
+    );
 
     let minivmm = |engine: &str| {
         let mut command = common::minivmm(&["--memory", "512M", "--kernel", &kernel]);

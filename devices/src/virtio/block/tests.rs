@@ -1,5 +1,5 @@
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
@@ -21,7 +21,7 @@ const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Sync];
 /// Sectors of the test disk.
 const SECTORS: u64 = 67;
 const STATUS: u64 = DATA + 0x100;
-const BUFFER: u64 = DATA + 0x1000;
+const BUFFER: u64 = DATA + 0x8000;
 
 /// What the test disk contains at first.
 fn pattern() -> Vec<u8> {
@@ -418,20 +418,33 @@ fn a_disk_is_a_file_that_is_free() {
     Disk::open(&path, ReadWrite).unwrap();
 }
 
-/// Puts a request in the driver's current queue: `data` are the bytes to write, or where and how long to read.
-fn submit(driver: &mut Driver, kind: u32, sector: u64, data: (u64, u32, u16)) {
-    let space = DATA + 0x200 * u64::from(driver.queue);
+/// Puts a request in the driver's current queue, without a word to the device; its head is 4 times `place`.
+fn put(driver: &mut Driver, place: u16, kind: u32, sector: u64, data: &[(u64, u32, u16)]) {
+    let space = space(driver, place);
     driver.write(space, &header(kind, sector));
-    driver.write(space + 0x100, &[0xee]);
-    driver.chain(0, &[(space, 16, 0), data, (space + 0x100, 1, WRITE)]);
-    driver.offer(0);
+    driver.write(space + 16, &[0xee]);
+    let mut chain = vec![(space, 16, 0)];
+    chain.extend_from_slice(data);
+    chain.push((space + 16, 1, WRITE));
+    driver.chain(4 * place, &chain);
+    driver.offer(4 * place);
+}
+
+/// Where the header and the status of a request are.
+fn space(driver: &Driver, place: u16) -> u64 {
+    DATA + 0x800 * u64::from(driver.queue) + 0x20 * u64::from(place)
+}
+
+/// A request alone in the driver's current queue.
+fn submit(driver: &mut Driver, kind: u32, sector: u64, data: (u64, u32, u16)) {
+    put(driver, 0, kind, sector, &[data]);
     driver.notify();
 }
 
 /// Waits for it and gives its status.
 fn status(driver: &mut Driver) -> u8 {
     driver.wait_used();
-    driver.read(DATA + 0x200 * u64::from(driver.queue) + 0x100, 1)[0]
+    driver.read(space(driver, 0) + 16, 1)[0]
 }
 
 #[test]
@@ -666,5 +679,283 @@ fn an_ephemeral_disk_has_limits() {
             .unwrap()
             .to_string();
         assert!(error.contains("16 TiB"), "{error}");
+    }
+}
+
+#[test]
+fn many_requests_are_in_flight_at_once() {
+    const COUNT: u16 = 60;
+    for engine in ENGINES {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let disk = Disk::open(file.path(), ReadWrite).unwrap();
+        let mut driver = Driver::new(Box::new(Block::new(disk, "", 1, engine)));
+        driver.size = 256;
+        driver.start(0);
+        let buffer = |place: u16| HIGH + 0x2000 * u64::from(place);
+        for round in 0..20u8 {
+            // Writes, with a flush among them and what fails; then reads of what was written.
+            for kind in [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN] {
+                for place in 0..COUNT {
+                    let is_write = kind == VIRTIO_BLK_T_OUT;
+                    let sector = u64::from(place) * 8;
+                    let value = if is_write { round ^ place as u8 } else { 0xff };
+                    driver.write(buffer(place), &[value; 4096]);
+                    let flags = if is_write { 0 } else { WRITE };
+                    match place % 10 {
+                        7 => put(&mut driver, place, VIRTIO_BLK_T_FLUSH, 0, &[]),
+                        8 => put(
+                            &mut driver,
+                            place,
+                            kind,
+                            1 << 40,
+                            &[(buffer(place), 512, flags)],
+                        ),
+                        _ => {
+                            let (first, second) = (
+                                (buffer(place), 1000, flags),
+                                (buffer(place) + 1000, 3096, flags),
+                            );
+                            put(&mut driver, place, kind, sector, &[first, second]);
+                        }
+                    }
+                }
+                driver.notify();
+                let mut done = [false; COUNT as usize];
+                for _ in 0..COUNT {
+                    let (head, len) = driver.wait_used();
+                    let place = head as u16 / 4;
+                    assert!(
+                        !std::mem::replace(&mut done[usize::from(place)], true),
+                        "{head} twice"
+                    );
+                    let status = driver.read(space(&driver, place) + 16, 1)[0];
+                    let (wanted, moved) = match place % 10 {
+                        7 => (OK, 0),
+                        8 => (IOERR, 0),
+                        _ if kind == VIRTIO_BLK_T_IN => (OK, 4096),
+                        _ => (OK, 0),
+                    };
+                    assert_eq!((status, len), (wanted, moved + 1), "{place}");
+                    if moved > 0 {
+                        assert_eq!(
+                            driver.read(buffer(place), 4096),
+                            [round ^ place as u8; 4096]
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_head_in_flight_cannot_be_made_available_again() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let mut driver = multi_queue(&file, Engine::IoUring, ReadWrite, 1);
+    put(&mut driver, 0, VIRTIO_BLK_T_IN, 0, &[(BUFFER, 512, WRITE)]);
+    driver.offer(0);
+    driver.notify();
+    driver.expect_needs_reset("a head twice");
+}
+
+/// A disk whose bytes are not in memory, so that they come late.
+fn cold_file(len: u64) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    std::io::copy(
+        &mut File::open("/dev/urandom").unwrap().take(len),
+        &mut file,
+    )
+    .unwrap();
+    file.as_file().sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    file
+}
+
+#[test]
+fn after_a_reset_the_memory_is_the_drivers_again() {
+    for engine in ENGINES {
+        let file = cold_file(8 << 20);
+        let mut driver = multi_queue(&file, engine, ReadWrite, 1);
+        for round in 0..8 {
+            driver.start(0);
+            driver.write(HIGH, &[0; 0x40_0000]);
+            for place in 0..4 {
+                let at = HIGH + 0x10_0000 * u64::from(place);
+                put(
+                    &mut driver,
+                    place,
+                    VIRTIO_BLK_T_IN,
+                    2048 * round,
+                    &[(at, 0x10_0000, WRITE)],
+                );
+            }
+            driver.notify();
+            if round % 2 == 0 {
+                driver.wait_used();
+            }
+            driver.set_status(0);
+            driver.write(HIGH, &[0x5a; 0x40_0000]);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            assert!(
+                driver
+                    .read(HIGH, 0x40_0000)
+                    .iter()
+                    .all(|byte| *byte == 0x5a)
+            );
+        }
+    }
+}
+
+#[test]
+fn a_stop_loses_no_request_and_does_none_twice() {
+    for engine in ENGINES {
+        let file = cold_file(8 << 20);
+        let mut driver = multi_queue(&file, engine, ReadWrite, 2);
+        for round in 0..4u16 {
+            driver.start(0);
+            for place in 0..4 {
+                let (at, sector) = (
+                    HIGH + 0x10_0000 * u64::from(place),
+                    2048 * u64::from(round * 4 + place) % 16384,
+                );
+                put(
+                    &mut driver,
+                    place,
+                    VIRTIO_BLK_T_IN,
+                    sector,
+                    &[(at, 0x10_0000, WRITE)],
+                );
+            }
+            driver.notify();
+            // Taking one queue back stops the device and starts it again with the other.
+            driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_SEL, 1);
+            driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_READY, 0);
+            let mut heads: Vec<u32> = (0..4).map(|_| driver.wait_used().0).collect();
+            heads.sort_unstable();
+            assert_eq!(heads, [0, 4, 8, 12]);
+            driver.any_request();
+            assert_eq!(driver.used_index(), 5);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_made_durable_is_an_error() {
+    for engine in ENGINES {
+        // It takes every write, and has no fdatasync.
+        let start = |without| {
+            let file = cold_file(1 << 20);
+            let zero = File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/zero")
+                .unwrap();
+            let disk = Disk::open(file.path(), ReadWrite).unwrap().with_file(zero);
+            Driver::started(Box::new(Block::new(disk, "", 1, engine)), without)
+        };
+        let mut driver = start(0);
+        submit(&mut driver, VIRTIO_BLK_T_OUT, 0, (BUFFER, 512, 0));
+        assert_eq!(status(&mut driver), OK);
+        put(&mut driver, 0, VIRTIO_BLK_T_FLUSH, 0, &[]);
+        driver.notify();
+        assert_eq!(status(&mut driver), IOERR);
+        // To a driver that cannot flush, a write is done when it is durable.
+        let mut driver = start(1 << VIRTIO_BLK_F_FLUSH);
+        submit(&mut driver, VIRTIO_BLK_T_OUT, 0, (BUFFER, 512, 0));
+        assert_eq!(status(&mut driver), IOERR);
+        submit(&mut driver, VIRTIO_BLK_T_IN, 0, (BUFFER, 512, WRITE));
+        assert_eq!(status(&mut driver), OK);
+    }
+}
+
+/// Whether this is the process of its own that a test needs. If not, runs the test once more in one, which the shell
+/// script `start` starts by `exec "$0" "$@"`.
+fn is_own_process(test: &str, start: &str) -> bool {
+    const MARK: &str = "MINIVMM_OWN_PROCESS";
+    if std::env::var_os(MARK).is_some() {
+        return true;
+    }
+    let output = std::process::Command::new("sh")
+        .args(["-ec", start])
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            &format!("virtio::block::tests::{test}"),
+            "--nocapture",
+        ])
+        .env(MARK, "1")
+        .output()
+        .unwrap();
+    let out = String::from_utf8_lossy(&output.stdout);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && out.contains("1 passed"),
+        "{out}{err}"
+    );
+    false
+}
+
+#[test]
+fn without_io_uring_there_is_another_way() {
+    if !is_own_process(
+        "without_io_uring_there_is_another_way",
+        "ulimit -n 64; exec \"$0\" \"$@\"",
+    ) {
+        return;
+    }
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(&pattern()).unwrap();
+    let mut driver = multi_queue(&file, Engine::IoUring, ReadWrite, 2);
+    // A ring is a file, and is made when the first request comes; now there is no room for one.
+    let files: Vec<File> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
+    assert!(!files.is_empty());
+    for _ in 0..5 {
+        submit(&mut driver, VIRTIO_BLK_T_IN, 1, (BUFFER, 512, WRITE));
+        assert_eq!(status(&mut driver), OK);
+        assert_eq!(driver.read(BUFFER, 512), pattern()[512..1024]);
+    }
+    drop(files);
+    driver.queue = 1;
+    submit(&mut driver, VIRTIO_BLK_T_IN, 1, (BUFFER, 512, WRITE));
+    assert_eq!(status(&mut driver), OK);
+}
+
+#[test]
+fn a_full_host_gives_an_error_and_no_more() {
+    // A file system that is nearly full, seen by one process alone.
+    const UNSHARE: &str = "unshare --user --map-root-user --mount";
+    let can = std::process::Command::new("sh")
+        .args(["-c", &format!("{UNSHARE} true")])
+        .status();
+    if !can.is_ok_and(|status| status.success()) {
+        return eprintln!("skipped: this host has no user namespaces for {UNSHARE}");
+    }
+    let start = format!(
+        r#"TMPDIR=$(mktemp -d); export TMPDIR; trap 'rmdir "$TMPDIR"' EXIT
+        {UNSHARE} sh -ec 'mount -t tmpfs -o size=100k tmpfs "$TMPDIR"; exec "$0" "$@"' "$0" "$@""#
+    );
+    if !is_own_process("a_full_host_gives_an_error_and_no_more", &start) {
+        return;
+    }
+    for (engine, access) in [
+        (Engine::IoUring, ReadWrite),
+        (Engine::Sync, ReadWrite),
+        (Engine::Sync, Ephemeral),
+    ] {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut driver = multi_queue(&file, engine, access, 1);
+        let mut write = |sector| {
+            submit(&mut driver, VIRTIO_BLK_T_OUT, sector, (HIGH, 0x1_0000, 0));
+            status(&mut driver)
+        };
+        assert_eq!(write(0), OK);
+        assert_eq!(write(1024), IOERR);
+        // There is room again, or no need for more.
+        assert_eq!(write(0), OK);
+        submit(&mut driver, VIRTIO_BLK_T_FLUSH, 0, (BUFFER, 0, 0));
+        assert_eq!(status(&mut driver), OK);
     }
 }
