@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use minivmm_devices::virtio::block::MAX_ID_LEN;
+use minivmm_devices::virtio::block::{Engine, MAX_ID_LEN, MAX_QUEUES};
 
 use crate::arch::x86_64::layout::MAX_VIRTIO_DEVICES;
 use crate::boot::BootProtocol;
@@ -203,24 +203,44 @@ impl From<Span> for String {
     }
 }
 
-/// A disk. Written `path=FILE[,ro][,id=SERIAL]`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// A disk. Written `path=FILE[,ro][,ephemeral][,id=SERIAL][,queues=N][,engine=io_uring|sync]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct DiskConfig {
     /// Raw image or block device of the host.
     pub path: PathBuf,
     /// Whether the guest may only read it.
-    #[serde(default, rename = "ro")]
+    #[serde(rename = "ro")]
     pub read_only: bool,
+    /// Whether what the guest writes goes to a temporary file and not to [`DiskConfig::path`].
+    pub ephemeral: bool,
     /// Serial number, by which a guest may find it.
-    #[serde(default)]
     pub id: Option<String>,
+    /// Number of queues; without it, one a vCPU up to [`MAX_QUEUES`].
+    pub queues: Option<u16>,
+    /// How the host's file is read and written; without it, through io_uring but for an ephemeral disk.
+    pub engine: Option<Engine>,
 }
 
 impl DiskConfig {
     fn validate(&self) -> Result<(), String> {
         if self.path.as_os_str().is_empty() {
             return Err("no file: write path=FILE".into());
+        }
+        if self.ephemeral && self.read_only {
+            return Err("ephemeral and ro: the guest either writes to a copy that goes with the VM, or it does not write".into());
+        }
+        if self.ephemeral && self.engine == Some(Engine::IoUring) {
+            return Err(
+                "ephemeral and engine=io_uring: an ephemeral disk has engine=sync alone".into(),
+            );
+        }
+        if let Some(queues) = self.queues
+            && !(1..=MAX_QUEUES).contains(&queues)
+        {
+            return Err(format!(
+                "queues={queues}: a disk has 1 to {MAX_QUEUES} queues"
+            ));
         }
         match &self.id {
             Some(id) if !(1..=MAX_ID_LEN).contains(&id.len()) => Err(format!(
@@ -240,30 +260,40 @@ impl FromStr for DiskConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut path = None;
-        let mut read_only = false;
-        let mut id = None;
+        let mut config = Self::default();
+        let mut seen = Vec::new();
         for part in text.split(',') {
-            let twice = match part.split_once('=') {
-                Some(("path", value)) => path.replace(PathBuf::from(value)).is_some(),
-                Some(("id", value)) => id.replace(value.to_owned()).is_some(),
-                None if part == "ro" => std::mem::replace(&mut read_only, true),
+            let (key, value) = match part.split_once('=') {
+                Some((key, value)) => (key, Some(value)),
+                None => (part, None),
+            };
+            match (key, value) {
+                ("path", Some(value)) => config.path = value.into(),
+                ("ro", None) => config.read_only = true,
+                ("ephemeral", None) => config.ephemeral = true,
+                ("id", Some(value)) => config.id = Some(value.into()),
+                ("queues", Some(value)) => {
+                    let queues = value.parse().map_err(|e| format!("'{part}': {e}"))?;
+                    config.queues = Some(queues);
+                }
+                ("engine", Some("io_uring")) => config.engine = Some(Engine::IoUring),
+                ("engine", Some("sync")) => config.engine = Some(Engine::Sync),
+                ("engine", _) => {
+                    return Err(format!("'{part}': write engine=io_uring or engine=sync"));
+                }
                 _ => {
                     return Err(format!(
-                        "'{part}' is not known; write path=FILE[,ro][,id=SERIAL] (a path with a comma can be given in a \
-                         file, with --config)"
+                        "'{part}' is not known; write \
+                         path=FILE[,ro][,ephemeral][,id=SERIAL][,queues=N][,engine=io_uring|sync] (a path with a comma can \
+                         be given in a file, with --config)"
                     ));
                 }
-            };
-            if twice {
-                return Err(format!("'{part}' comes twice"));
             }
+            if seen.contains(&key) {
+                return Err(format!("'{part}': {key} comes twice"));
+            }
+            seen.push(key);
         }
-        let config = Self {
-            path: path.unwrap_or_default(),
-            read_only,
-            id,
-        };
         config.validate()?;
         Ok(config)
     }
@@ -493,9 +523,13 @@ mod tests {
                 path: "/a/b.img".into(),
                 read_only: true,
                 id: Some("root".into()),
+                ..DiskConfig::default()
             })
         );
         assert!(!disk("path=x").unwrap().read_only);
+        let all = disk("engine=sync,queues=8,ephemeral,path=x").unwrap();
+        assert!(all.ephemeral);
+        assert_eq!((all.queues, all.engine), (Some(8), Some(Engine::Sync)));
         // An equals sign may be in a path.
         assert_eq!(disk("path=a=b").unwrap().path, PathBuf::from("a=b"));
         for (text, word) in [
@@ -506,7 +540,16 @@ mod tests {
             ("path=x,", "not known"),
             ("path=x,rw", "'rw'"),
             ("path=x,ro=1", "'ro=1'"),
-            ("path=x,queues=2", "'queues=2'"),
+            ("path=x,queues=0", "1 to 8"),
+            ("path=x,queues=9", "1 to 8"),
+            ("path=x,queues=", "'queues='"),
+            ("path=x,queues=-1", "'queues=-1'"),
+            ("path=x,queues", "'queues'"),
+            ("path=x,engine=aio", "engine=io_uring or"),
+            ("path=x,engine", "engine=io_uring or"),
+            ("path=x,ephemeral=1", "'ephemeral=1'"),
+            ("path=x,ephemeral,ro", "ephemeral and ro"),
+            ("path=x,engine=io_uring,ephemeral", "engine=sync"),
             ("path=x,path=y", "twice"),
             ("path=x,ro,ro", "twice"),
             ("path=x,id=", "1 to 20"),
@@ -518,16 +561,22 @@ mod tests {
             assert!(error.contains(word), "{text}: {error}");
         }
         let config = parse(
-            r#"{"kernel": "k", "rng": true, "disks": [{"path": "a,b"}, {"path": "c", "ro": true, "id": "x"}]}"#,
+            r#"{"kernel": "k", "rng": true, "disks": [{"path": "a,b", "engine": "io_uring", "queues": 2},
+                {"path": "c", "ro": true, "id": "x"}]}"#,
         )
         .unwrap();
         config.validate().unwrap();
         assert_eq!(config.disks[0].path, PathBuf::from("a,b"));
         assert!(config.rng && config.disks[1].read_only);
-        assert!(matches!(
-            parse(r#"{"disks": [{"path": "a", "format": "qcow2"}]}"#),
-            Err(ConfigError::Parse { .. })
-        ));
+        assert_eq!(config.disks[0].engine, Some(Engine::IoUring));
+        for field in [
+            r#""format": "qcow2""#,
+            r#""engine": "aio""#,
+            r#""queues": -1"#,
+        ] {
+            let json = format!(r#"{{"disks": [{{"path": "a", {field}}}]}}"#);
+            assert!(matches!(parse(&json), Err(ConfigError::Parse { .. })));
+        }
     }
 
     #[test]
@@ -537,8 +586,8 @@ mod tests {
             disks: vec![
                 DiskConfig {
                     path: "d".into(),
-                    read_only: true,
                     id: Some(id.into()),
+                    ..DiskConfig::default()
                 };
                 count
             ],
@@ -557,8 +606,7 @@ mod tests {
         let line = |append: &str, disks: usize| {
             let disk = DiskConfig {
                 path: "d".into(),
-                read_only: false,
-                id: None,
+                ..DiskConfig::default()
             };
             let config = VmConfig {
                 append: Some(append.into()),

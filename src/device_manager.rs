@@ -10,7 +10,7 @@ use minivmm_devices::legacy::ioapic;
 use minivmm_devices::legacy::power::{self, AcpiPower};
 use minivmm_devices::legacy::pvpanic::{self, Pvpanic};
 use minivmm_devices::legacy::serial::{self, Serial};
-use minivmm_devices::virtio::block::{Block, Disk};
+use minivmm_devices::virtio::block::Block;
 use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
 use minivmm_devices::virtio::rng::Rng;
@@ -29,8 +29,8 @@ const VIRTIO_MMIO_HID: &str = "LNRO0005";
 /// What the configuration's devices need from the host, opened.
 #[derive(Default)]
 pub struct HostResources {
-    /// Disks in the order in which the guest finds them, each with its serial number.
-    pub disks: Vec<(Disk, String)>,
+    /// Disks in the order in which the guest finds them.
+    pub disks: Vec<Block>,
     /// Whether there is an entropy device.
     pub rng: bool,
 }
@@ -146,8 +146,8 @@ impl DeviceManager {
         devices.attach_pvpanic(events)?;
         devices.attach_serial()?;
         let HostResources { disks, rng } = resources;
-        for (disk, id) in disks {
-            devices.attach_virtio(Box::new(Block::new(disk, &id)), mem, interrupts)?;
+        for disk in disks {
+            devices.attach_virtio(Box::new(disk), mem, interrupts)?;
         }
         if rng {
             devices.attach_virtio(Box::<Rng>::default(), mem, interrupts)?;

@@ -9,7 +9,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use minivmm_devices::console::{ConsoleDevice, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::legacy::serial::Serial;
-use minivmm_devices::virtio::block::{Disk, DiskError};
+use minivmm_devices::virtio::block::{Access, Block, Disk, DiskError};
 use minivmm_devices::virtio::console::Console as VirtioConsole;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -468,8 +468,20 @@ fn open_resources(config: &VmConfig) -> Result<HostResources, DiskError> {
         .disks
         .iter()
         .map(|disk| {
-            let id = disk.id.clone().unwrap_or_default();
-            Ok((Disk::open(&disk.path, disk.read_only)?, id))
+            let queues = disk.queues.unwrap_or(config.cpus.into());
+            let access = match (disk.read_only, disk.ephemeral) {
+                (true, _) => Access::ReadOnly,
+                (false, true) => Access::Ephemeral,
+                (false, false) => Access::ReadWrite,
+            };
+            let opened = Disk::open(&disk.path, access)?;
+            let id = disk.id.as_deref().unwrap_or_default();
+            Ok(Block::new(
+                opened,
+                id,
+                queues,
+                disk.engine.unwrap_or_default(),
+            ))
         })
         .collect::<Result<_, DiskError>>()?;
     Ok(HostResources {

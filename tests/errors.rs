@@ -256,8 +256,10 @@ fn a_disk_that_cannot_be_is_named() {
             "neither a regular file",
         ),
         ("path=/dev/null".into(), 125, "neither a regular file"),
-        ("x.img".into(), 2, "path=FILE[,ro][,id=SERIAL]"),
-        ("path=x,queues=2".into(), 2, "'queues=2' is not known"),
+        ("x.img".into(), 2, "path=FILE[,ro][,ephemeral][,id=SERIAL]"),
+        ("path=x,queues=99".into(), 2, "1 to 8 queues"),
+        ("path=x,format=raw".into(), 2, "'format=raw' is not known"),
+        ("path=x,ro,ephemeral".into(), 2, "ephemeral and ro"),
         ("path=x,id=123456789012345678901".into(), 2, "1 to 20"),
     ] {
         let ended = run(&mut boot_tiny("hello", "", &["--disk", &disk]));

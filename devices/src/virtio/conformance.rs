@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use virtio_bindings::virtio_mmio::*;
 
-use super::block::{Block, Disk};
+use super::block::{Access, Block, Disk, Engine};
 use super::console;
 use super::device::VirtioDevice;
 use super::rng::Rng;
@@ -12,7 +12,14 @@ use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::bus::BusDevice;
 use crate::virtio::transport::mmio;
 
-const KINDS: [&str; 4] = ["rng", "console", "block", "block, read-only"];
+const KINDS: [&str; 6] = [
+    "rng",
+    "console",
+    "block",
+    "block, sync",
+    "block, read-only",
+    "block, ephemeral",
+];
 
 fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
@@ -21,8 +28,14 @@ fn device(kind: &str) -> Box<dyn VirtioDevice> {
         _ => {
             let file = tempfile::NamedTempFile::new().unwrap();
             file.as_file().set_len(1 << 20).unwrap();
-            let disk = Disk::open(file.path(), kind != "block").unwrap();
-            Box::new(Block::new(disk, "serial"))
+            let (access, engine) = match kind {
+                "block" => (Access::ReadWrite, Engine::IoUring),
+                "block, sync" => (Access::ReadWrite, Engine::Sync),
+                "block, read-only" => (Access::ReadOnly, Engine::IoUring),
+                _ => (Access::Ephemeral, Engine::Sync),
+            };
+            let disk = Disk::open(file.path(), access).unwrap();
+            Box::new(Block::new(disk, "serial", 1, engine))
         }
     }
 }

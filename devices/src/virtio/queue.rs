@@ -84,6 +84,12 @@ pub enum QueueError {
     /// A table or buffer is not in RAM.
     #[error("a descriptor refers to memory that is not there")]
     Memory(#[source] GuestMemoryError),
+    /// A head that the driver has made available again before it came back.
+    #[error("the chain at {0} was made available again while the device has it")]
+    InFlight(u16),
+    /// Not the driver's fault: the device cannot go on.
+    #[error("io_uring failed: {0}")]
+    Engine(#[source] std::io::Error),
     /// A request that its device cannot even answer.
     #[error("a request that cannot be answered: {0}")]
     Unanswerable(&'static str),
@@ -145,6 +151,11 @@ impl Virtqueue {
     /// Its number.
     pub fn index(&self) -> u16 {
         self.index
+    }
+
+    /// Its size in entries.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Where it stands, as plain data.

@@ -24,7 +24,7 @@ pub(super) const FEATURES_OK: u32 = 8;
 pub(super) const NEEDS_RESET: u32 = 64;
 pub(super) const FAILED: u32 = 128;
 
-/// Where the test driver puts its queue.
+/// Where the test driver puts queue 0.
 pub(super) const DESCRIPTORS: u64 = 0x1000;
 pub(super) const AVAILABLE: u64 = 0x3000;
 pub(super) const USED: u64 = 0x4000;
@@ -39,6 +39,10 @@ pub(super) const HIGH: u64 = 0x1_0000_0000;
 /// And here it ends.
 pub(super) const END: u64 = HIGH + 0x100_0000;
 
+/// The others have their rings so far above it, each further than the one before.
+const OTHER_QUEUES: u64 = HIGH + 0x80_0000;
+const QUEUE_SPACE: u64 = 0x1_0000;
+
 /// Far more than a worker takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -47,10 +51,12 @@ pub(super) struct Driver {
     pub(super) transport: MmioTransport,
     pub(super) pulses: Arc<Pulses>,
     pub(super) size: u16,
-    /// The queue that this drives; the others are not made ready.
+    /// The queue that it works with, and how many there are.
     pub(super) queue: u16,
-    avail: u16,
-    used: u16,
+    pub(super) queues: u16,
+    /// Of each queue.
+    avail: [u16; 16],
+    used: [u16; 16],
 }
 
 impl Driver {
@@ -69,8 +75,9 @@ impl Driver {
             pulses,
             size: 16,
             queue: 0,
-            avail: 0,
-            used: 0,
+            queues: 1,
+            avail: [0; 16],
+            used: [0; 16],
         }
     }
 
@@ -79,6 +86,14 @@ impl Driver {
         let mut driver = Self::new(device);
         driver.start(without);
         driver
+    }
+
+    /// Where the part of queue 0 at `at` is for the current queue.
+    fn ring(&self, at: u64) -> u64 {
+        match self.queue {
+            0 => at,
+            queue => OTHER_QUEUES + u64::from(queue) * QUEUE_SPACE + at,
+        }
     }
 
     pub(super) fn get(&mut self, register: u32) -> u32 {
@@ -117,10 +132,12 @@ impl Driver {
     pub(super) fn negotiate(&mut self, without: u64) {
         self.set_status(0);
         assert_eq!(self.status(), 0);
-        (self.avail, self.used) = (0, 0);
-        self.mem
-            .write_slice(&[0; 0x4000], GuestAddress(DESCRIPTORS))
-            .unwrap();
+        (self.avail, self.used) = ([0; 16], [0; 16]);
+        for queue in 0..self.queues {
+            self.queue = queue;
+            self.write(self.ring(DESCRIPTORS), &[0; 0x4000]);
+        }
+        self.queue = 0;
         self.set_status(ACKNOWLEDGE);
         self.set_status(ACKNOWLEDGE | DRIVER);
         let features = self.offered() & !without;
@@ -145,8 +162,13 @@ impl Driver {
 
     pub(super) fn start(&mut self, without: u64) {
         self.negotiate(without);
-        self.set_rings(self.size.into(), DESCRIPTORS, AVAILABLE, USED);
-        assert_eq!(self.get(VIRTIO_MMIO_QUEUE_READY), 1);
+        for queue in (0..self.queues).rev() {
+            self.queue = queue;
+            let [descriptors, available, used] =
+                [DESCRIPTORS, AVAILABLE, USED].map(|at| self.ring(at));
+            self.set_rings(self.size.into(), descriptors, available, used);
+            assert_eq!(self.get(VIRTIO_MMIO_QUEUE_READY), 1);
+        }
         self.driver_ok();
         assert_eq!(self.status() & (DRIVER_OK | NEEDS_RESET), DRIVER_OK);
     }
@@ -175,7 +197,7 @@ impl Driver {
     }
 
     pub(super) fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
-        self.descriptor_in(DESCRIPTORS, index, address, len, flags, next);
+        self.descriptor_in(self.ring(DESCRIPTORS), index, address, len, flags, next);
     }
 
     /// Writes a chain of these buffers to the descriptors from `first` on.
@@ -189,19 +211,19 @@ impl Driver {
 
     /// Makes a head available.
     pub(super) fn offer(&mut self, head: u16) {
-        let slot = AVAILABLE + 4 + 2 * u64::from(self.avail % self.size);
-        self.mem
-            .write_slice(&head.to_le_bytes(), GuestAddress(slot))
-            .unwrap();
-        self.avail = self.avail.wrapping_add(1);
-        self.set_avail_index(self.avail);
+        let avail = &mut self.avail[usize::from(self.queue)];
+        let slot = AVAILABLE + 4 + 2 * u64::from(*avail % self.size);
+        *avail = avail.wrapping_add(1);
+        let index = *avail;
+        self.write(self.ring(slot), &head.to_le_bytes());
+        self.set_avail_index(index);
     }
 
     pub(super) fn set_avail_index(&self, index: u16) {
         self.mem
             .store(
                 index,
-                GuestAddress(AVAILABLE + 2),
+                GuestAddress(self.ring(AVAILABLE) + 2),
                 std::sync::atomic::Ordering::Release,
             )
             .unwrap();
@@ -209,7 +231,7 @@ impl Driver {
 
     /// Under EVENT_IDX: the used index at which the driver wants an interrupt.
     pub(super) fn set_used_event(&self, event: u16) {
-        let at = AVAILABLE + 4 + 2 * u64::from(self.size);
+        let at = self.ring(AVAILABLE) + 4 + 2 * u64::from(self.size);
         self.mem
             .write_slice(&event.to_le_bytes(), GuestAddress(at))
             .unwrap();
@@ -221,17 +243,19 @@ impl Driver {
 
     pub(super) fn used_index(&self) -> u16 {
         self.mem
-            .load(GuestAddress(USED + 2), std::sync::atomic::Ordering::Acquire)
+            .load(
+                GuestAddress(self.ring(USED) + 2),
+                std::sync::atomic::Ordering::Acquire,
+            )
             .unwrap()
     }
 
     /// The next used entry: head and length.
     pub(super) fn wait_used(&mut self) -> (u32, u32) {
-        wait("a used buffer", || self.used_index() != self.used);
-        let at = USED + 4 + 8 * u64::from(self.used % self.size);
-        let mut entry = [0; 8];
-        self.mem.read_slice(&mut entry, GuestAddress(at)).unwrap();
-        self.used = self.used.wrapping_add(1);
+        let used = self.used[usize::from(self.queue)];
+        wait("a used buffer", || self.used_index() != used);
+        let entry = self.read(self.ring(USED) + 4 + 8 * u64::from(used % self.size), 8);
+        self.used[usize::from(self.queue)] = used.wrapping_add(1);
         let word = |at: usize| u32::from_le_bytes(entry[at..at + 4].try_into().unwrap());
         (word(0), word(4))
     }

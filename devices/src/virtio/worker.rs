@@ -1,11 +1,13 @@
 //! A thread that runs the requests of one queue, so that no vCPU waits for them.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
+use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::GuestMemoryMmap;
 
 use super::device::Interrupt;
@@ -16,7 +18,7 @@ use super::queue::{Chain, QueueError, Virtqueue};
 const BATCH: u32 = 16;
 
 /// What a device does with a request.
-pub trait Handler: Send + 'static {
+pub trait Handler {
     /// Does what `chain` asks for and returns how many bytes of its writable part were written. An error is for a
     /// request that cannot be answered; it stops the device.
     fn handle(&mut self, chain: &mut Chain<'_>) -> Result<u32, QueueError>;
@@ -24,50 +26,93 @@ pub trait Handler: Send + 'static {
 
 /// A running worker. Dropping it stops it.
 pub struct Worker {
-    stop: Arc<AtomicBool>,
+    queue: u16,
+    signal: Arc<Signal>,
     /// `None` only while it is being stopped.
     thread: Option<JoinHandle<Virtqueue>>,
 }
 
+/// How a worker is told that there is something to do.
+struct Signal {
+    /// An eventfd.
+    event: OwnedFd,
+    stop: AtomicBool,
+}
+
 impl Worker {
-    /// Starts a thread that looks into the queue at once, and then whenever it is notified.
+    /// Starts a thread that looks into the queue at once, and then whenever it is notified; it handles one request after
+    /// the other.
     pub fn start(
+        name: String,
+        queue: Virtqueue,
+        mem: GuestMemoryMmap,
+        interrupt: Interrupt,
+        mut handler: impl Handler + Send + 'static,
+    ) -> io::Result<Self> {
+        Self::start_with(name, queue, mem, interrupt, move |serving| {
+            serving.run(&mut handler)
+        })
+    }
+
+    /// Starts a thread that works on the queue as `work` does, which returns once [`Serving::must_stop`] says so.
+    pub fn start_with(
         name: String,
         mut queue: Virtqueue,
         mem: GuestMemoryMmap,
         interrupt: Interrupt,
-        mut handler: impl Handler,
+        work: impl FnOnce(&mut Serving<'_>) -> Result<(), QueueError> + Send + 'static,
     ) -> io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
+        let index = queue.index();
+        let signal = Arc::new(Signal {
+            event: eventfd(0, EventfdFlags::CLOEXEC)?,
+            stop: AtomicBool::new(false),
+        });
+        let signalled = Arc::clone(&signal);
         let thread = thread::Builder::new().name(name).spawn(move || {
-            if let Err(e) = run(&mut queue, &mem, &interrupt, &mut handler, &stopped) {
+            let mut serving = Serving {
+                queue: &mut queue,
+                mem: &mem,
+                interrupt: &interrupt,
+                signal: &signalled,
+                unreported: 0,
+            };
+            if let Err(e) = work(&mut serving) {
                 interrupt.needs_reset(&e);
             }
             queue
         })?;
         Ok(Self {
-            stop,
+            queue: index,
+            signal,
             thread: Some(thread),
         })
     }
 
-    /// Has the worker look into its queue.
-    pub fn notify(&self) {
-        if let Some(thread) = &self.thread {
-            thread.thread().unpark();
-        }
+    /// The number of its queue.
+    pub fn queue(&self) -> u16 {
+        self.queue
     }
 
-    /// Waits for the request in hand and takes the queue back.
+    /// Has the worker look into its queue.
+    pub fn notify(&self) {
+        // This cannot fail, nor block before it was written 2^64 times.
+        let _ = rustix::io::write(&self.signal.event, &1u64.to_ne_bytes());
+    }
+
+    /// Has the worker end after the requests in hand.
+    pub fn ask_to_stop(&self) {
+        self.signal.stop.store(true, Ordering::Release);
+        self.notify();
+    }
+
+    /// Waits for the requests in hand and takes the queue back.
     pub fn stop(mut self) -> Option<Virtqueue> {
         self.join()
     }
 
     fn join(&mut self) -> Option<Virtqueue> {
-        self.stop.store(true, Ordering::Release);
+        self.ask_to_stop();
         let thread = self.thread.take()?;
-        thread.thread().unpark();
         match thread.join() {
             Ok(queue) => Some(queue),
             // A bug, and not to be hidden.
@@ -83,44 +128,87 @@ impl Drop for Worker {
     }
 }
 
-fn run(
-    queue: &mut Virtqueue,
-    mem: &GuestMemoryMmap,
-    interrupt: &Interrupt,
-    handler: &mut impl Handler,
-    stop: &AtomicBool,
-) -> Result<(), QueueError> {
-    let mut chain = Chain::default();
-    while !stop.load(Ordering::Acquire) {
-        queue.disable_notifications(mem)?;
-        let mut unreported = 0;
-        while !stop.load(Ordering::Acquire) && queue.pop(mem, &mut chain)? {
-            let written = handler.handle(&mut chain)?;
-            queue.complete(mem, chain.head(), written)?;
-            unreported += 1;
-            if unreported == BATCH {
-                unreported = 0;
-                report(queue, mem, interrupt)?;
-            }
-        }
-        if unreported > 0 {
-            report(queue, mem, interrupt)?;
-        }
-        if !queue.enable_notifications(mem)? && !stop.load(Ordering::Acquire) {
-            // A notification that came since is not lost: `unpark` leaves a token.
-            thread::park();
-        }
-    }
-    Ok(())
+/// A worker's queue, on the worker's thread.
+pub struct Serving<'m> {
+    queue: &'m mut Virtqueue,
+    /// Guest RAM.
+    pub mem: &'m GuestMemoryMmap,
+    interrupt: &'m Interrupt,
+    signal: &'m Signal,
+    /// Completed requests of which the driver has not heard.
+    unreported: u32,
 }
 
-fn report(
-    queue: &mut Virtqueue,
-    mem: &GuestMemoryMmap,
-    interrupt: &Interrupt,
-) -> Result<(), QueueError> {
-    if queue.needs_interrupt(mem)? {
-        interrupt.used_buffers(queue.index());
+impl<'m> Serving<'m> {
+    /// Handles one request after the other until the worker must stop.
+    pub fn run(&mut self, handler: &mut impl Handler) -> Result<(), QueueError> {
+        let mut chain = Chain::default();
+        while !self.must_stop() {
+            while self.pop(&mut chain)? {
+                let written = handler.handle(&mut chain)?;
+                self.complete(chain.head(), written)?;
+                if self.unreported == BATCH {
+                    self.report()?;
+                }
+            }
+            self.report()?;
+            if self.ask_for_notification()? {
+                self.wait();
+            }
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Whether the worker is to end, or the driver has broken the rules, in another queue perhaps.
+    pub fn must_stop(&self) -> bool {
+        self.signal.stop.load(Ordering::Acquire) || self.interrupt.is_reset_needed()
+    }
+
+    /// Entries of the queue: more requests than that cannot be in flight.
+    pub fn queue_size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next request; `false` if there is none or the worker must stop. There are no notifications while requests
+    /// are being taken.
+    pub fn pop(&mut self, chain: &mut Chain<'m>) -> Result<bool, QueueError> {
+        if self.must_stop() {
+            return Ok(false);
+        }
+        self.queue.disable_notifications(self.mem)?;
+        self.queue.pop(self.mem, chain)
+    }
+
+    /// Gives a request back.
+    pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.unreported += 1;
+        self.queue.complete(self.mem, head, written)
+    }
+
+    /// Tells the driver of what was completed, if it wants to know.
+    pub fn report(&mut self) -> Result<(), QueueError> {
+        if self.unreported > 0 {
+            self.unreported = 0;
+            if self.queue.needs_interrupt(self.mem)? {
+                self.interrupt.used_buffers(self.queue.index());
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for a notification of the next request; `false` if one is there already, of which none tells.
+    pub fn ask_for_notification(&mut self) -> Result<bool, QueueError> {
+        Ok(!self.queue.enable_notifications(self.mem)?)
+    }
+
+    /// Waits for a notification, or until the worker must stop. One that came since the last is not lost.
+    pub fn wait(&self) {
+        let mut count = [0; 8];
+        while let Err(rustix::io::Errno::INTR) = rustix::io::read(self.event(), &mut count) {}
+    }
+
+    /// The eventfd of the notifications, for another way to wait for them.
+    pub fn event(&self) -> BorrowedFd<'m> {
+        self.signal.event.as_fd()
+    }
 }

@@ -1,19 +1,21 @@
 //! The file behind a disk: opened, locked, read and written in place. Its format is raw, never probed.
 
+use std::env;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock, ioctl_blksszget};
 use rustix::io::Errno;
 
 use super::SECTOR_SIZE;
+use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
 use crate::virtio::queue::Buffers;
 
 /// iovecs that the kernel takes in one call (UIO_MAXIOV).
-const MAX_IOVECS: usize = 1024;
+pub(super) const MAX_IOVECS: usize = 1024;
 
 /// Zeroes to write where the host has no faster way.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -22,12 +24,12 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// The file cannot be opened.
-    #[error("cannot open the disk {}{}", path.display(), how(*read_only, source))]
+    #[error("cannot open the disk {}{}", path.display(), how(*for_writing, source))]
     Open {
         /// The file.
         path: PathBuf,
-        /// Whether it was to be read only.
-        read_only: bool,
+        /// Whether it was to be written.
+        for_writing: bool,
         /// What the host said.
         #[source]
         source: io::Error,
@@ -40,8 +42,8 @@ pub enum DiskError {
     },
     /// Another process has it.
     #[error(
-        "the disk {} is in use by another process or by another disk of this VM; a disk can be shared when all open it \
-         read-only (ro)",
+        "the disk {} is in use by another process or by another disk of this VM; a disk can be shared when none of them \
+         writes to it (ro or ephemeral)",
         path.display()
     )]
     InUse {
@@ -59,6 +61,25 @@ pub enum DiskError {
         #[source]
         source: io::Error,
     },
+    /// An ephemeral disk has no place for what is written.
+    #[error("cannot make a file in {} (set TMPDIR) for what is written to the disk {}", dir.display(), path.display())]
+    Temporary {
+        /// The disk's file.
+        path: PathBuf,
+        /// Where the file was to be.
+        dir: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// Longer than an ephemeral disk can be.
+    #[error("the disk {} has {len} bytes: an ephemeral disk has {MAX_EPHEMERAL_LEN} (16 TiB) at most", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+    },
     /// Not one sector long.
     #[error("the disk {} has {len} bytes: less than one sector of 512", path.display())]
     Empty {
@@ -70,15 +91,26 @@ pub enum DiskError {
 }
 
 /// What it was to be opened for, and the mend where there may be one.
-fn how(read_only: bool, error: &io::Error) -> &'static str {
+fn how(for_writing: bool, error: &io::Error) -> &'static str {
     use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
     match error.kind() {
-        _ if read_only => "",
+        _ if !for_writing => "",
         PermissionDenied | ReadOnlyFilesystem => {
-            " for writing (with ro, it would be opened for reading alone)"
+            " for writing (with ro or ephemeral, it would be opened for reading alone)"
         }
         _ => " for writing",
     }
+}
+
+/// What a guest's writes do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// They fail.
+    ReadOnly,
+    /// They go to the disk.
+    ReadWrite,
+    /// They go to a temporary file and are gone with the VM.
+    Ephemeral,
 }
 
 /// Direction of a transfer.
@@ -93,14 +125,19 @@ pub(super) enum Direction {
 /// An open and locked disk. The lock goes with it.
 pub struct Disk {
     file: File,
+    /// The same file, opened once more, with the lock.
+    _lock: File,
+    /// Where writes go, if the file is to stay as it is.
+    overlay: Option<Overlay>,
     sectors: u64,
     block_size: u32,
     read_only: bool,
 }
 
 impl Disk {
-    /// Opens and locks `path`: for itself alone if it may write, together with other readers if not.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
+    /// Opens and locks `path`: for itself alone if it may write there, together with other readers if not.
+    pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
+        let for_writing = access == Access::ReadWrite;
         let host = |what| {
             move |source| DiskError::Host {
                 what,
@@ -108,21 +145,22 @@ impl Disk {
                 source,
             }
         };
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            // A FIFO that is named by mistake must not hang.
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(|source| DiskError::Open {
-                path: path.to_owned(),
-                read_only,
-                source,
-            })?;
-        let kind = file
-            .metadata()
-            .map_err(host("read the metadata of"))?
-            .file_type();
+        let open = |flags| {
+            OpenOptions::new()
+                .read(true)
+                .write(for_writing)
+                .custom_flags(flags)
+                .open(path)
+                .map_err(|source| DiskError::Open {
+                    path: path.to_owned(),
+                    for_writing,
+                    source,
+                })
+        };
+        // A FIFO that is named by mistake must not hang.
+        let lock = open(libc::O_NONBLOCK)?;
+        let metadata = lock.metadata().map_err(host("read the metadata of"))?;
+        let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind {
                 path: path.to_owned(),
@@ -130,17 +168,25 @@ impl Disk {
         }
         // flock and not fcntl: it belongs to the open file, so that no other open and close of this process drops it,
         // and udev keeps off a block device that is locked so.
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
+        let operation = if for_writing {
             FlockOperation::NonBlockingLockExclusive
+        } else {
+            FlockOperation::NonBlockingLockShared
         };
-        flock(&file, lock).map_err(|errno| match errno {
+        flock(&lock, operation).map_err(|errno| match errno {
             Errno::WOULDBLOCK => DiskError::InUse {
                 path: path.to_owned(),
             },
             errno => host("lock")(errno.into()),
         })?;
+        // Not the file that is locked: io_uring lets go of a file some 20 ms after the end of a process that was killed.
+        let mut file = open(0)?;
+        let same = file.metadata().map_err(host("read the metadata of"))?;
+        if (same.dev(), same.ino()) != (metadata.dev(), metadata.ino()) {
+            return Err(host("open")(io::Error::other(
+                "it was just replaced by another",
+            )));
+        }
         let len = file
             .seek(SeekFrom::End(0))
             .map_err(host("find the size of"))?;
@@ -163,11 +209,30 @@ impl Disk {
                 len % SECTOR_SIZE
             );
         }
+        let overlay = match access {
+            Access::Ephemeral if len > MAX_EPHEMERAL_LEN => {
+                return Err(DiskError::TooLong {
+                    path: path.to_owned(),
+                    len,
+                });
+            }
+            Access::Ephemeral => {
+                let overlay = Overlay::new(sectors * SECTOR_SIZE);
+                Some(overlay.map_err(|source| DiskError::Temporary {
+                    path: path.to_owned(),
+                    dir: env::temp_dir(),
+                    source,
+                })?)
+            }
+            Access::ReadOnly | Access::ReadWrite => None,
+        };
         Ok(Self {
             file,
+            _lock: lock,
+            overlay,
             sectors,
             block_size,
-            read_only,
+            read_only: access == Access::ReadOnly,
         })
     }
 
@@ -181,86 +246,58 @@ impl Disk {
         self.block_size
     }
 
+    /// The file, if all reads and writes are its.
+    pub(super) fn plain_file(&self) -> Option<BorrowedFd<'_>> {
+        self.overlay.is_none().then(|| self.file.as_fd())
+    }
+
     /// Whether nothing may be written to it.
     pub fn is_read_only(&self) -> bool {
         self.read_only
     }
 
-    /// A disk whose every write fails in the host.
+    /// The same with another file behind it.
     #[cfg(test)]
-    pub(super) fn claim_writable(self) -> Self {
-        Self {
-            read_only: false,
-            ..self
-        }
+    pub(super) fn with_file(self, file: File) -> Self {
+        Self { file, ..self }
     }
 
-    /// Moves all of `buffers` from or to the bytes at `offset`, straight from and to guest memory.
+    /// Moves all of `buffers` from or to the bytes at `offset`, straight from and to guest memory. `iovecs` is room to
+    /// work in.
     pub(super) fn transfer(
         &self,
         direction: Direction,
         buffers: &Buffers<'_>,
-        mut offset: u64,
-    ) -> io::Result<()> {
-        let mut iovecs: Vec<libc::iovec> = buffers
-            .slices()
-            .iter()
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect();
-        let mut done = 0;
-        while let Some(rest) = iovecs.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let count = self.transfer_some(direction, rest, offset)?;
-            offset += count as u64;
-            done += advance(rest, count);
-        }
-        Ok(())
-    }
-
-    #[allow(
-        unsafe_code,
-        reason = "the safe interfaces to vectored I/O want slices, which guest memory must not be made into: the guest \
-                  writes it at any time"
-    )]
-    fn transfer_some(
-        &self,
-        direction: Direction,
-        iovecs: &[libc::iovec],
         offset: u64,
-    ) -> io::Result<usize> {
-        let fd = self.file.as_raw_fd();
-        let count = iovecs.len().min(MAX_IOVECS) as libc::c_int;
-        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        let ptr = iovecs.as_ptr();
-        loop {
-            // SAFETY: `ptr` points to at least `count` iovecs. Each lies within a `VolatileSlice` that `transfer`'s
-            // caller holds, a piece of a live mapping, readable and writable, which the kernel checks besides; nothing in
-            // this process keeps references to guest memory. The file descriptor is open as long as `self.file`.
-            let result = unsafe {
-                match direction {
-                    Direction::Read => libc::preadv(fd, ptr, count, offset),
-                    Direction::Write => libc::pwritev(fd, ptr, count, offset),
+        iovecs: &mut Vec<libc::iovec>,
+    ) -> io::Result<()> {
+        describe(buffers, iovecs);
+        let (mut rest, len) = (iovecs.as_mut_slice(), buffers.len());
+        match &self.overlay {
+            Some(overlay) if direction == Direction::Write => {
+                overlay.change(&self.file, offset, len, |top| {
+                    transfer(top, direction, rest, offset, len).map(drop)
+                })
+            }
+            overlay => {
+                let mut done = 0;
+                while done < len {
+                    let (at, left) = (offset + done, len - done);
+                    let (file, count) = match overlay {
+                        Some(overlay) => overlay.place(&self.file, at, left),
+                        None => (&self.file, left),
+                    };
+                    rest = transfer(file, direction, rest, at, count)?;
+                    done += count;
                 }
-            };
-            match usize::try_from(result) {
-                // The file was truncated since it was opened.
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => return Ok(count),
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
+                Ok(())
             }
         }
     }
 
-    /// Makes durable what was written (§ 5.2.6.2).
+    /// Makes durable what was written (§ 5.2.6.2), where that is to last.
     pub(super) fn flush(&self) -> io::Result<()> {
-        if self.read_only {
+        if self.read_only || self.overlay.is_some() {
             return Ok(());
         }
         Ok(fdatasync(&self.file)?)
@@ -268,7 +305,10 @@ impl Disk {
 
     /// Gives a range back to the host. That is a hint: a host that cannot has nothing to do.
     pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.punch_hole(offset, len) {
+        if self.overlay.is_some() {
+            return self.write_zeroes(offset, len, true);
+        }
+        match punch_hole(&self.file, offset, len) {
             Err(Errno::OPNOTSUPP) => Ok(()),
             result => Ok(result?),
         }
@@ -276,35 +316,129 @@ impl Disk {
 
     /// Makes a range read as zeroes; with `unmap`, its room may be given back to the host.
     pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let fast = if unmap {
-            self.punch_hole(offset, len)
-        } else {
-            let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-            fallocate(&self.file, flags, offset, len)
-        };
-        match fast {
-            Err(Errno::OPNOTSUPP) => {}
-            result => return Ok(result?),
+        match &self.overlay {
+            // No file system hands its room out in advance.
+            Some(overlay) => overlay.change(&self.file, offset, len, |top| {
+                write_zeroes(top, offset, len, true)
+            }),
+            None => write_zeroes(&self.file, offset, len, unmap),
         }
-        let (mut offset, mut left) = (offset, len);
-        while left > 0 {
-            let count = left.min(ZEROES.len() as u64);
-            let zeroes = ZEROES.get(..count as usize).unwrap_or_default();
-            self.file.write_all_at(zeroes, offset)?;
-            offset += count;
-            left -= count;
-        }
-        Ok(())
-    }
-
-    fn punch_hole(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, flags, offset, len)
     }
 }
 
+/// Makes `iovecs` those of `buffers`.
+pub(super) fn describe(buffers: &Buffers<'_>, iovecs: &mut Vec<libc::iovec>) {
+    iovecs.clear();
+    iovecs.extend(buffers.slices().iter().map(|slice| libc::iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
+    }));
+}
+
+/// Moves `len` bytes between the file at `offset` and guest memory; gives what is left of the iovecs.
+fn transfer<'a>(
+    file: &File,
+    direction: Direction,
+    mut iovecs: &'a mut [libc::iovec],
+    mut offset: u64,
+    mut len: u64,
+) -> io::Result<&'a mut [libc::iovec]> {
+    while len > 0 {
+        let count = transfer_some(file, direction, iovecs, offset, len)?;
+        offset += count as u64;
+        len -= count as u64;
+        let used_up = advance(iovecs, count);
+        iovecs = iovecs.get_mut(used_up..).unwrap_or_default();
+    }
+    Ok(iovecs)
+}
+
+/// Moves at least one byte and at most `len`; says how many.
+#[allow(
+    unsafe_code,
+    reason = "the safe interfaces to vectored I/O want slices, which guest memory must not be made into: the guest \
+              writes it at any time"
+)]
+fn transfer_some(
+    file: &File,
+    direction: Direction,
+    iovecs: &[libc::iovec],
+    offset: u64,
+    len: u64,
+) -> io::Result<usize> {
+    // As many whole iovecs as there is room for, or the beginning of one.
+    let mut room = len;
+    let fitting = iovecs.iter().take(MAX_IOVECS).take_while(|iovec| {
+        let fits = iovec.iov_len as u64 <= room;
+        room = room.saturating_sub(iovec.iov_len as u64);
+        fits
+    });
+    let (ptr, count, part);
+    match (fitting.count(), iovecs.first()) {
+        (0, Some(first)) => {
+            part = libc::iovec {
+                iov_len: first.iov_len.min(len as usize),
+                ..*first
+            };
+            (ptr, count) = (&raw const part, 1);
+        }
+        (fitting, _) => (ptr, count) = (iovecs.as_ptr(), fitting as libc::c_int),
+    }
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    let fd = file.as_raw_fd();
+    loop {
+        // SAFETY: `ptr` points to at least `count` iovecs. Each lies within a `VolatileSlice` that `Disk::transfer`'s
+        // caller holds, a piece of a live mapping, readable and writable, which the kernel checks besides; nothing in this
+        // process keeps references to guest memory. The file descriptor is open as long as `file` is there.
+        let result = unsafe {
+            match direction {
+                Direction::Read => libc::preadv(fd, ptr, count, offset),
+                Direction::Write => libc::pwritev(fd, ptr, count, offset),
+            }
+        };
+        match usize::try_from(result) {
+            // The file was truncated since it was opened.
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => return Ok(count),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+fn write_zeroes(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+    let fast = if unmap {
+        punch_hole(file, offset, len)
+    } else {
+        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        fallocate(file, flags, offset, len)
+    };
+    match fast {
+        Err(Errno::OPNOTSUPP) => {}
+        result => return Ok(result?),
+    }
+    let (mut offset, mut left) = (offset, len);
+    while left > 0 {
+        let count = left.min(ZEROES.len() as u64);
+        let zeroes = ZEROES.get(..count as usize).unwrap_or_default();
+        file.write_all_at(zeroes, offset)?;
+        offset += count;
+        left -= count;
+    }
+    Ok(())
+}
+
+fn punch_hole(file: &File, offset: u64, len: u64) -> Result<(), Errno> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(file, flags, offset, len)
+}
+
 /// Takes `count` bytes off the front; says how many iovecs that used up.
-fn advance(iovecs: &mut [libc::iovec], mut count: usize) -> usize {
+pub(super) fn advance(iovecs: &mut [libc::iovec], mut count: usize) -> usize {
     let mut used_up = 0;
     for iovec in iovecs {
         if count < iovec.iov_len {

@@ -1,24 +1,28 @@
 //! The block device (§ 5.2): a raw file or host block device as a disk.
 
 mod disk;
+mod overlay;
 mod request;
 #[cfg(test)]
 mod tests;
+mod uring;
 
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-pub use disk::{Disk, DiskError};
-use request::Requests;
+pub use disk::{Access, Disk, DiskError};
+use request::{OneByOne, Requests};
+use uring::Uring;
 
 use super::device::{Resources, VirtioDevice, read_config_bytes};
-use super::queue::Virtqueue;
-use super::worker::Worker;
+use super::queue::{QueueError, Virtqueue};
+use super::worker::{Serving, Worker};
 
 /// Device ID (§ 5).
 pub const DEVICE_TYPE: u32 = 2;
@@ -29,7 +33,11 @@ pub const MAX_ID_LEN: usize = 20;
 /// The unit of capacity and offsets, in bytes (§ 5.2.4).
 const SECTOR_SIZE: u64 = 512;
 
-const QUEUE_SIZES: [u16; 1] = [256];
+/// Most queues of a disk. Each is a thread, and with io_uring a ring; one interrupt serves them all, so that more of them
+/// bring nothing.
+pub const MAX_QUEUES: u16 = 8;
+
+const QUEUE_SIZES: [u16; MAX_QUEUES as usize] = [256; MAX_QUEUES as usize];
 /// Data segments of a request: what the queue has room for beside header and status, which need a descriptor each.
 const SEG_MAX: u32 = 254;
 
@@ -41,32 +49,49 @@ const PHYSICAL_BLOCK_SIZE: u32 = 4096;
 const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 17;
 
+/// How the host's file is read and written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// Through io_uring, all requests of a queue at once.
+    #[default]
+    IoUring,
+    /// With preadv and pwritev, one request of a queue after the other.
+    Sync,
+}
+
 /// The device.
 pub struct Block {
     disk: Arc<Disk>,
     id: [u8; MAX_ID_LEN],
     config: [u8; 60],
-    worker: Option<Worker>,
+    queues: u16,
+    engine: Engine,
+    workers: Vec<Worker>,
 }
 
 impl Block {
-    /// A device for `disk` with this serial number, of which the first [`MAX_ID_LEN`] bytes count.
-    pub fn new(disk: Disk, serial: &str) -> Self {
+    /// A device for `disk` with this serial number, of which the first [`MAX_ID_LEN`] bytes count, and as many queues, but
+    /// at least one and at most [`MAX_QUEUES`].
+    pub fn new(disk: Disk, serial: &str, queues: u16, engine: Engine) -> Self {
+        let queues = queues.clamp(1, MAX_QUEUES);
         let mut id = [0; MAX_ID_LEN];
         for (byte, value) in id.iter_mut().zip(serial.bytes()) {
             *byte = value;
         }
         Self {
-            config: config_space(&disk),
+            config: config_space(&disk, queues),
             disk: Arc::new(disk),
             id,
-            worker: None,
+            queues,
+            engine,
+            workers: Vec::new(),
         }
     }
 }
 
 /// `struct virtio_blk_config` (§ 5.2.4).
-fn config_space(disk: &Disk) -> [u8; 60] {
+fn config_space(disk: &Disk, queues: u16) -> [u8; 60] {
     let block_size = disk.block_size();
     let in_blocks = (PHYSICAL_BLOCK_SIZE / block_size).max(1);
     let mut config = [0; 60];
@@ -80,7 +105,7 @@ fn config_space(disk: &Disk) -> [u8; 60] {
     put(20, &block_size.to_le_bytes()); // blk_size
     put(24, &[in_blocks.ilog2() as u8, 0]); // topology: physical_block_exp, alignment_offset
     put(26, &(in_blocks as u16).to_le_bytes()); // topology: min_io_size
-    put(34, &1u16.to_le_bytes()); // num_queues
+    put(34, &queues.to_le_bytes()); // num_queues
     put(36, &MAX_DISCARD_SECTORS.to_le_bytes()); // max_discard_sectors
     put(40, &1u32.to_le_bytes()); // max_discard_seg
     let alignment = PHYSICAL_BLOCK_SIZE.max(block_size) / SECTOR_SIZE as u32;
@@ -89,6 +114,28 @@ fn config_space(disk: &Disk) -> [u8; 60] {
     put(52, &1u32.to_le_bytes()); // max_write_zeroes_seg
     put(56, &[1]); // write_zeroes_may_unmap
     config
+}
+
+/// What a queue's worker does.
+fn serve(requests: Requests, engine: Engine, serving: &mut Serving<'_>) -> Result<(), QueueError> {
+    // What the ring cannot do: to find out where each part of a request lies, and to flush each write.
+    let plain_file = requests.disk.plain_file();
+    if let (Engine::IoUring, false, Some(file)) = (engine, requests.write_through, plain_file) {
+        // Setting a ring up takes milliseconds: it is done for a guest that uses its disk.
+        while serving.ask_for_notification()? {
+            if serving.must_stop() {
+                return Ok(());
+            }
+            serving.wait();
+        }
+        match Uring::new(&requests, file, serving) {
+            Ok(mut uring) => return uring.run(serving),
+            Err(e) => log::info!(
+                "a disk is read and written without io_uring, which is not to be had: {e}"
+            ),
+        }
+    }
+    serving.run(&mut OneByOne::new(requests))
 }
 
 impl VirtioDevice for Block {
@@ -100,7 +147,8 @@ impl VirtioDevice for Block {
         let always = 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY
-            | 1 << VIRTIO_BLK_F_FLUSH;
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_MQ;
         let more = if self.disk.is_read_only() {
             1 << VIRTIO_BLK_F_RO
         } else {
@@ -110,7 +158,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        QUEUE_SIZES.get(..self.queues.into()).unwrap_or_default()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -121,25 +169,38 @@ impl VirtioDevice for Block {
         let Resources {
             mem,
             features,
-            mut queues,
+            queues,
             interrupt,
         } = resources;
-        if let Some(queue) = queues.pop() {
-            // § 5.2.6.2: to a driver that cannot flush, a completed write is on the disk.
-            let write_through = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
-            let requests = Requests::new(Arc::clone(&self.disk), self.id, write_through);
-            let name = "virtio-blk".into();
-            self.worker = Some(Worker::start(name, queue, mem, interrupt, requests)?);
-        }
+        // § 5.2.6.2: to a driver that cannot flush, a completed write is on the disk.
+        let write_through = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
+        self.workers = queues
+            .into_iter()
+            .map(|queue| {
+                let requests = Requests {
+                    disk: Arc::clone(&self.disk),
+                    id: self.id,
+                    write_through,
+                };
+                let engine = self.engine;
+                let name = format!("virtio-blk {}", queue.index());
+                let (mem, interrupt) = (mem.clone(), interrupt.clone());
+                Worker::start_with(name, queue, mem, interrupt, move |serving| {
+                    serve(requests, engine, serving)
+                })
+            })
+            .collect::<io::Result<_>>()?;
         Ok(())
     }
 
-    fn notify(&mut self, _queue: u16) {
-        self.worker.iter().for_each(Worker::notify);
+    fn notify(&mut self, queue: u16) {
+        let worker = self.workers.iter().find(|worker| worker.queue() == queue);
+        worker.into_iter().for_each(Worker::notify);
     }
 
     fn stop(&mut self) -> Vec<Virtqueue> {
-        let stopped = self.worker.take().and_then(Worker::stop);
-        stopped.into_iter().collect()
+        // All at once, so that a reset waits for one request and not for one of each queue.
+        self.workers.iter().for_each(Worker::ask_to_stop);
+        self.workers.drain(..).filter_map(Worker::stop).collect()
     }
 }

@@ -9,6 +9,8 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
+use vm_memory::VolatileSlice;
+
 use super::disk::{Direction, Disk};
 use super::{MAX_DISCARD_SECTORS, MAX_ID_LEN, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE};
 use crate::virtio::queue::{Buffers, Chain, QueueError};
@@ -22,7 +24,7 @@ const SEGMENT_LEN: usize = 16;
 
 /// Why a request fails: its status.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     /// VIRTIO_BLK_S_IOERR: the request makes no sense.
     #[error("{0}")]
     Malformed(&'static str),
@@ -36,25 +38,43 @@ enum Failure {
 
 use Failure::{Malformed, Unsupported};
 
-/// Carries out requests, on the queue's worker.
+/// What a request asks for, checked. Offsets and lengths are in bytes and lie on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Operation {
+    /// To move the data, which are one or more whole sectors.
+    Transfer(Direction, u64),
+    /// To make durable what was written.
+    Flush,
+    /// To tell the disk's serial number.
+    GetId,
+    /// To give a range back.
+    Discard(u64, u64),
+    /// To make a range zeroes, perhaps giving it back.
+    WriteZeroes(u64, u64, bool),
+}
+
+/// Understands requests of one queue, and carries them out one by one.
 pub(super) struct Requests {
-    disk: Arc<Disk>,
-    id: [u8; MAX_ID_LEN],
+    pub(super) disk: Arc<Disk>,
+    pub(super) id: [u8; MAX_ID_LEN],
     /// Every write is flushed before it is completed.
-    write_through: bool,
+    pub(super) write_through: bool,
 }
 
 impl Requests {
-    pub(super) fn new(disk: Arc<Disk>, id: [u8; MAX_ID_LEN], write_through: bool) -> Self {
-        Self {
-            disk,
-            id,
-            write_through,
-        }
+    /// Takes a request apart. What is left in `chain` are its data.
+    pub(super) fn parse<'m>(
+        &self,
+        chain: &mut Chain<'m>,
+    ) -> Result<(Status<'m>, Result<Operation, Failure>), QueueError> {
+        let status = chain.writable.take_last_byte();
+        let status = status.ok_or(QueueError::Unanswerable(
+            "a block request without a status byte",
+        ))?;
+        Ok((Status(status), self.operation(chain)))
     }
 
-    /// Returns how many bytes of data the driver gets.
-    fn carry_out(&self, chain: &mut Chain<'_>) -> Result<u64, Failure> {
+    fn operation(&self, chain: &mut Chain<'_>) -> Result<Operation, Failure> {
         let mut header = [0; HEADER_LEN];
         if !chain.readable.read_front(&mut header) {
             return Err(Malformed("a header of less than 16 bytes"));
@@ -68,29 +88,23 @@ impl Requests {
         match kind {
             VIRTIO_BLK_T_IN if given.is_empty() => {
                 let offset = self.data_offset(sector, wanted)?;
-                self.disk.transfer(Direction::Read, wanted, offset)?;
-                Ok(wanted.len())
+                Ok(Operation::Transfer(Direction::Read, offset))
             }
             VIRTIO_BLK_T_OUT if wanted.is_empty() => {
                 self.check_writable()?;
                 let offset = self.data_offset(sector, given)?;
-                self.disk.transfer(Direction::Write, given, offset)?;
-                self.written()
+                Ok(Operation::Transfer(Direction::Write, offset))
             }
-            VIRTIO_BLK_T_FLUSH if given.is_empty() && wanted.is_empty() => {
-                self.disk.flush()?;
-                Ok(0)
-            }
+            VIRTIO_BLK_T_FLUSH if given.is_empty() && wanted.is_empty() => Ok(Operation::Flush),
             VIRTIO_BLK_T_GET_ID if given.is_empty() => {
                 if wanted.len() < MAX_ID_LEN as u64 {
                     return Err(Malformed("no room for the device's ID"));
                 }
-                Ok(wanted.write_front(&self.id) as u64)
+                Ok(Operation::GetId)
             }
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if wanted.is_empty() => {
                 self.check_writable()?;
-                self.clear(kind, given)?;
-                self.written()
+                self.clearing(kind, given)
             }
             VIRTIO_BLK_T_IN
             | VIRTIO_BLK_T_OUT
@@ -102,18 +116,41 @@ impl Requests {
         }
     }
 
+    /// Does it, and returns how many bytes of data the driver gets. `iovecs` is room to work in.
+    pub(super) fn carry_out(
+        &self,
+        operation: Operation,
+        chain: &Chain<'_>,
+        iovecs: &mut Vec<libc::iovec>,
+    ) -> Result<u64, Failure> {
+        let disk = &self.disk;
+        match operation {
+            Operation::Transfer(Direction::Read, offset) => {
+                disk.transfer(Direction::Read, &chain.writable, offset, iovecs)?;
+                return Ok(chain.writable.len());
+            }
+            Operation::Transfer(Direction::Write, offset) => {
+                disk.transfer(Direction::Write, &chain.readable, offset, iovecs)?;
+            }
+            Operation::GetId => return Ok(chain.writable.write_front(&self.id) as u64),
+            Operation::Flush => {
+                disk.flush()?;
+                return Ok(0);
+            }
+            Operation::Discard(offset, len) => disk.discard(offset, len)?,
+            Operation::WriteZeroes(offset, len, unmap) => disk.write_zeroes(offset, len, unmap)?,
+        }
+        if self.write_through {
+            disk.flush()?;
+        }
+        Ok(0)
+    }
+
     fn check_writable(&self) -> Result<(), Failure> {
         if self.disk.is_read_only() {
             return Err(Malformed("a write to a read-only disk"));
         }
         Ok(())
-    }
-
-    fn written(&self) -> Result<u64, Failure> {
-        if self.write_through {
-            self.disk.flush()?;
-        }
-        Ok(0)
     }
 
     /// Where the data of a read or write lie, in bytes: whole sectors, at least one, all of them on the disk.
@@ -133,7 +170,7 @@ impl Requests {
     }
 
     /// DISCARD and WRITE_ZEROES: one segment (`max_discard_seg`, `max_write_zeroes_seg`).
-    fn clear(&self, kind: u32, given: &mut Buffers<'_>) -> Result<(), Failure> {
+    fn clearing(&self, kind: u32, given: &mut Buffers<'_>) -> Result<Operation, Failure> {
         let mut segment = [0; SEGMENT_LEN];
         if given.len() != SEGMENT_LEN as u64 || !given.read_front(&mut segment) {
             return Err(Malformed("not one segment of 16 bytes"));
@@ -175,23 +212,21 @@ impl Requests {
         }
         let offset = self.check_range(sector, count.into())?;
         let len = u64::from(count) * SECTOR_SIZE;
-        if is_discard {
-            self.disk.discard(offset, len)?;
+        Ok(if is_discard {
+            Operation::Discard(offset, len)
         } else {
-            self.disk.write_zeroes(offset, len, flags != 0)?;
-        }
-        Ok(())
+            Operation::WriteZeroes(offset, len, flags != 0)
+        })
     }
 }
 
-impl Handler for Requests {
-    fn handle(&mut self, chain: &mut Chain<'_>) -> Result<u32, QueueError> {
-        let Some(status_byte) = chain.writable.take_last_byte() else {
-            return Err(QueueError::Unanswerable(
-                "a block request without a status byte",
-            ));
-        };
-        let (status, written) = match self.carry_out(chain) {
+/// Where a request's status goes.
+pub(super) struct Status<'m>(VolatileSlice<'m>);
+
+impl Status<'_> {
+    /// Answers a request, which has given the driver so many bytes of data. Returns what the device has written in all.
+    pub(super) fn answer(&self, result: Result<u64, Failure>) -> u32 {
+        let (status, written) = match result {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(failure) => {
                 log::debug!("a block request fails: {failure}");
@@ -201,7 +236,31 @@ impl Handler for Requests {
                 }
             }
         };
-        status_byte.copy_from(&[status as u8]);
-        Ok(u32::try_from(written + 1).unwrap_or(u32::MAX))
+        self.0.copy_from(&[status as u8]);
+        u32::try_from(written + 1).unwrap_or(u32::MAX)
+    }
+}
+
+/// The synchronous engine.
+pub(super) struct OneByOne {
+    requests: Requests,
+    iovecs: Vec<libc::iovec>,
+}
+
+impl OneByOne {
+    pub(super) fn new(requests: Requests) -> Self {
+        Self {
+            requests,
+            iovecs: Vec::new(),
+        }
+    }
+}
+
+impl Handler for OneByOne {
+    fn handle(&mut self, chain: &mut Chain<'_>) -> Result<u32, QueueError> {
+        let (status, operation) = self.requests.parse(chain)?;
+        let result = operation
+            .and_then(|operation| self.requests.carry_out(operation, chain, &mut self.iovecs));
+        Ok(status.answer(result))
     }
 }

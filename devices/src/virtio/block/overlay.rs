@@ -1,0 +1,101 @@
+//! Copy-on-write: what is written to an ephemeral disk lies in a temporary file, and its base stays as it is.
+
+use std::fs::File;
+use std::io;
+use std::ops::RangeInclusive;
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError, RwLock};
+
+/// The unit of copying, in bytes. File systems write whole pages, so that next to nothing has to be copied.
+const CLUSTER: u64 = 4096;
+
+/// Longest disk in bytes, 16 TiB: its map has 512 MiB, of which the host gives only what is used.
+pub(super) const MAX_LEN: u64 = 1 << 44;
+
+/// The temporary file. It is sparse, has no name and is gone with its last user; every cluster in it has the place that
+/// it has on the disk.
+///
+/// Locks: `filling` before `present`.
+pub(super) struct Overlay {
+    top: File,
+    /// Length of the disk in bytes.
+    len: u64,
+    /// A bit for each cluster that is all in `top`. It is never taken back.
+    present: RwLock<Vec<u64>>,
+    /// Held while clusters come into `top`. Of two writers of different sectors, each must find what the other has
+    /// written, and not copy the base over it.
+    filling: Mutex<()>,
+}
+
+impl Overlay {
+    /// One for a disk of `len` bytes, at most [`MAX_LEN`], in `TMPDIR` or /tmp.
+    pub(super) fn new(len: u64) -> io::Result<Self> {
+        let top = tempfile::tempfile()?;
+        top.set_len(len)?;
+        Ok(Self {
+            top,
+            len,
+            present: RwLock::new(vec![0; len.div_ceil(CLUSTER * 64) as usize]),
+            filling: Mutex::new(()),
+        })
+    }
+
+    /// Where to read the disk at `offset`, and how many of the next `len` bytes lie in the same file.
+    pub(super) fn place<'a>(&'a self, base: &'a File, offset: u64, len: u64) -> (&'a File, u64) {
+        let is_present = self.are(true, offset / CLUSTER..=offset / CLUSTER);
+        let end = (offset / CLUSTER + 1..=(offset + len - 1) / CLUSTER)
+            .find(|cluster| !self.are(is_present, *cluster..=*cluster))
+            .map_or(offset + len, |cluster| cluster * CLUSTER);
+        let file = if is_present { &self.top } else { base };
+        (file, end - offset)
+    }
+
+    /// Has `change` write all of this range, which is not empty, in the temporary file. What lies around it in its
+    /// clusters is there before. If that fails, the disk may have changed in the range, and nowhere else.
+    pub(super) fn change(
+        &self,
+        base: &File,
+        offset: u64,
+        len: u64,
+        change: impl FnOnce(&File) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let clusters = offset / CLUSTER..=(offset + len - 1) / CLUSTER;
+        if self.are(true, clusters.clone()) {
+            return change(&self.top);
+        }
+        let _filling = self.filling.lock().unwrap_or_else(PoisonError::into_inner);
+        for cluster in [*clusters.start(), *clusters.end()] {
+            let start = cluster * CLUSTER;
+            let end = self.len.min(start + CLUSTER);
+            let is_partial = start < offset || end > offset + len;
+            if is_partial && !self.are(true, cluster..=cluster) {
+                let mut bytes = [0; CLUSTER as usize];
+                let bytes = bytes.get_mut(..(end - start) as usize).unwrap_or_default();
+                base.read_exact_at(bytes, start)?;
+                self.top.write_all_at(bytes, start)?;
+                self.add(cluster..=cluster);
+            }
+        }
+        change(&self.top)?;
+        self.add(clusters);
+        Ok(())
+    }
+
+    /// Whether each of these clusters is in the temporary file, or none of them is.
+    fn are(&self, present: bool, mut clusters: RangeInclusive<u64>) -> bool {
+        let map = self.present.read().unwrap_or_else(PoisonError::into_inner);
+        clusters.all(|cluster| {
+            let word = map.get((cluster / 64) as usize).unwrap_or(&0);
+            (word >> (cluster % 64) & 1 != 0) == present
+        })
+    }
+
+    fn add(&self, clusters: RangeInclusive<u64>) {
+        let mut map = self.present.write().unwrap_or_else(PoisonError::into_inner);
+        for cluster in clusters {
+            if let Some(word) = map.get_mut((cluster / 64) as usize) {
+                *word |= 1 << (cluster % 64);
+            }
+        }
+    }
+}
