@@ -11,6 +11,8 @@ use super::error::BootError;
 use super::memory_map::memory_map;
 use crate::arch::x86_64::layout;
 
+/// `loadflags`: the kernel's image has been placed at random (boot.rst, "loadflags", bit 1).
+const KASLR_FLAG: u8 = 1 << 1;
 /// `type_of_loader` of a loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
 
@@ -28,12 +30,14 @@ pub(crate) fn default_setup_header() -> setup_header {
     }
 }
 
-/// Writes boot_params for a kernel with this setup header, given as the bytes that begin at 0x1f1.
+/// Writes boot_params for a kernel with this setup header, given as the bytes that begin at 0x1f1. With `kaslr` the kernel
+/// randomizes its memory regions, as after its decompressor has randomized its image.
 pub(crate) fn write(
     mem: &GuestMemory,
     header_bytes: &[u8],
     initrd: Option<&Range<u64>>,
     rsdp: u64,
+    kaslr: bool,
 ) -> Result<(), BootError> {
     let mut params = boot_params::default();
     let header_end = SETUP_HEADER_OFFSET + header_bytes.len();
@@ -46,6 +50,9 @@ pub(crate) fn write(
 
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.loadflags &= LOADED_HIGH;
+    if kaslr {
+        params.hdr.loadflags |= KASLR_FLAG;
+    }
     params.hdr.setup_data = 0;
     params.hdr.heap_end_ptr = 0;
     // The real-mode code, which would look at it, does not run: "normal", so that no video mode is asked for.

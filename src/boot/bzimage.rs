@@ -1,11 +1,10 @@
 //! bzImage: the setup header, and the protected-mode part at the place it asks for.
 
-use std::ops::Range;
-
 use linux_loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
 use super::bytes::{array, has_magic, u16_at};
+use super::direct::Loaded;
 use super::error::BootError;
 use super::input::InputFile;
 use super::memory_map::check_fits;
@@ -139,12 +138,8 @@ impl BzImage {
         })
     }
 
-    /// Reads the protected-mode part into guest memory; returns the memory that the kernel needs at first.
-    pub(crate) fn load(
-        &self,
-        input: &InputFile,
-        mem: &GuestMemory,
-    ) -> Result<Range<u64>, BootError> {
+    /// Reads the protected-mode part, which decompresses the kernel, into guest memory.
+    pub(crate) fn load(&self, input: &InputFile, mem: &GuestMemory) -> Result<Loaded, BootError> {
         check_fits(input, mem, self.end_gpa)?;
         input.read_into(
             mem,
@@ -153,7 +148,23 @@ impl BzImage {
             self.code_len,
             "the protected-mode part of the kernel",
         )?;
-        Ok(self.load_gpa..self.end_gpa)
+        Ok(Loaded {
+            entry: self.entry_64(),
+            range: self.load_gpa..self.end_gpa,
+            file_bytes: self.code_len,
+            // It decides for itself.
+            kaslr: false,
+        })
+    }
+
+    /// Offset of the compressed kernel in the file.
+    pub(crate) fn payload_offset(&self) -> u64 {
+        self.code_offset + u64::from(self.header.payload_offset)
+    }
+
+    /// Bytes of the compressed kernel. They lie in the protected-mode part.
+    pub(crate) fn payload_len(&self) -> u64 {
+        self.header.payload_length.into()
     }
 
     /// GPA of the 64-bit entry.

@@ -132,6 +132,19 @@ impl ElfKernel {
         Ok(range)
     }
 
+    /// The same kernel at another place, `gpa`.
+    pub(crate) fn moved_to(&self, gpa: u64) -> Self {
+        // Modulo 2^64, so that it may go down as well.
+        let distance = gpa.wrapping_sub(self.range().start);
+        let mut moved = self.clone();
+        moved.entry = moved.entry.wrapping_add(distance);
+        for segment in &mut moved.segments {
+            segment.gpa = segment.gpa.wrapping_add(distance);
+            segment.end_gpa = segment.end_gpa.wrapping_add(distance);
+        }
+        moved
+    }
+
     /// From the first segment to the end of the last.
     pub(crate) fn range(&self) -> Range<u64> {
         let start = self.segments.first().map_or(0, |segment| segment.gpa);
@@ -166,6 +179,12 @@ impl ElfKernel {
         }
         Ok(self.entry)
     }
+}
+
+/// Where a 64-bit ELF file ends by its headers. Linkers write the section headers last; what follows is no part of it.
+pub(crate) fn end_of_file(head: &[u8]) -> Option<u64> {
+    let size = u64::from(u16_at(head, 58)?) * u64::from(u16_at(head, 60)?);
+    u64_at(head, 40)?.checked_add(size)
 }
 
 fn contains(segments: &[Segment], gpa: u64) -> bool {

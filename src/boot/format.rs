@@ -252,7 +252,7 @@ pub(crate) fn check_initrd_kind(input: &InputFile, head: &[u8]) -> Result<(), Bo
 }
 
 /// The first bytes in hexadecimal, and as text where they are text.
-fn hex(head: &[u8]) -> String {
+pub(super) fn hex(head: &[u8]) -> String {
     let first = head.get(..8).unwrap_or(head);
     let mut shown = first
         .iter()

@@ -1,10 +1,12 @@
 //! A kernel or initrd file on the host: opened once, every length checked, each byte read at most once.
 
-use std::fs::{self, File, FileType, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::fs::{self, File, FileType, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::GuestMemory;
@@ -24,6 +26,32 @@ pub(crate) struct InputFile {
     path: PathBuf,
     file: File,
     len: u64,
+    identity: FileIdentity,
+}
+
+/// What tells a file and its content from every other: where it is, and when it changed. Nobody can set the time of the last
+/// change (ctime), so that a file that was overwritten is another one, whatever else was made to look the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FileIdentity {
+    pub(crate) dev: u64,
+    pub(crate) ino: u64,
+    pub(crate) len: u64,
+    /// Seconds and nanoseconds since 1970.
+    pub(crate) mtime: (i64, i64),
+    /// Likewise.
+    pub(crate) ctime: (i64, i64),
+}
+
+impl FileIdentity {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            dev: metadata.dev(),
+            ino: metadata.ino(),
+            len: metadata.len(),
+            mtime: (metadata.mtime(), metadata.mtime_nsec()),
+            ctime: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
 }
 
 impl InputFile {
@@ -66,7 +94,32 @@ impl InputFile {
             path: path.to_owned(),
             file,
             len: metadata.len(),
+            identity: FileIdentity::of(&metadata),
         })
+    }
+
+    /// A file that this program has opened already; `path` is what messages call it.
+    pub(crate) fn from_file(role: Role, path: &Path, file: File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self {
+            role,
+            path: path.to_owned(),
+            file,
+            len: metadata.len(),
+            identity: FileIdentity::of(&metadata),
+        })
+    }
+
+    /// What the file was when it was opened.
+    pub(crate) fn identity(&self) -> &FileIdentity {
+        &self.identity
+    }
+
+    /// Whether the file is still what it was when it was opened.
+    pub(crate) fn is_unchanged(&self) -> bool {
+        self.file
+            .metadata()
+            .is_ok_and(|metadata| FileIdentity::of(&metadata) == self.identity)
     }
 
     /// The file's path, as it was given.
@@ -117,7 +170,8 @@ impl InputFile {
         }
     }
 
-    /// Reads `len` bytes from `offset` straight into guest memory at `gpa`.
+    /// Reads `len` bytes from `offset` straight into guest memory at `gpa`, which must be zero: holes in the file are left
+    /// out.
     pub(crate) fn read_into(
         &self,
         mem: &GuestMemory,
@@ -127,21 +181,48 @@ impl InputFile {
         what: &'static str,
     ) -> Result<(), BootError> {
         let end = self.check_range(offset, len, what)?;
+        let mut at = offset;
+        while at < end {
+            // Without data from there on, there is no such position.
+            let data = match seek(&self.file, SeekFrom::Data(at)) {
+                Err(Errno::NXIO) => end,
+                result => result.map_err(|e| self.read_failed(e.into()))?,
+            };
+            if data >= end {
+                break;
+            }
+            let hole = seek(&self.file, SeekFrom::Hole(data))
+                .and_then(|hole| seek(&self.file, SeekFrom::Start(data)).map(|_| hole))
+                .map_err(|e| self.read_failed(e.into()))?;
+            let stop = hole.min(end);
+            self.read_data(mem, gpa + (data - offset), data, stop, what)?;
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Reads from `start`, where the file's position is, to `end`.
+    fn read_data(
+        &self,
+        mem: &GuestMemory,
+        gpa: u64,
+        start: u64,
+        end: u64,
+        what: &'static str,
+    ) -> Result<(), BootError> {
         let mut file = &self.file;
-        file.seek(SeekFrom::Start(offset))
-            .map_err(|source| self.read_failed(source))?;
-        let mut done = 0;
-        while done < len {
-            let at = gpa.saturating_add(done);
-            let count = usize::try_from((len - done).min(MAX_READ)).unwrap_or(usize::MAX);
-            match mem.read_volatile_from(GuestAddress(at), &mut file, count) {
-                Ok(0) => return Err(self.truncated(what, end, offset.saturating_add(done))),
-                Ok(count) => done += count as u64,
+        let mut at = start;
+        while at < end {
+            let target = gpa + (at - start);
+            let count = usize::try_from((end - at).min(MAX_READ)).unwrap_or(usize::MAX);
+            match mem.read_volatile_from(GuestAddress(target), &mut file, count) {
+                Ok(0) => return Err(self.truncated(what, end, at)),
+                Ok(count) => at += count as u64,
                 Err(GuestMemoryError::IOError(source)) => return Err(self.read_failed(source)),
                 Err(source) => {
                     return Err(BootError::GuestMemory {
                         what,
-                        gpa: at,
+                        gpa: target,
                         source,
                     });
                 }

@@ -9,13 +9,19 @@ mod boot_params;
 pub(crate) mod bytes;
 pub(crate) mod bzimage;
 mod cmdline;
+mod decompress;
+pub(crate) mod direct;
 pub(crate) mod elf;
 mod error;
 pub(crate) mod format;
 mod initrd;
 pub(crate) mod input;
+mod kaslr;
+mod lzop;
 pub mod memory_map;
+pub(crate) mod payload;
 mod pvh;
+mod relocs;
 #[cfg(test)]
 mod tests;
 
@@ -27,13 +33,16 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout;
+use crate::error_chain;
 use bzimage::BzImage;
 pub(crate) use cmdline::DEFAULT_MAX as CMDLINE_DEFAULT_MAX;
+use direct::DirectKernel;
 use elf::{Class, ElfKernel};
 pub use error::{BootError, Role};
 pub use format::Compression;
 use format::FileKind;
 use input::InputFile;
+use memory_map::check_fits;
 
 /// Guest RAM, without dirty tracking.
 pub(crate) type GuestMemory = GuestMemoryMmap<()>;
@@ -176,24 +185,48 @@ fn load_bzimage(
                   source) or choose linux64",
         });
     }
-    let kernel_range = image.load(input, mem)?;
+    check_fits(input, mem, image.end_gpa)?;
     cmdline::write(mem, source.cmdline, image.cmdline_max())?;
-    let initrd_range = load_initrd(mem, source, kernel_range.end, image.initrd_ceiling())?;
-    boot_params::write(mem, &image.header_bytes, initrd_range.as_ref(), source.rsdp)?;
+    let initrd_range = load_initrd(mem, source, image.end_gpa, image.initrd_ceiling())?;
+    // The initrd lies above the kernel wherever that is.
+    let ram_end = match &initrd_range {
+        Some(initrd) => initrd.start,
+        None => memory_map::low_ram_end(mem),
+    };
+    let kernel = DirectKernel::unpack(input, image)
+        .and_then(|kernel| kernel.load(mem, ram_end, source.cmdline));
+    let kernel = match kernel {
+        Ok(kernel) => kernel,
+        Err(why) => {
+            log::info!(
+                "the kernel {} decompresses itself: {}",
+                input.path().display(),
+                error_chain(&why)
+            );
+            image.load(input, mem)?
+        }
+    };
+    boot_params::write(
+        mem,
+        &image.header_bytes,
+        initrd_range.as_ref(),
+        source.rsdp,
+        kernel.kaslr,
+    )?;
     Ok(LoadedKernel {
         entry: Entry::Linux64 {
-            rip: image.entry_64(),
+            rip: kernel.entry,
             boot_params: layout::BOOT_PARAMS_START,
         },
         format: KernelFormat::BzImage,
         version: image.version.clone(),
-        kernel_bytes: image.code_len,
+        kernel_bytes: kernel.file_bytes,
         kernel_loading: Loading::Copied,
         initrd_bytes: initrd_range
             .as_ref()
             .map_or(0, |range| range.end - range.start),
         initrd_loading: Loading::Copied,
-        kernel_range,
+        kernel_range: kernel.range,
         initrd_range,
     })
 }
@@ -235,6 +268,7 @@ fn load_elf(
             boot_params::default_setup_header().as_slice(),
             initrd_range.as_ref(),
             source.rsdp,
+            false,
         )?,
         Entry::Pvh { .. } => pvh::write(mem, initrd_range.as_ref(), source.rsdp)?,
     }

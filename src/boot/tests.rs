@@ -13,6 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 
+mod payload;
+
 const RSDP: u64 = layout::ACPI_START;
 const LOAD: u64 = 0x100_0000;
 

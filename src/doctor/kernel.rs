@@ -3,18 +3,20 @@
 use std::io::{self, Read};
 use std::path::Path;
 
-use flate2::read::GzDecoder;
 use serde::Serialize;
 
 use super::Check;
 use super::config::{self, KernelConfig};
 use super::scan::{self, Found};
 use crate::boot::bzimage::BzImage;
+use crate::boot::direct::DirectKernel;
 use crate::boot::elf::{Class, ElfKernel};
-use crate::boot::format::{self, Compression, FileKind};
+use crate::boot::format::{self, FileKind};
 use crate::boot::input::InputFile;
 use crate::boot::memory_map::mib_ceil;
+use crate::boot::payload;
 use crate::boot::{BootError, KernelFormat, Role};
+use crate::error_chain;
 
 /// What a kernel file says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -27,6 +29,8 @@ pub struct KernelInfo {
     pub boot_protocol: Option<u16>,
     /// How the payload of a bzImage is compressed.
     pub compression: Option<String>,
+    /// Why the guest has to decompress itself; `None` if minivmm does it.
+    pub decompresses_itself: Option<String>,
     /// GPA of the 64-bit entry.
     pub linux64_entry: Option<u64>,
     /// GPA of the 32-bit PVH entry.
@@ -100,29 +104,19 @@ fn read(path: &Path) -> Result<(KernelInfo, Found), BootError> {
 }
 
 fn read_bzimage(input: &InputFile, image: &BzImage) -> Result<(KernelInfo, Found), BootError> {
-    let payload_at = image.code_offset + u64::from(image.header.payload_offset);
-    let mut magic = [0; 8];
-    let count = input.read_some(payload_at, &mut magic)?;
-    let magic = magic.get(..count).unwrap_or_default();
-    let payload = Part {
-        input,
-        at: payload_at,
-        end: payload_at + u64::from(image.header.payload_length),
-    };
-    let (compression, found) = match Compression::identify(magic) {
-        Some(Compression::Gzip) => (
-            Some("gzip".to_owned()),
-            scan::scan(GzDecoder::new(payload)).unwrap_or_default(),
-        ),
-        Some(compression) => (Some(compression.to_string()), Found::default()),
-        None if magic.starts_with(b"\x7fELF") => (None, scan::scan(payload).unwrap_or_default()),
-        None => (Some("an unknown format".to_owned()), Found::default()),
+    let compression = payload::format(input, image)
+        .map(|format| format.to_string())
+        .ok();
+    let (found, decompresses_itself) = match DirectKernel::unpack(input, image) {
+        Ok(kernel) => (scan_file(kernel.file()), None),
+        Err(why) => (Found::default(), Some(error_chain(&why))),
     };
     let info = KernelInfo {
         format: KernelFormat::BzImage,
         version: image.version.clone().or_else(|| found.version.clone()),
         boot_protocol: Some(image.header.version),
         compression,
+        decompresses_itself,
         linux64_entry: Some(image.entry_64()),
         pvh_entry: None,
         load_gpa: image.load_gpa,
@@ -140,12 +134,7 @@ fn read_elf(input: &InputFile, kernel: &ElfKernel) -> Result<(KernelInfo, Found)
         (Err(_), Some(_)) => None,
         (Err(error), None) => return Err(error),
     };
-    let found = scan::scan(Part {
-        input,
-        at: 0,
-        end: input.len(),
-    })
-    .unwrap_or_default();
+    let found = scan_file(input);
     let info = KernelInfo {
         format: match kernel.class {
             Class::Bits64 => KernelFormat::Elf64,
@@ -154,6 +143,7 @@ fn read_elf(input: &InputFile, kernel: &ElfKernel) -> Result<(KernelInfo, Found)
         version: found.version.clone(),
         boot_protocol: None,
         compression: None,
+        decompresses_itself: None,
         linux64_entry,
         pvh_entry: kernel.pvh_entry,
         load_gpa: kernel.range().start,
@@ -162,6 +152,15 @@ fn read_elf(input: &InputFile, kernel: &ElfKernel) -> Result<(KernelInfo, Found)
         initrd_end_max: None,
     };
     Ok((info, found))
+}
+
+fn scan_file(input: &InputFile) -> Found {
+    let whole = Part {
+        input,
+        at: 0,
+        end: input.len(),
+    };
+    scan::scan(whole).unwrap_or_default()
 }
 
 fn check_info(info: &KernelInfo) -> Vec<Check> {
@@ -183,12 +182,18 @@ fn check_info(info: &KernelInfo) -> Vec<Check> {
         None => Check::info("version", "not found: perhaps not Linux"),
     });
     if info.format == KernelFormat::BzImage {
-        checks.push(match &info.compression {
-            Some(compression) => Check::info(
+        let compression = info.compression.as_deref().unwrap_or("an unknown format");
+        checks.push(match &info.decompresses_itself {
+            None => Check::ok(
                 "payload",
-                format!("compressed: {compression}; the guest decompresses it at every boot"),
+                format!("compressed: {compression}; minivmm decompresses it, once for many boots"),
             ),
-            None => Check::info("payload", "not compressed"),
+            Some(why) => Check::info(
+                "payload",
+                format!(
+                    "compressed: {compression}; the guest decompresses it at every boot: {why}"
+                ),
+            ),
         });
     }
     match info.linux64_entry {
@@ -226,13 +231,10 @@ fn no_config(info: &KernelInfo) -> Check {
         .as_deref()
         .and_then(|version| version.split_whitespace().next());
     let name = release.map_or("config".to_owned(), |release| format!("config-{release}"));
-    let found = match &info.compression {
-        Some(compression) if compression != "gzip" => {
-            format!(
-                "not looked for inside the payload ({compression}), and no {name} beside the kernel"
-            )
-        }
-        _ => format!("none embedded (CONFIG_IKCONFIG), and no {name} beside the kernel"),
+    let found = if info.decompresses_itself.is_some() {
+        format!("not looked for inside the payload, and no {name} beside the kernel")
+    } else {
+        format!("none embedded (CONFIG_IKCONFIG), and no {name} beside the kernel")
     };
     Check::info("configuration", found).mend(format!(
         "put {name} beside the kernel to have its options checked"

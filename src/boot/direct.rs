@@ -1,0 +1,215 @@
+//! A bzImage entered at the kernel inside it: minivmm does what the kernel's decompressor would do in the guest, which takes
+//! the guest much longer, and can be done once for many boots.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::rand::{GetRandomFlags, getrandom};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
+
+use super::GuestMemory;
+use super::bzimage::BzImage;
+use super::elf::{self, ElfKernel};
+use super::error::{BootError, Role};
+use super::input::InputFile;
+use super::kaslr::{self, Place};
+use super::payload::{self, PayloadError};
+use super::relocs::{Outside, Relocations};
+
+/// Longest relocation table in bytes; Debian's have 0.9 MB.
+const MAX_TABLE: u64 = 16 << 20;
+/// Runs of zeros of this size, and at multiples of it, are left out of the files that we write.
+const HOLE: usize = 64 << 10;
+
+/// Why a bzImage is left to its own decompressor.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unusual {
+    /// The payload cannot be unpacked here.
+    #[error(transparent)]
+    Payload(#[from] PayloadError),
+    /// The kernel in it cannot be loaded.
+    #[error(transparent)]
+    Kernel(#[from] BootError),
+    /// The kernel in it contradicts the setup header.
+    #[error("its kernel is linked for {linked:#x}, its setup header says {preferred:#x}")]
+    OtherAddress {
+        /// First GPA of the kernel.
+        linked: u64,
+        /// pref_address.
+        preferred: u64,
+    },
+    /// An alignment that no kernel for 64 bits has.
+    #[error("its alignment is {0:#x}")]
+    Alignment(u32),
+    /// What follows the kernel is no relocation table.
+    #[error("the {0} bytes behind its kernel are no relocation table")]
+    NoTable(u64),
+    /// The relocation table is wrong.
+    #[error(transparent)]
+    Outside(#[from] Outside),
+    /// The command line says where the kernel may go.
+    #[error("{0} is on the command line, and limits where it may go")]
+    Limited(String),
+    /// The host did not do its part.
+    #[error("cannot {what}")]
+    Host {
+        /// What was asked of it.
+        what: &'static str,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// Guest memory refused an access.
+    #[error("cannot relocate it")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// The kernel out of a bzImage, and how it may be moved.
+pub(crate) struct DirectKernel {
+    input: InputFile,
+    elf: ElfKernel,
+    /// Bytes to whose multiples it may be moved.
+    align: u64,
+    /// A kernel without KASLR has none, and stays where it was linked for.
+    relocs: Option<Relocations>,
+}
+
+/// A kernel in guest memory.
+pub(crate) struct Loaded {
+    /// GPA of its 64-bit entry.
+    pub(crate) entry: u64,
+    /// Its memory.
+    pub(crate) range: Range<u64>,
+    /// Bytes that came from the file.
+    pub(crate) file_bytes: u64,
+    /// Whether it is to randomize the rest of its address space as well.
+    pub(crate) kaslr: bool,
+}
+
+impl DirectKernel {
+    /// Unpacks the payload of `image`.
+    pub(crate) fn unpack(input: &InputFile, image: &BzImage) -> Result<Self, Unusual> {
+        let kernel = payload::unpack(input, image)?;
+        let file = in_memory(&kernel)
+            .and_then(|file| InputFile::from_file(Role::Kernel, input.path(), file))
+            .map_err(host("keep it in memory"))?;
+        Self::parse(file, image)
+    }
+
+    /// The unpacked payload.
+    pub(crate) fn file(&self) -> &InputFile {
+        &self.input
+    }
+
+    /// Reads the headers of the unpacked payload of `image`, and its relocation table.
+    fn parse(input: InputFile, image: &BzImage) -> Result<Self, Unusual> {
+        let head = input.head()?;
+        let elf = ElfKernel::parse(&input, &head)?;
+        elf.entry_64(&input)?;
+        let (linked, preferred) = (elf.range().start, image.load_gpa);
+        if linked != preferred {
+            return Err(Unusual::OtherAddress { linked, preferred });
+        }
+        let align = image.header.kernel_alignment;
+        if !(align.is_power_of_two() && u64::from(align) >= kaslr::MIN_ALIGN) {
+            return Err(Unusual::Alignment(align));
+        }
+        let table_at = elf::end_of_file(&head).unwrap_or(u64::MAX).min(input.len());
+        let table_len = input.len() - table_at;
+        let relocs = if table_len == 0 {
+            None
+        } else {
+            let no_table = || Unusual::NoTable(table_len);
+            if table_len > MAX_TABLE || image.header.relocatable_kernel == 0 {
+                return Err(no_table());
+            }
+            let mut table = vec![0; usize::try_from(table_len).map_err(|_| no_table())?];
+            input.read_exact(table_at, &mut table, "its relocation table")?;
+            Some(Relocations::parse(&table).ok_or_else(no_table)?)
+        };
+        Ok(Self {
+            input,
+            elf,
+            align: align.into(),
+            relocs,
+        })
+    }
+
+    /// Puts the kernel into guest memory, which is free up to `ram_end`.
+    pub(crate) fn load(
+        &self,
+        mem: &GuestMemory,
+        ram_end: u64,
+        cmdline: &str,
+    ) -> Result<Loaded, Unusual> {
+        let link = self.elf.range();
+        let relocs = self.relocs.as_ref().filter(|_| !kaslr::is_off(cmdline));
+        let place = match (relocs, kaslr::limit(cmdline)) {
+            (None, _) => Place {
+                phys: link.start,
+                virt: link.start,
+            },
+            (Some(_), Some(limit)) => return Err(Unusual::Limited(limit.to_owned())),
+            (Some(_), None) => {
+                let random = random().map_err(host("get random numbers"))?;
+                kaslr::choose(&link, self.align, ram_end, random)
+            }
+        };
+        let kernel = self.elf.moved_to(place.phys);
+        let range = kernel.range();
+        let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        let image = mem.get_slice(GuestAddress(range.start), len)?;
+        let delta = place.virt.wrapping_sub(link.start);
+        let result = kernel
+            .load(&self.input, mem)
+            .map_err(Unusual::from)
+            .and_then(|_| match relocs {
+                Some(relocs) => Ok(relocs.apply(&image, link.start, delta)?),
+                None => Ok(()),
+            });
+        if let Err(why) = result {
+            // Whoever loads something else now counts on memory that is zero.
+            image.copy_from(&vec![0u8; len]);
+            return Err(why);
+        }
+        Ok(Loaded {
+            entry: kernel.entry,
+            range,
+            file_bytes: kernel.file_bytes(),
+            kaslr: relocs.is_some(),
+        })
+    }
+}
+
+fn random() -> io::Result<[u64; 2]> {
+    let mut bytes = [0; 16];
+    // So few bytes are given whole (getrandom(2)).
+    getrandom(&mut bytes, GetRandomFlags::empty())?;
+    let both = u128::from_le_bytes(bytes);
+    Ok([both as u64, (both >> 64) as u64])
+}
+
+/// A file without a name.
+fn in_memory(content: &[u8]) -> io::Result<File> {
+    let file = File::from(memfd_create("minivmm-kernel", MemfdFlags::CLOEXEC)?);
+    write_sparse(&file, content)?;
+    Ok(file)
+}
+
+/// Writes `content` to an empty file, with holes where it is zero.
+fn write_sparse(file: &File, content: &[u8]) -> io::Result<()> {
+    file.set_len(content.len() as u64)?;
+    for (chunk, at) in content.chunks(HOLE).zip((0..).step_by(HOLE)) {
+        if chunk.iter().any(|byte| *byte != 0) {
+            file.write_all_at(chunk, at)?;
+        }
+    }
+    Ok(())
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> Unusual {
+    move |source| Unusual::Host { what, source }
+}
