@@ -181,9 +181,12 @@ pub struct VmArgs {
     /// How the kernel is entered; auto takes PVH where an ELF file offers it [default: auto]
     #[arg(long, value_name = "HOW")]
     pub boot_protocol: Option<BootProtocol>,
-    /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, disks,
-    /// rng, console, serial, on_reboot, deadline, boot_protocol; as in {"kernel": "bzImage", "initrd": "rootfs.cpio", "memory":
-    /// "512M", "disks": [{"path": "root.img", "ro": true, "id": "root"}]}
+    /// Neither keep what was in a bzImage below ~/.cache/minivmm (or $XDG_CACHE_HOME) nor look for it there
+    #[arg(long)]
+    pub no_kernel_cache: bool,
+    /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, disks, rng, console,
+    /// serial, on_reboot, deadline, boot_protocol, kernel_cache; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
+    /// "memory": "512M", "disks": [{"path": "root.img", "ro": true, "id": "root"}]}
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -208,6 +211,7 @@ impl VmArgs {
             on_reboot: self.on_reboot.unwrap_or(base.on_reboot),
             deadline: self.deadline.or(base.deadline),
             boot_protocol: self.boot_protocol.unwrap_or(base.boot_protocol),
+            kernel_cache: base.kernel_cache && !self.no_kernel_cache,
             ..base
         })
     }

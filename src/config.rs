@@ -329,6 +329,8 @@ pub struct VmConfig {
     pub deadline: Option<Span>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocol,
+    /// Whether unpacked kernels are kept in the user's cache directory.
+    pub kernel_cache: bool,
 }
 
 impl Default for VmConfig {
@@ -347,6 +349,7 @@ impl Default for VmConfig {
             on_reboot: OnReboot::default(),
             deadline: None,
             boot_protocol: BootProtocol::default(),
+            kernel_cache: true,
         }
     }
 }

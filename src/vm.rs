@@ -244,6 +244,7 @@ impl Vm {
         let resources = open_resources(config)?;
         let mem = memory::create(config.memory.bytes)?;
         timeline.note(Point::MemoryMapped);
+        let cache = config.kernel_cache.then(boot::default_cache_dir).flatten();
         let kernel = boot::load(
             &mem,
             &BootSource {
@@ -252,6 +253,7 @@ impl Vm {
                 cmdline: &cmdline,
                 protocol: config.boot_protocol,
                 rsdp: layout::ACPI_START,
+                cache: cache.as_deref(),
             },
         )?;
         timeline.note_kernel(&kernel);

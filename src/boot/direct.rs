@@ -5,19 +5,21 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use super::GuestMemory;
 use super::bzimage::BzImage;
+use super::cache::KernelCache;
 use super::elf::{self, ElfKernel};
 use super::error::{BootError, Role};
 use super::input::InputFile;
 use super::kaslr::{self, Place};
 use super::payload::{self, PayloadError};
 use super::relocs::{Outside, Relocations};
+use super::{GuestMemory, Loading};
 
 /// Longest relocation table in bytes; Debian's have 0.9 MB.
 const MAX_TABLE: u64 = 16 << 20;
@@ -90,13 +92,40 @@ pub(crate) struct Loaded {
 }
 
 impl DirectKernel {
-    /// Unpacks the payload of `image`.
-    pub(crate) fn unpack(input: &InputFile, image: &BzImage) -> Result<Self, Unusual> {
-        let kernel = payload::unpack(input, image)?;
-        let file = in_memory(&kernel)
-            .and_then(|file| InputFile::from_file(Role::Kernel, input.path(), file))
-            .map_err(host("keep it in memory"))?;
-        Self::parse(file, image)
+    /// The kernel in `image`, out of the cache in the directory `cache` if it is there, and otherwise unpacked, and kept
+    /// there. Where there can be no cache, that is no error.
+    pub(crate) fn open(
+        input: &InputFile,
+        image: &BzImage,
+        cache: Option<&Path>,
+    ) -> Result<(Self, Loading), Unusual> {
+        let without = |why: io::Error| {
+            let dir = cache.unwrap_or(Path::new("")).display();
+            log::info!("the kernel cache {dir} is not used: {why}");
+        };
+        let cache = cache.and_then(|dir| KernelCache::open(dir).map_err(without).ok());
+        let from_file = |file| {
+            let file = InputFile::from_file(Role::Kernel, input.path(), file)
+                .map_err(host("look at the unpacked kernel"))?;
+            Self::parse(file, image)
+        };
+        let cached = cache
+            .as_ref()
+            .and_then(|cache| cache.get(input.identity()))
+            .and_then(|file| from_file(file).ok());
+        if let Some(kernel) = cached {
+            return Ok((kernel, Loading::Cached));
+        }
+        let unpacked = payload::unpack(input, image)?;
+        let file = in_memory(&unpacked).map_err(host("keep it in memory"))?;
+        let kernel = from_file(file)?;
+        // What has changed while it was read may be a mixture.
+        if let Some(cache) = cache.filter(|_| input.is_unchanged()) {
+            cache
+                .put(input.identity(), |file| write_sparse(file, &unpacked))
+                .unwrap_or_else(without);
+        }
+        Ok((kernel, Loading::Decompressed))
     }
 
     /// The unpacked payload.

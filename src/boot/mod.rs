@@ -8,6 +8,7 @@
 mod boot_params;
 pub(crate) mod bytes;
 pub(crate) mod bzimage;
+mod cache;
 mod cmdline;
 mod decompress;
 pub(crate) mod direct;
@@ -35,6 +36,7 @@ use vm_memory::{ByteValued, GuestMemoryMmap};
 use crate::arch::x86_64::layout;
 use crate::error_chain;
 use bzimage::BzImage;
+pub use cache::default_dir as default_cache_dir;
 pub(crate) use cmdline::DEFAULT_MAX as CMDLINE_DEFAULT_MAX;
 use direct::DirectKernel;
 use elf::{Class, ElfKernel};
@@ -105,6 +107,8 @@ pub struct BootSource<'a> {
     pub protocol: BootProtocol,
     /// GPA of the ACPI RSDP; 0 if there is none.
     pub rsdp: u64,
+    /// Where unpacked kernels are kept.
+    pub cache: Option<&'a Path>,
 }
 
 /// Format of a kernel file.
@@ -125,12 +129,18 @@ pub enum KernelFormat {
 pub enum Loading {
     /// Its bytes were read into guest memory.
     Copied,
+    /// A bzImage: what is in it was decompressed for this boot.
+    Decompressed,
+    /// A bzImage: what is in it had been decompressed before.
+    Cached,
 }
 
 impl fmt::Display for Loading {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Loading::Copied => "copied",
+            Loading::Decompressed => "decompressed",
+            Loading::Cached => "cached",
         })
     }
 }
@@ -193,17 +203,17 @@ fn load_bzimage(
         Some(initrd) => initrd.start,
         None => memory_map::low_ram_end(mem),
     };
-    let kernel = DirectKernel::unpack(input, image)
-        .and_then(|kernel| kernel.load(mem, ram_end, source.cmdline));
-    let kernel = match kernel {
-        Ok(kernel) => kernel,
+    let direct = DirectKernel::open(input, image, source.cache)
+        .and_then(|(kernel, loading)| Ok((kernel.load(mem, ram_end, source.cmdline)?, loading)));
+    let (kernel, loading) = match direct {
+        Ok(direct) => direct,
         Err(why) => {
             log::info!(
                 "the kernel {} decompresses itself: {}",
                 input.path().display(),
                 error_chain(&why)
             );
-            image.load(input, mem)?
+            (image.load(input, mem)?, Loading::Copied)
         }
     };
     boot_params::write(
@@ -221,7 +231,7 @@ fn load_bzimage(
         format: KernelFormat::BzImage,
         version: image.version.clone(),
         kernel_bytes: kernel.file_bytes,
-        kernel_loading: Loading::Copied,
+        kernel_loading: loading,
         initrd_bytes: initrd_range
             .as_ref()
             .map_or(0, |range| range.end - range.start),

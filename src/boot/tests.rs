@@ -152,6 +152,7 @@ fn source(kernel: &Path) -> BootSource<'_> {
         cmdline: "console=ttyS0",
         protocol: BootProtocol::Auto,
         rsdp: RSDP,
+        cache: None,
     }
 }
 

@@ -107,8 +107,8 @@ fn read_bzimage(input: &InputFile, image: &BzImage) -> Result<(KernelInfo, Found
     let compression = payload::format(input, image)
         .map(|format| format.to_string())
         .ok();
-    let (found, decompresses_itself) = match DirectKernel::unpack(input, image) {
-        Ok(kernel) => (scan_file(kernel.file()), None),
+    let (found, decompresses_itself) = match DirectKernel::open(input, image, None) {
+        Ok((kernel, _)) => (scan_file(kernel.file()), None),
         Err(why) => (Found::default(), Some(error_chain(&why))),
     };
     let info = KernelInfo {
