@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 
+mod direct;
 mod payload;
 
 const RSDP: u64 = layout::ACPI_START;
