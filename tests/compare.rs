@@ -219,10 +219,10 @@ fn the_words_of_the_command_arrive_as_they_are() {
 #[test]
 fn a_runtime_that_hangs_is_killed_and_cleaned_up_after() {
     let fakes = Fakes::new(&[("crun", OCI), ("podman", HANGING)]);
-    let ended = run(&mut fakes.compare(&["--timeout", "2s"]));
+    let ended = run(&mut fakes.compare(&["--timeout", "5s"]));
     ended.assert_code(1);
     assert!(
-        ended.out().contains("FAILED: killed after 2s"),
+        ended.out().contains("FAILED: killed after 5s"),
         "{}",
         ended.out()
     );

@@ -104,7 +104,7 @@ fn headline(report: &Report) -> String {
         return "Not both a container and the virtual machine could be measured; what failed is said below.".into();
     };
     let same = if report.same_output {
-        "All printed the same."
+        "All that ran it printed the same."
     } else {
         "What the command printed was not the same everywhere."
     };

@@ -117,6 +117,8 @@ pub(super) const LIMITS: &[&str] = &[
     "Percentiles are measured times (nearest rank): with few runs, p90 and p99 are the slowest run.",
     "In the virtual machine, stdout and stderr are one serial line. It has the root in memory, so nothing is written to a disk; \
      file capabilities and other extended attributes are not there.",
+    "Root in a container lacks most capabilities (it may not read a file of another owner that says so); root in the virtual machine \
+     has all, of its own kernel.",
     "What is shared says how a runtime is set up, not how strong the boundary is.",
 ];
 
