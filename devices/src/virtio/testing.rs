@@ -1,5 +1,6 @@
 //! A driver for tests: it writes registers, descriptors and rings by hand, so that it can write them wrong.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -51,9 +52,9 @@ pub(super) struct Driver {
     pub(super) transport: MmioTransport,
     pub(super) pulses: Arc<Pulses>,
     pub(super) size: u16,
-    /// The queue that it works with, and how many there are.
+    /// The queue that it works with, and those that it makes ready.
     pub(super) queue: u16,
-    pub(super) queues: u16,
+    pub(super) queues: Range<u16>,
     /// Of each queue.
     avail: [u16; 16],
     used: [u16; 16],
@@ -75,7 +76,7 @@ impl Driver {
             pulses,
             size: 16,
             queue: 0,
-            queues: 1,
+            queues: 0..1,
             avail: [0; 16],
             used: [0; 16],
         }
@@ -133,11 +134,11 @@ impl Driver {
         self.set_status(0);
         assert_eq!(self.status(), 0);
         (self.avail, self.used) = ([0; 16], [0; 16]);
-        for queue in 0..self.queues {
+        for queue in self.queues.clone() {
             self.queue = queue;
             self.write(self.ring(DESCRIPTORS), &[0; 0x4000]);
         }
-        self.queue = 0;
+        self.queue = self.queues.start;
         self.set_status(ACKNOWLEDGE);
         self.set_status(ACKNOWLEDGE | DRIVER);
         let features = self.offered() & !without;
@@ -162,7 +163,7 @@ impl Driver {
 
     pub(super) fn start(&mut self, without: u64) {
         self.negotiate(without);
-        for queue in (0..self.queues).rev() {
+        for queue in self.queues.clone().rev() {
             self.queue = queue;
             let [descriptors, available, used] =
                 [DESCRIPTORS, AVAILABLE, USED].map(|at| self.ring(at));

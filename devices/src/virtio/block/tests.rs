@@ -80,7 +80,7 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
 fn multi_queue(file: &NamedTempFile, engine: Engine, access: Access, queues: u16) -> Driver {
     let disk = Disk::open(file.path(), access).unwrap();
     let mut driver = Driver::new(Box::new(Block::new(disk, "", queues, engine)));
-    driver.queues = queues;
+    driver.queues = 0..queues;
     driver.start(0);
     driver
 }
@@ -490,7 +490,7 @@ fn every_queue_works_alone_and_with_the_others() {
         driver.notify();
         // Again with fewer queues than there are, and a reset under requests of all.
         for queues in [2, MAX_QUEUES] {
-            driver.queues = queues;
+            driver.queues = 0..queues;
             driver.start(0);
             round(&mut driver, &all[..queues.into()]);
         }

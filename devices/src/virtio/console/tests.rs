@@ -84,7 +84,7 @@ impl Bench {
         let console = Console::new(Box::new(host.clone()), kick, Some(SIZE));
         let port = console.port();
         let mut driver = Driver::new(Box::new(console));
-        driver.queue = queue;
+        driver.queues = queue..queue + 1;
         let mut bench = Self {
             driver,
             port,
