@@ -6,7 +6,7 @@ mod common;
 
 use std::fs;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -16,6 +16,17 @@ use common::linux::{guest, kernel, virtio, virtio_command};
 use common::terminal::{Session, Terminal};
 use common::{PATIENCE, minivmm, wait};
 use tempfile::NamedTempFile;
+
+/// Runs a script with these as $0, $1, ..., and expects it to succeed.
+#[track_caller]
+fn sh(script: &str, args: &[&Path]) {
+    let mut command = Command::new("sh");
+    let output = command.args(["-ec", script]).args(args).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{script} with {args:?}: {output:?}"
+    );
+}
 
 /// The checksum that the host sees.
 fn md5(file: &Path) -> String {
@@ -82,24 +93,20 @@ fn a_file_system_is_clean_after_the_guest() {
     let tree = tempfile::tempdir().unwrap();
     let disk = NamedTempFile::new().unwrap();
     disk.as_file().set_len(32 << 20).unwrap();
-    let sh = |script: &str| {
-        let status = Command::new("sh")
-            .args(["-ec", script])
-            .env("TREE", tree.path())
-            .env("DISK", disk.path())
-            .status();
-        assert!(status.unwrap().success(), "{script}");
-    };
     sh(
-        "head -c 3000000 /dev/urandom >$TREE/data; (cd $TREE; sha256sum data >sums)
-        sed -i s,data,/mnt/data, $TREE/sums; mkfs.ext4 -q -d $TREE $DISK",
+        "head -c 3000000 /dev/urandom >$0/data; (cd $0; sha256sum data >sums)
+        sed -i s,data,/mnt/data, $0/sums; mkfs.ext4 -q -d $0 $1",
+        &[tree.path(), disk.path()],
     );
     virtio(
         "file-system",
         &["--disk", &format!("path={}", disk.path().display())],
         &["/mnt/data: OK"],
     );
-    sh("e2fsck -fn $DISK; debugfs -R 'cat /note' $DISK | grep 'from the guest'");
+    sh(
+        "e2fsck -fn $0; debugfs -R 'cat /note' $0 | grep 'from the guest'",
+        &[disk.path()],
+    );
 }
 
 /// Debian's disk, to be read alone.
@@ -113,14 +120,6 @@ fn debian_copy() -> NamedTempFile {
     let script = "cp --sparse=always \"$1\" \"$0\"; chmod u+w \"$0\"";
     sh(script, &[copy.path(), &debian_disk()]);
     copy
-}
-
-/// Runs a script with these as $0, $1, ..., and expects it to succeed.
-#[track_caller]
-fn sh(script: &str, args: &[&Path]) {
-    let mut command = Command::new("sh");
-    let status = command.args(["-ec", script]).args(args).status().unwrap();
-    assert!(status.success(), "{script} with {args:?}: {status}");
 }
 
 /// The whole of Debian, as a user has it: stock kernel, stock initrd, its root file system on this disk.
@@ -170,7 +169,7 @@ fn debian_boots_to_a_login_and_leaves_its_disk_clean() {
     let debian = Debian::boot(&format!("path={}", disk.path().display()));
     debian.log_in();
     // No unit has failed, and none is still to start.
-    debian.run("systemctl is-system-running --wait", "\nrunning");
+    debian.run("systemctl is-system-running --wait", "running\r\n");
     debian.run("findmnt --noheadings /", "/dev/vda ext4   rw");
     debian.run("uname -r; echo $((6*7))-is >/note", "-cloud-amd64\r\n");
     debian.power_off();
@@ -208,7 +207,7 @@ fn fio_reads_back_what_it_wrote() {
     let disks =
         [(1, "sync"), (4, "sync"), (1, "io_uring"), (4, "io_uring")].map(|(queues, engine)| {
             let file = NamedTempFile::new().unwrap();
-            let sectors = (8 << 11) + 2 * queues + 1;
+            let sectors = (4 << 11) + 2 * queues + 1;
             file.as_file().set_len(sectors * 512).unwrap();
             let disk = format!(
                 "path={},queues={queues},engine={engine}",
@@ -228,11 +227,8 @@ fn fio_reads_back_what_it_wrote() {
             words[at + 1].parse().unwrap()
         };
         assert_eq!(count("queues"), *queues, "{line}");
-        for what in ["read", "written", "discarded"] {
-            assert!(
-                count(what) >= *sectors,
-                "{what} less than {sectors}: {line}"
-            );
+        for (what, times) in [("read", 2), ("written", 1), ("discarded", 1)] {
+            assert!(count(what) >= times * sectors, "{what}: {sectors}: {line}");
         }
         assert!(count("flushes") > 0, "{line}");
     }
@@ -310,9 +306,9 @@ fn what_the_guest_was_told_is_on_disk_survives_kill_9() {
 
 #[test]
 fn a_full_host_is_an_error_to_the_guest_until_there_is_room() {
-    for engine in ["sync", "io_uring"] {
+    for how in ["engine=sync", "engine=io_uring", "ephemeral"] {
         let dir = tempfile::tempdir().unwrap();
-        let disk = format!("path={}/disk,engine={engine}", dir.path().display());
+        let disk = format!("path={}/disk,{how}", dir.path().display());
         let command = virtio_command("full-host", &["--disk", &disk]);
         // The file system is in a mount namespace of minivmm's own, for which nobody has to be root.
         let mut child = Command::new("unshare")
@@ -321,6 +317,8 @@ fn a_full_host_is_an_error_to_the_guest_until_there_is_room() {
             .arg(dir.path())
             .arg(command.get_program())
             .args(command.get_args())
+            // What an ephemeral disk takes.
+            .env("TMPDIR", dir.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -334,16 +332,16 @@ fn a_full_host_is_an_error_to_the_guest_until_there_is_room() {
             .take_while(|line| line.trim() != "disk-is-full")
             .collect();
         let ballast = format!("/proc/{}/root/{}/ballast", child.id(), dir.path().display());
-        fs::remove_file(ballast).unwrap_or_else(|e| panic!("{e}: {out:?}"));
+        fs::remove_file(ballast).unwrap_or_else(|e| panic!("{how}: {e}: {out:?}"));
         child.stdin.take().unwrap().write_all(b"again\n").unwrap();
         out.extend(lines);
         let output = wait(child, PATIENCE);
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(0), "{out:?} {stderr}");
+        assert_eq!(output.status.code(), Some(0), "{how}: {out:?} {stderr}");
         for wanted in ["I/O error", "written-again"] {
             assert!(
                 out.iter().any(|line| line.contains(wanted)),
-                "{wanted}: {out:?} {stderr}"
+                "{how}, {wanted}: {out:?} {stderr}"
             );
         }
     }
