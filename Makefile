@@ -8,16 +8,17 @@ DEMO := build/demo.cpio
 
 MINIVMM := $(TARGET)/release/minivmm
 
-.PHONY: help build boot test bench lint guests deps clean
+.PHONY: help build boot boot-debian test bench lint guests deps clean
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, ...); ends with poweroff'
+	@echo 'make boot-debian   Debian with systemd from a disk, to a login (root, minivmm); what it writes is gone afterwards'
 	@echo 'make build    the static release binary, $(MINIVMM)'
 	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
 	@echo 'make bench    start-up of whole processes side by side: bare KVM, minivmm, QEMU, runc (RUNS=$(RUNS)); then disks,'
 	@echo '              minivmm and QEMU, in the lab if need be (ROUNDS=$(ROUNDS))'
 	@echo 'make lint     formatting, clippy and shellcheck'
-	@echo 'make guests   fetch the kernels and build the demo initramfs ($(DEMO))'
+	@echo 'make guests   fetch the kernels, build the demo initramfs ($(DEMO)) and Debian'\''s initrd and disk'
 	@echo 'make deps     install what is missing, as the other targets do'
 	@echo 'make clean    remove what was built; the cache of fetched kernels stays'
 
@@ -31,7 +32,13 @@ boot: build
 	@guest-kernels/initramfs/build-initramfs $(DEMO)
 	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage --initrd $(DEMO)
 
-# Ring 1 and 2 natively; ring 3 in one boot of the lab.
+boot-debian: build
+	@guest-kernels/debian-disk >/dev/null
+	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch cloud)/bzImage \
+		--initrd $$(guest-kernels/debian-initrd cloud) --disk path=$$(guest-kernels/debian-disk),ephemeral \
+		--memory 512M --rng --append root=/dev/vda
+
+# Ring 1 and 2 natively; ring 3 in one boot of the lab for each of its two files.
 test: deps
 	$(CARGO) test --workspace
 	tests/lab/suite
@@ -52,7 +59,9 @@ lint: deps
 
 guests: deps
 	guest-kernels/fetch all
+	guest-kernels/debian-initrd cloud
 	guest-kernels/initramfs/build-initramfs $(DEMO)
+	guest-kernels/debian-disk
 
 # QEMU, which only the lab needs, and decompressors, which only fetch needs, are installed by those.
 deps:

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod linux;
 pub(crate) mod terminal;
 
 use std::io::{Read, Write};
@@ -12,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Longest that a test lets minivmm run: far above what anything here takes, so that a hang is a failure, not a wait.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 pub(crate) fn project(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -81,6 +82,19 @@ impl Ended {
             self.stderr
         );
         self
+    }
+
+    /// Each of these is in its output.
+    #[track_caller]
+    pub(crate) fn assert_printed(&self, wanted: &[&str]) {
+        for line in wanted {
+            assert!(
+                self.out().contains(line),
+                "no {line:?} in: {}\n{}",
+                self.out(),
+                self.stderr
+            );
+        }
     }
 }
 

@@ -1,0 +1,86 @@
+//! Linux guests: the kernels and initramfs of guest-kernels/, and boots of them.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::{Ended, minivmm, run};
+
+/// What a script of guest-kernels/ prints: where in the cache a guest is. The lab has no network, so `make guests` has put
+/// it there.
+pub(crate) fn guest(script: &str, args: &[&str]) -> PathBuf {
+    let output = Command::new(super::project("guest-kernels").join(script))
+        .args(args)
+        .output()
+        .expect(script);
+    assert!(
+        output.status.success(),
+        "{script}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout)
+        .expect("a path")
+        .trim()
+        .into()
+}
+
+pub(crate) fn kernel(flavor: &str, file: &str) -> String {
+    guest("fetch", &["--offline", flavor])
+        .join(file)
+        .to_str()
+        .unwrap()
+        .into()
+}
+
+pub(crate) fn initramfs() -> String {
+    super::project("build/demo.cpio").to_str().unwrap().into()
+}
+
+/// minivmm with the demo initramfs, unless `args` name another, that runs `script` with sh, its output on stdout.
+fn boot_command(kernel: &str, args: &[&str], script: &str) -> Command {
+    let quoted = script.replace('\'', "'\\''");
+    let append = format!("loglevel=4 -- sh -c \"{quoted}\"");
+    let mut command = minivmm(&["--kernel", kernel]);
+    if !args.contains(&"--deadline") {
+        command.args(["--deadline", "100s"]);
+    }
+    if !args.contains(&"--initrd") {
+        command.args(["--initrd", &initramfs()]);
+    }
+    command.args(["--append", &append]).args(args);
+    command
+}
+
+/// A boot of the demo initramfs that runs `script` with sh, its output on stdout.
+pub(crate) fn boot(kernel: &str, args: &[&str], script: &str) -> Ended {
+    run(&mut boot_command(kernel, args, script))
+}
+
+/// Boots with `args`, and expects this in the output of `script` and status 0.
+#[track_caller]
+pub(crate) fn expect(kernel: &str, args: &[&str], script: &str, wanted: &[&str]) -> Ended {
+    let ended = boot(kernel, args, script);
+    ended.assert_code(0);
+    ended.assert_printed(wanted);
+    ended
+}
+
+/// minivmm with Debian's virtio modules, which runs a case of tests/guest/virtio.
+pub(crate) fn virtio_command(case: &str, args: &[&str]) -> Command {
+    let initramfs = super::project("build/virtio.cpio");
+    let mut args = args.to_vec();
+    args.extend(["--initrd", initramfs.to_str().unwrap()]);
+    boot_command(
+        &kernel("cloud", "bzImage"),
+        &args,
+        &format!("virtio {case}"),
+    )
+}
+
+/// Runs it to the end, and expects this in its output and status 0.
+#[track_caller]
+pub(crate) fn virtio(case: &str, args: &[&str], wanted: &[&str]) -> String {
+    let ended = run(&mut virtio_command(case, args));
+    ended.assert_code(0);
+    ended.assert_printed(wanted);
+    ended.out()
+}

@@ -1,0 +1,348 @@
+//! Ring 3: disks under real Linux. Debian from its own disk, file systems, fio, kill -9, a full host.
+//!
+//! Where and how it runs, see tests/linux.rs.
+
+mod common;
+
+use std::fs;
+use std::hash::{BuildHasher, RandomState};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use common::linux::{guest, kernel, virtio, virtio_command};
+use common::terminal::{Session, Terminal};
+use common::{PATIENCE, minivmm, wait};
+use tempfile::NamedTempFile;
+
+/// Runs a script with these as $0, $1, ..., and expects it to succeed.
+#[track_caller]
+fn sh(script: &str, args: &[&Path]) {
+    let mut command = Command::new("sh");
+    let output = command.args(["-ec", script]).args(args).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{script} with {args:?}: {output:?}"
+    );
+}
+
+/// The checksum that the host sees.
+fn md5(file: &Path) -> String {
+    let output = Command::new("md5sum").arg(file).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split_whitespace().next().expect("a sum").into()
+}
+
+/// A disk of random bytes, no multiple of 4 KiB.
+fn random_disk() -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    let mut random = fs::File::open("/dev/urandom")
+        .unwrap()
+        .take((4 << 20) + 512);
+    std::io::copy(&mut random, &mut file).unwrap();
+    file
+}
+
+#[test]
+fn a_disk_is_read_and_written() {
+    let disk = random_disk();
+    let first = md5(disk.path());
+    let path = disk.path().to_str().unwrap();
+    let out = virtio(
+        "read-write",
+        &["--cpus", "2", "--disk", &format!("path={path},id=a-serial")],
+        &[
+            "size 8193 ro 0 serial a-serial",
+            &format!("first-sum {first}"),
+            "IO-APIC   5-edge",
+        ],
+    );
+    let last = md5(disk.path());
+    assert_ne!(first, last);
+    for wanted in ["last-sum", "again-sum"] {
+        assert!(out.contains(&format!("{wanted} {last}")), "{last}: {out}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes_and_a_second_takes_them() {
+    let (source, copy) = (random_disk(), random_disk());
+    let sum = md5(source.path());
+    let path = |file: &NamedTempFile| format!("path={}", file.path().display());
+    virtio(
+        "read-only",
+        &[
+            "--disk",
+            &format!("{},ro", path(&source)),
+            "--disk",
+            &path(&copy),
+        ],
+        &[
+            "vda 1 vdb 0",
+            "Operation not permitted",
+            &format!("sum {sum}"),
+        ],
+    );
+    assert_eq!((md5(source.path()), md5(copy.path())), (sum.clone(), sum));
+}
+
+#[test]
+fn a_file_system_is_clean_after_the_guest() {
+    let tree = tempfile::tempdir().unwrap();
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(32 << 20).unwrap();
+    sh(
+        "head -c 3000000 /dev/urandom >$0/data; (cd $0; sha256sum data >sums)
+        sed -i s,data,/mnt/data, $0/sums; mkfs.ext4 -q -d $0 $1",
+        &[tree.path(), disk.path()],
+    );
+    virtio(
+        "file-system",
+        &["--disk", &format!("path={}", disk.path().display())],
+        &["/mnt/data: OK"],
+    );
+    sh(
+        "e2fsck -fn $0; debugfs -R 'cat /note' $0 | grep 'from the guest'",
+        &[disk.path()],
+    );
+}
+
+/// Debian's disk, to be read alone.
+fn debian_disk() -> PathBuf {
+    guest("debian-disk", &[])
+}
+
+/// A copy of Debian's disk.
+fn debian_copy() -> NamedTempFile {
+    let copy = NamedTempFile::new().unwrap();
+    let script = "cp --sparse=always \"$1\" \"$0\"; chmod u+w \"$0\"";
+    sh(script, &[copy.path(), &debian_disk()]);
+    copy
+}
+
+/// The whole of Debian, as a user has it: stock kernel, stock initrd, its root file system on this disk.
+struct Debian {
+    terminal: Terminal,
+    session: Session,
+}
+
+impl Debian {
+    fn boot(disk: &str) -> Self {
+        let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage"), "--memory", "512M"]);
+        command
+            .arg("--initrd")
+            .arg(guest("debian-initrd", &["cloud"]))
+            .args(["--disk", disk, "--append", "root=/dev/vda", "--rng"]);
+        let terminal = Terminal::new();
+        let session = terminal.run(&command);
+        Self { terminal, session }
+    }
+
+    #[track_caller]
+    fn log_in(&self) {
+        self.terminal.wait_for("debian login: ");
+        self.terminal.type_in("root\r");
+        self.terminal.wait_for("Password: ");
+        self.terminal.type_in("minivmm\r");
+        self.terminal.wait_for("root@debian:~# ");
+    }
+
+    /// Types a command, whose output has `wanted` in it; the command itself, which the terminal shows, must not.
+    #[track_caller]
+    fn run(&self, command: &str, wanted: &str) {
+        self.terminal.type_in(format!("{command}\r"));
+        self.terminal.wait_for(wanted);
+    }
+
+    #[track_caller]
+    fn power_off(mut self) {
+        self.terminal.type_in("systemctl poweroff\r");
+        assert_eq!(self.session.status(), 0, "{}", self.terminal.text());
+    }
+}
+
+#[test]
+fn debian_boots_to_a_login_and_leaves_its_disk_clean() {
+    let disk = debian_copy();
+    let debian = Debian::boot(&format!("path={}", disk.path().display()));
+    debian.log_in();
+    // No unit has failed, and none is still to start.
+    debian.run("systemctl is-system-running --wait", "running\r\n");
+    debian.run("findmnt --noheadings /", "/dev/vda ext4   rw");
+    debian.run("uname -r; echo $((6*7))-is >/note", "-cloud-amd64\r\n");
+    debian.power_off();
+    sh(
+        "e2fsck -fn $0; debugfs -R 'cat /note' $0 | grep 42-is",
+        &[disk.path()],
+    );
+}
+
+#[test]
+fn two_debians_run_from_one_disk_that_stays_as_it_was() {
+    let disk = debian_copy();
+    let sum = md5(disk.path());
+    let path = format!("path={},ephemeral", disk.path().display());
+    let debians = [1, 2].map(|_| Debian::boot(&path));
+    for debian in &debians {
+        debian.log_in();
+        // Nothing of the other's.
+        debian.run(
+            "cat /note; echo mine-$((6*7)) >>/note; sync; cat /note",
+            "No such file or directory\r\nmine-42",
+        );
+    }
+    for debian in debians {
+        debian.power_off();
+    }
+    assert_eq!(md5(disk.path()), sum);
+}
+
+#[test]
+fn fio_reads_back_what_it_wrote() {
+    let debian = format!("path={},ro", debian_disk().display());
+    let mut args = vec!["--cpus", "4", "--deadline", "250s", "--disk", &debian];
+    // No size is a multiple of 4 KiB.
+    let disks =
+        [(1, "sync"), (4, "sync"), (1, "io_uring"), (4, "io_uring")].map(|(queues, engine)| {
+            let file = NamedTempFile::new().unwrap();
+            let sectors = (4 << 11) + 2 * queues + 1;
+            file.as_file().set_len(sectors * 512).unwrap();
+            let disk = format!(
+                "path={},queues={queues},engine={engine}",
+                file.path().display()
+            );
+            (file, disk, queues, sectors)
+        });
+    for (_, disk, ..) in &disks {
+        args.extend(["--disk", disk]);
+    }
+    let out = virtio("fio", &args, &[]);
+    for ((.., queues, sectors), name) in disks.iter().zip(["vdb", "vdc", "vdd", "vde"]) {
+        let line = out.lines().find(|line| line.starts_with(name)).expect(&out);
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let count = |name: &str| -> u64 {
+            let at = words.iter().position(|word| *word == name).expect(name);
+            words[at + 1].parse().unwrap()
+        };
+        assert_eq!(count("queues"), *queues, "{line}");
+        for (what, times) in [("read", 2), ("written", 1), ("discarded", 1)] {
+            assert!(count(what) >= times * sectors, "{what}: {sectors}: {line}");
+        }
+        assert!(count("flushes") > 0, "{line}");
+    }
+}
+
+/// Less than `limit`.
+fn random(limit: u64) -> u64 {
+    RandomState::new().hash_one(()) % limit
+}
+
+#[test]
+fn what_the_guest_was_told_is_on_disk_survives_kill_9() {
+    let [files, sectors, copy] = [16, 16, 16].map(|mib| {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(mib << 20).unwrap();
+        file
+    });
+    let log = NamedTempFile::new().unwrap();
+    writeln!(&log, "0").unwrap();
+    sh(
+        "mkfs.ext4 -q $0; debugfs -w -R \"write $1 log\" $0 2>/dev/null",
+        &[files.path(), log.path()],
+    );
+    let mut told = 0;
+    for round in 0..20 {
+        let engine = ["sync", "io_uring"][round % 2];
+        let disk = |file: &NamedTempFile| format!("path={},engine={engine}", file.path().display());
+        let args = ["--disk", &disk(&files), "--disk", &disk(&sectors)];
+        let mut child = virtio_command("told", &args).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let enough = told + 1 + random(8);
+        let mut read_on = |until: u64| {
+            // What the kill has cut short is less than was said.
+            while told < until
+                && let Some(Ok(line)) = lines.next()
+            {
+                if let Some(number) = line.strip_prefix("on-disk ") {
+                    told = told.max(number.trim().parse().unwrap_or(0));
+                }
+            }
+        };
+        read_on(enough);
+        thread::sleep(Duration::from_micros(random(100_000)));
+        child.kill().unwrap();
+        read_on(u64::MAX);
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            told >= enough,
+            "round {round}: {told} of {enough}: {stderr}"
+        );
+
+        let image = fs::read(sectors.path()).unwrap();
+        for number in 1..=told {
+            let sector = &image[number as usize * 512..][..512];
+            assert_eq!(sector, format!("{number:<512}").as_bytes(), "round {round}");
+        }
+        // On a copy, so that the next guest has a journal to recover, too.
+        sh(
+            "cp --sparse=always $0 $1; e2fsck -fy $1 || [ $? = 1 ]; e2fsck -fn $1; debugfs -R 'cat /log' $1 >$2",
+            &[files.path(), copy.path(), log.path()],
+        );
+        let numbers = fs::read_to_string(log.path()).unwrap();
+        let numbers: Vec<u64> = numbers.lines().map(|line| line.parse().unwrap()).collect();
+        assert!(
+            numbers.len() as u64 > told,
+            "round {round}: {told}, {numbers:?}"
+        );
+        assert!(
+            numbers.iter().copied().eq(0..numbers.len() as u64),
+            "{numbers:?}"
+        );
+    }
+}
+
+#[test]
+fn a_full_host_is_an_error_to_the_guest_until_there_is_room() {
+    for how in ["engine=sync", "engine=io_uring", "ephemeral"] {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = format!("path={}/disk,{how}", dir.path().display());
+        let command = virtio_command("full-host", &["--disk", &disk]);
+        // The file system is in a mount namespace of minivmm's own, for which nobody has to be root.
+        let mut child = Command::new("unshare")
+            .args(["--user", "--map-root-user", "--mount", "sh", "-ec"])
+            .arg("mount -t tmpfs -o size=6m full $0; head -c 4m /dev/zero >$0/ballast; truncate -s 16m $0/disk; exec \"$@\"")
+            .arg(dir.path())
+            .arg(command.get_program())
+            .args(command.get_args())
+            // What an ephemeral disk takes.
+            .env("TMPDIR", dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap())
+            .lines()
+            .map(Result::unwrap);
+        let mut out: Vec<String> = lines
+            .by_ref()
+            .take_while(|line| line.trim() != "disk-is-full")
+            .collect();
+        let ballast = format!("/proc/{}/root/{}/ballast", child.id(), dir.path().display());
+        fs::remove_file(ballast).unwrap_or_else(|e| panic!("{how}: {e}: {out:?}"));
+        child.stdin.take().unwrap().write_all(b"again\n").unwrap();
+        out.extend(lines);
+        let output = wait(child, PATIENCE);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{how}: {out:?} {stderr}");
+        for wanted in ["I/O error", "written-again"] {
+            assert!(
+                out.iter().any(|line| line.contains(wanted)),
+                "{how}, {wanted}: {out:?} {stderr}"
+            );
+        }
+    }
+}
