@@ -3,18 +3,20 @@ KERNEL ?= cloud
 CARGO ?= cargo
 RUNS ?= 200
 ROUNDS ?= 3
+FUZZ_SECONDS ?= 60
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO := build/demo.cpio
 
 MINIVMM := $(TARGET)/release/minivmm
 
-.PHONY: help build boot boot-debian test bench lint guests deps clean
+.PHONY: help build boot boot-debian test fuzz bench lint guests deps clean
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, ...); ends with poweroff'
 	@echo 'make boot-debian   Debian with systemd from a disk, to a login (root, minivmm); what it writes is gone afterwards'
 	@echo 'make build    the static release binary, $(MINIVMM)'
 	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
+	@echo 'make fuzz     each fuzz target for a minute (FUZZ_SECONDS=$(FUZZ_SECONDS)); fails on a finding'
 	@echo 'make bench    start-up of whole processes side by side: bare KVM, minivmm, QEMU, runc (RUNS=$(RUNS)); then disks,'
 	@echo '              minivmm and QEMU, in the lab if need be (ROUNDS=$(ROUNDS))'
 	@echo 'make lint     formatting, clippy and shellcheck'
@@ -43,6 +45,9 @@ test: deps
 	$(CARGO) test --workspace
 	tests/lab/suite
 
+fuzz: deps
+	fuzz/run $(FUZZ_SECONDS)
+
 # QEMU, runc and busybox-static are measured where they are installed; the disks need QEMU and real Linux guests.
 bench: deps
 	$(CARGO) bench --bench startup -- $(RUNS)
@@ -54,6 +59,7 @@ bench: deps
 lint: deps
 	@command -v shellcheck >/dev/null || $(call install,shellcheck)
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	shellcheck -x $$(git ls-files | xargs grep -lE '^#!/bin/(ba)?sh')
 
@@ -70,7 +76,7 @@ deps:
 
 clean:
 	$(CARGO) clean
-	rm -rf build
+	rm -rf build fuzz/target
 
 # install PACKAGES: or say what to install.
 install = { [ "$$(id -u)" = 0 ] || { echo 'Missing; run: sudo apt-get install $(1)'; exit 1; }; \

@@ -56,27 +56,31 @@ impl fmt::Debug for IrqLine {
     }
 }
 
+/// For tests: counts pulses.
+#[cfg(any(test, feature = "testing"))]
+#[derive(Default)]
+pub struct Pulses(std::sync::atomic::AtomicUsize);
+
+#[cfg(any(test, feature = "testing"))]
+impl Pulses {
+    /// How many there were since this was last asked.
+    pub fn take(&self) -> usize {
+        self.0.swap(0, Ordering::Relaxed)
+    }
+}
+
+#[cfg(any(test, feature = "testing"))]
+impl InterruptSink for Pulses {
+    fn signal(&self) -> io::Result<()> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
     use std::sync::atomic::AtomicUsize;
-
-    /// Counts pulses.
-    #[derive(Default)]
-    pub(crate) struct Pulses(AtomicUsize);
-
-    impl Pulses {
-        pub(crate) fn take(&self) -> usize {
-            self.0.swap(0, Ordering::Relaxed)
-        }
-    }
-
-    impl InterruptSink for Pulses {
-        fn signal(&self) -> io::Result<()> {
-            self.0.fetch_add(1, Ordering::Relaxed);
-            Ok(())
-        }
-    }
 
     #[test]
     fn each_signal_is_one_pulse_and_clones_share_the_wire() {

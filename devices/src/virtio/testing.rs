@@ -1,4 +1,11 @@
-//! A driver for tests: it writes registers, descriptors and rings by hand, so that it can write them wrong.
+//! A driver for tests and fuzz targets: it writes registers, descriptors and rings by hand, so that it can write them wrong.
+
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "it is for tests, which fail where it fails"
+)]
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,33 +19,33 @@ use super::device::VirtioDevice;
 use super::transport::mmio::MmioTransport;
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
-use crate::interrupt::tests::Pulses;
+use crate::interrupt::Pulses;
 
-pub(super) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-pub(super) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-pub(super) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
-pub(super) const ACKNOWLEDGE: u32 = 1;
-pub(super) const DRIVER: u32 = 2;
-pub(super) const DRIVER_OK: u32 = 4;
-pub(super) const FEATURES_OK: u32 = 8;
-pub(super) const NEEDS_RESET: u32 = 64;
-pub(super) const FAILED: u32 = 128;
+pub const ACKNOWLEDGE: u32 = 1;
+pub const DRIVER: u32 = 2;
+pub const DRIVER_OK: u32 = 4;
+pub const FEATURES_OK: u32 = 8;
+pub const NEEDS_RESET: u32 = 64;
+pub const FAILED: u32 = 128;
 
 /// Where the test driver puts queue 0.
-pub(super) const DESCRIPTORS: u64 = 0x1000;
-pub(super) const AVAILABLE: u64 = 0x3000;
-pub(super) const USED: u64 = 0x4000;
+pub const DESCRIPTORS: u64 = 0x1000;
+pub const AVAILABLE: u64 = 0x3000;
+pub const USED: u64 = 0x4000;
 /// Free for buffers, up to the first region's end and over it.
-pub(super) const DATA: u64 = 0x1_0000;
+pub const DATA: u64 = 0x1_0000;
 /// Here one region ends and the next begins.
-pub(super) const SEAM: u64 = 0x10_0000;
+pub const SEAM: u64 = 0x10_0000;
 /// Here RAM ends below the gap.
-pub(super) const GAP: u64 = 0x20_0000;
+pub const GAP: u64 = 0x20_0000;
 /// Here it goes on.
-pub(super) const HIGH: u64 = 0x1_0000_0000;
+pub const HIGH: u64 = 0x1_0000_0000;
 /// And here it ends.
-pub(super) const END: u64 = HIGH + 0x100_0000;
+pub const END: u64 = HIGH + 0x100_0000;
 
 /// The others have their rings so far above it, each further than the one before.
 const OTHER_QUEUES: u64 = HIGH + 0x80_0000;
@@ -47,21 +54,21 @@ const QUEUE_SPACE: u64 = 0x1_0000;
 /// Far more than a worker takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-pub(super) struct Driver {
-    pub(super) mem: GuestMemoryMmap,
-    pub(super) transport: MmioTransport,
-    pub(super) pulses: Arc<Pulses>,
-    pub(super) size: u16,
+pub struct Driver {
+    pub mem: GuestMemoryMmap,
+    pub transport: MmioTransport,
+    pub pulses: Arc<Pulses>,
+    pub size: u16,
     /// The queue that it works with, and those that it makes ready.
-    pub(super) queue: u16,
-    pub(super) queues: Range<u16>,
+    pub queue: u16,
+    pub queues: Range<u16>,
     /// Of each queue.
     avail: [u16; 16],
     used: [u16; 16],
 }
 
 impl Driver {
-    pub(super) fn new(device: Box<dyn VirtioDevice>) -> Self {
+    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
         let mem = GuestMemoryMmap::from_ranges(&[
             (GuestAddress(0), SEAM as usize),
             (GuestAddress(SEAM), (GAP - SEAM) as usize),
@@ -83,7 +90,7 @@ impl Driver {
     }
 
     /// A driver that has come as far as DRIVER_OK with all features but these.
-    pub(super) fn started(device: Box<dyn VirtioDevice>, without: u64) -> Self {
+    pub fn started(device: Box<dyn VirtioDevice>, without: u64) -> Self {
         let mut driver = Self::new(device);
         driver.start(without);
         driver
@@ -97,32 +104,32 @@ impl Driver {
         }
     }
 
-    pub(super) fn get(&mut self, register: u32) -> u32 {
+    pub fn get(&mut self, register: u32) -> u32 {
         let mut data = [0xee; 4];
         self.transport.read(register.into(), &mut data);
         u32::from_le_bytes(data)
     }
 
-    pub(super) fn set(&mut self, register: u32, value: u32) {
+    pub fn set(&mut self, register: u32, value: u32) {
         self.transport.write(register.into(), &value.to_le_bytes());
     }
 
-    pub(super) fn status(&mut self) -> u32 {
+    pub fn status(&mut self) -> u32 {
         self.get(VIRTIO_MMIO_STATUS)
     }
 
-    pub(super) fn set_status(&mut self, status: u32) {
+    pub fn set_status(&mut self, status: u32) {
         self.set(VIRTIO_MMIO_STATUS, status);
     }
 
-    pub(super) fn offered(&mut self) -> u64 {
+    pub fn offered(&mut self) -> u64 {
         self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 0);
         let low = self.get(VIRTIO_MMIO_DEVICE_FEATURES);
         self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
         u64::from(self.get(VIRTIO_MMIO_DEVICE_FEATURES)) << 32 | u64::from(low)
     }
 
-    pub(super) fn accept(&mut self, features: u64) {
+    pub fn accept(&mut self, features: u64) {
         self.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 0);
         self.set(VIRTIO_MMIO_DRIVER_FEATURES, features as u32);
         self.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
@@ -130,7 +137,7 @@ impl Driver {
     }
 
     /// Reset, up to FEATURES_OK.
-    pub(super) fn negotiate(&mut self, without: u64) {
+    pub fn negotiate(&mut self, without: u64) {
         self.set_status(0);
         assert_eq!(self.status(), 0);
         (self.avail, self.used) = ([0; 16], [0; 16]);
@@ -147,7 +154,7 @@ impl Driver {
         assert_eq!(self.status(), ACKNOWLEDGE | DRIVER | FEATURES_OK);
     }
 
-    pub(super) fn set_rings(&mut self, size: u32, descriptors: u64, available: u64, used: u64) {
+    pub fn set_rings(&mut self, size: u32, descriptors: u64, available: u64, used: u64) {
         self.set(VIRTIO_MMIO_QUEUE_SEL, self.queue.into());
         self.set(VIRTIO_MMIO_QUEUE_NUM, size);
         for (register, address) in [
@@ -161,7 +168,7 @@ impl Driver {
         self.set(VIRTIO_MMIO_QUEUE_READY, 1);
     }
 
-    pub(super) fn start(&mut self, without: u64) {
+    pub fn start(&mut self, without: u64) {
         self.negotiate(without);
         for queue in self.queues.clone().rev() {
             self.queue = queue;
@@ -174,12 +181,12 @@ impl Driver {
         assert_eq!(self.status() & (DRIVER_OK | NEEDS_RESET), DRIVER_OK);
     }
 
-    pub(super) fn driver_ok(&mut self) {
+    pub fn driver_ok(&mut self) {
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     }
 
     /// Writes descriptor `index` of the table at `table`.
-    pub(super) fn descriptor_in(
+    pub fn descriptor_in(
         &self,
         table: u64,
         index: u16,
@@ -197,12 +204,12 @@ impl Driver {
         self.mem.write_slice(&bytes, GuestAddress(at)).unwrap();
     }
 
-    pub(super) fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+    pub fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         self.descriptor_in(self.ring(DESCRIPTORS), index, address, len, flags, next);
     }
 
     /// Writes a chain of these buffers to the descriptors from `first` on.
-    pub(super) fn chain(&self, first: u16, buffers: &[(u64, u32, u16)]) {
+    pub fn chain(&self, first: u16, buffers: &[(u64, u32, u16)]) {
         for (index, (address, len, flags)) in (first..).zip(buffers) {
             let is_last = index == first + buffers.len() as u16 - 1;
             let next = if is_last { 0 } else { NEXT };
@@ -211,7 +218,7 @@ impl Driver {
     }
 
     /// Makes a head available.
-    pub(super) fn offer(&mut self, head: u16) {
+    pub fn offer(&mut self, head: u16) {
         let avail = &mut self.avail[usize::from(self.queue)];
         let slot = AVAILABLE + 4 + 2 * u64::from(*avail % self.size);
         *avail = avail.wrapping_add(1);
@@ -220,7 +227,7 @@ impl Driver {
         self.set_avail_index(index);
     }
 
-    pub(super) fn set_avail_index(&self, index: u16) {
+    pub fn set_avail_index(&self, index: u16) {
         self.mem
             .store(
                 index,
@@ -231,18 +238,18 @@ impl Driver {
     }
 
     /// Under EVENT_IDX: the used index at which the driver wants an interrupt.
-    pub(super) fn set_used_event(&self, event: u16) {
+    pub fn set_used_event(&self, event: u16) {
         let at = self.ring(AVAILABLE) + 4 + 2 * u64::from(self.size);
         self.mem
             .write_slice(&event.to_le_bytes(), GuestAddress(at))
             .unwrap();
     }
 
-    pub(super) fn notify(&mut self) {
+    pub fn notify(&mut self) {
         self.set(VIRTIO_MMIO_QUEUE_NOTIFY, self.queue.into());
     }
 
-    pub(super) fn used_index(&self) -> u16 {
+    pub fn used_index(&self) -> u16 {
         self.mem
             .load(
                 GuestAddress(self.ring(USED) + 2),
@@ -252,7 +259,7 @@ impl Driver {
     }
 
     /// The next used entry: head and length.
-    pub(super) fn wait_used(&mut self) -> (u32, u32) {
+    pub fn wait_used(&mut self) -> (u32, u32) {
         let used = self.used[usize::from(self.queue)];
         wait("a used buffer", || self.used_index() != used);
         let entry = self.read(self.ring(USED) + 4 + 8 * u64::from(used % self.size), 8);
@@ -262,7 +269,7 @@ impl Driver {
     }
 
     /// Puts a chain at descriptor 0 and has it done; gives the length written.
-    pub(super) fn request(&mut self, buffers: &[(u64, u32, u16)]) -> u32 {
+    pub fn request(&mut self, buffers: &[(u64, u32, u16)]) -> u32 {
         self.chain(0, buffers);
         self.offer(0);
         self.notify();
@@ -272,23 +279,23 @@ impl Driver {
     }
 
     /// A request that every device here can do: to a block device, for its ID.
-    pub(super) fn any_request(&mut self) {
+    pub fn any_request(&mut self) {
         let wrote = self.request(&self.any_chain());
         assert_eq!(wrote, 21);
     }
 
-    pub(super) fn any_chain(&self) -> [(u64, u32, u16); 2] {
+    pub fn any_chain(&self) -> [(u64, u32, u16); 2] {
         let mut header = [0; 16];
         header[0] = 8;
         self.write(DATA, &header);
         [(DATA, 16, 0), (DATA + 0x100, 21, WRITE)]
     }
 
-    pub(super) fn write(&self, address: u64, bytes: &[u8]) {
+    pub fn write(&self, address: u64, bytes: &[u8]) {
         self.mem.write_slice(bytes, GuestAddress(address)).unwrap();
     }
 
-    pub(super) fn read(&self, address: u64, len: usize) -> Vec<u8> {
+    pub fn read(&self, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.mem
             .read_slice(&mut bytes, GuestAddress(address))
@@ -298,7 +305,7 @@ impl Driver {
 
     /// The device must ask for a reset, tell of it, do nothing more, and be well after the reset.
     #[track_caller]
-    pub(super) fn expect_needs_reset(&mut self, case: &str) {
+    pub fn expect_needs_reset(&mut self, case: &str) {
         wait(case, || self.status() & NEEDS_RESET != 0);
         wait(case, || {
             self.get(VIRTIO_MMIO_INTERRUPT_STATUS) & VIRTIO_MMIO_INT_CONFIG != 0
@@ -316,7 +323,7 @@ impl Driver {
 
 /// Waits for what a worker does.
 #[track_caller]
-pub(super) fn wait(what: &str, mut done: impl FnMut() -> bool) {
+pub fn wait(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < PATIENCE, "{what}: nothing comes");

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::spec::*;
 use super::*;
-use crate::interrupt::tests::Pulses;
+use crate::interrupt::Pulses;
 use crate::legacy::testing::{hammer, inb};
 
 /// A bounded host side.

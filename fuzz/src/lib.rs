@@ -1,0 +1,133 @@
+//! What the fuzz targets share: devices on files in memory, and addresses worth trying.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use arbitrary::Arbitrary;
+use minivmm_devices::console::{ConsoleDevice, ConsoleOutput, TerminalSize};
+use minivmm_devices::virtio::block::{Block, Disk};
+use minivmm_devices::virtio::console::Console;
+use minivmm_devices::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, END, GAP, SEAM, USED};
+use rustix::fs::{MemfdFlags, memfd_create};
+
+/// Bytes of a disk: no multiple of 4 KiB.
+pub const DISK_SIZE: usize = 64 * 1024 + 512;
+
+/// A file in memory with these bytes.
+pub fn file(bytes: &[u8]) -> File {
+    let mut file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).unwrap());
+    file.write_all(bytes).unwrap();
+    file
+}
+
+/// Where it can be opened.
+pub fn path(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+/// What a disk has at first: each sector another byte.
+pub fn disk_bytes() -> Vec<u8> {
+    (0..DISK_SIZE).map(|at| (at / 512) as u8 ^ 0x5a).collect()
+}
+
+/// How a disk is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Arbitrary)]
+pub enum DiskKind {
+    Writable,
+    ReadOnly,
+}
+
+/// A block device on `file`.
+pub fn block(file: &File, kind: DiskKind) -> Block {
+    let disk = Disk::open(&path(file), kind == DiskKind::ReadOnly).unwrap();
+    Block::new(disk, "fuzz")
+}
+
+/// A host that takes `room` bytes of a console's output.
+#[derive(Clone)]
+pub struct Host(pub Arc<Mutex<usize>>);
+
+impl ConsoleOutput for Host {
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        let mut room = self.0.lock().unwrap();
+        let taken = bytes.len().min(*room);
+        *room -= taken;
+        taken
+    }
+
+    fn has_room(&self) -> bool {
+        *self.0.lock().unwrap() >= minivmm_devices::console::MIN_ROOM
+    }
+}
+
+/// A console, its host's side and its host's room.
+pub fn console() -> (Console, Arc<Mutex<dyn ConsoleDevice>>, Host) {
+    let host = Host(Arc::new(Mutex::new(0)));
+    let size = TerminalSize {
+        columns: 80,
+        rows: 25,
+    };
+    let console = Console::new(Box::new(host.clone()), Arc::new(|| {}), Some(size));
+    let port = console.port();
+    (console, port, host)
+}
+
+/// A guest physical address, most often one near something.
+#[derive(Debug, Clone, Copy, Arbitrary)]
+pub enum Place {
+    Data(u16),
+    Descriptors(u16),
+    Available(u8),
+    Used(u8),
+    BeforeSeam(u8),
+    BeforeGap(u8),
+    BeforeEnd(u8),
+    Anywhere(u64),
+}
+
+impl Place {
+    pub fn address(self) -> u64 {
+        match self {
+            Self::Data(offset) => DATA + u64::from(offset),
+            Self::Descriptors(offset) => DESCRIPTORS + u64::from(offset % 0x2000),
+            Self::Available(offset) => AVAILABLE + u64::from(offset),
+            Self::Used(offset) => USED + u64::from(offset),
+            Self::BeforeSeam(offset) => SEAM - u64::from(offset),
+            Self::BeforeGap(offset) => GAP - u64::from(offset),
+            Self::BeforeEnd(offset) => END - u64::from(offset),
+            Self::Anywhere(address) => address,
+        }
+    }
+}
+
+/// A descriptor of a queue.
+#[derive(Debug, Clone, Copy, Arbitrary)]
+pub struct Descriptor {
+    pub place: Place,
+    pub len: Length,
+    pub flags: u8,
+    pub next: u8,
+}
+
+/// A length in bytes, most often a small one.
+#[derive(Debug, Clone, Copy, Arbitrary)]
+pub enum Length {
+    Small(u8),
+    Sectors(u8),
+    Descriptors(u8),
+    Any(u32),
+}
+
+impl Length {
+    pub fn bytes(self) -> u32 {
+        match self {
+            Self::Small(bytes) => bytes.into(),
+            Self::Sectors(count) => u32::from(count % 16) * 512,
+            Self::Descriptors(count) => u32::from(count) * 16,
+            Self::Any(bytes) => bytes,
+        }
+    }
+}
