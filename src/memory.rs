@@ -3,8 +3,11 @@
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use rustix::mm::{Advice, madvise};
-use vm_memory::mmap::FromRangesError;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::mmap::{FromRangesError, MmapRegionError};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
 
 use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
 use crate::config::MemorySize;
@@ -14,6 +17,9 @@ pub const MIN_SIZE: u64 = 16 << 20;
 /// Most guest RAM in bytes: 4 TiB. It keeps every address calculation far from overflow; a host's own limit is lower or
 /// comes later.
 pub const MAX_SIZE: u64 = 4 << 40;
+
+/// Bytes of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -62,30 +68,60 @@ pub fn end_of_ram(size: u64) -> u64 {
 }
 
 /// Maps `size` bytes of guest RAM: private, anonymous, and not reserved, so that a guest may be given more than the
-/// host has free and pays for what it touches.
+/// host has free and pays for what it touches; in huge pages where the host has them.
 ///
 /// It is left out of core dumps, and the kernel does not merge it with mappings that are not (malloc's are anonymous,
 /// too), so that /proc tells the guest's memory from minivmm's own.
 pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    let mem = GuestMemoryMmap::from_ranges(&ranges(size)).map_err(|source| MemoryError::Map {
+    let failed = |source| MemoryError::Map {
         size: MemorySize { bytes: size },
         source,
-    })?;
-    for region in mem.iter() {
-        #[allow(unsafe_code, reason = "the kernel is handed addresses of this process")]
-        // SAFETY: the address and size are those of a live mapping; the advice does not change what is in it.
-        let advised = unsafe {
-            madvise(
-                region.as_ptr().cast(),
-                region.len() as usize,
-                Advice::LinuxDontDump,
-            )
-        };
-        if let Err(e) = advised {
-            log::debug!("guest memory would be part of a core dump: {e}");
-        }
+    };
+    let regions = ranges(size)
+        .into_iter()
+        .map(|(start, len)| {
+            let region = GuestRegionMmap::new(map_aligned(len)?, start)
+                .ok_or(FromRangesError::InvalidGuestRegion)?;
+            advise(&region, 0, Advice::LinuxDontDump);
+            // The first one has tables and tiny kernels: for a few small pages, a huge one costs more than it saves.
+            let first = if start.0 == 0 { HUGE_PAGE } else { 0 };
+            advise(&region, first, Advice::LinuxHugepage);
+            Ok(region)
+        })
+        .collect::<Result<_, _>>()
+        .map_err(failed)?;
+    GuestMemoryMmap::from_regions(regions).map_err(|e| failed(e.into()))
+}
+
+/// Maps `len` bytes at a multiple of a huge page: only where host addresses and GPAs agree that far, KVM uses huge pages for
+/// the guest.
+fn map_aligned(len: usize) -> Result<MmapRegion, MmapRegionError> {
+    let mapping = MmapRegion::new(len)?;
+    let excess = mapping.as_ptr() as usize % HUGE_PAGE;
+    if excess == 0 {
+        // Linux sees to it since 6.7.
+        return Ok(mapping);
     }
-    Ok(mem)
+    drop(mapping);
+    // It gives the highest addresses that are free: with so many of them taken, a multiple. Should it not, nothing is lost.
+    let _taken = MmapRegion::<()>::new(excess)?;
+    MmapRegion::new(len)
+}
+
+/// Advises the kernel on a region from `offset` on. That it does not know the advice makes no difference to the guest.
+fn advise(region: &GuestRegionMmap, offset: usize, advice: Advice) {
+    let Some(len) = (region.len() as usize)
+        .checked_sub(offset)
+        .filter(|len| *len != 0)
+    else {
+        return;
+    };
+    #[allow(unsafe_code, reason = "the kernel is handed addresses of this process")]
+    // SAFETY: the addresses are those of a live mapping; the advice does not change what is in it.
+    let advised = unsafe { madvise(region.as_ptr().wrapping_add(offset).cast(), len, advice) };
+    if let Err(e) = advised {
+        log::debug!("the host does not take advice on guest memory ({advice:?}): {e}");
+    }
 }
 
 /// Registers every region as a memslot. To be called before any interrupt controller is there: afterwards each call

@@ -88,7 +88,7 @@ fn decompresses_itself(image: &[u8], cmdline: &str) {
         },
     )
     .unwrap();
-    assert_eq!(loaded.origin, KernelOrigin::File);
+    assert_eq!(loaded.kernel_loading, Loading::Copied);
     let Entry::Linux64 { rip, .. } = loaded.entry else {
         panic!("{:?}", loaded.entry);
     };
@@ -115,7 +115,7 @@ fn a_kernel_is_placed_at_random() {
             },
         )
         .unwrap();
-        assert_eq!(loaded.origin, KernelOrigin::Unpacked);
+        assert_eq!(loaded.kernel_loading, Loading::Decompressed);
         assert_eq!(loaded.format, KernelFormat::BzImage);
         assert_eq!(loadflags(&mem), 0b11);
         let (start, moved) = placed(&mem, &loaded);
@@ -173,8 +173,8 @@ fn nokaslr_and_kernels_without_a_table_stay_where_they_were_linked() {
         .unwrap();
         assert_eq!(placed(&mem, &loaded), (LOAD, 0), "{cmdline}");
         assert_eq!(
-            (loaded.origin, loadflags(&mem)),
-            (KernelOrigin::Unpacked, 1)
+            (loaded.kernel_loading, loadflags(&mem)),
+            (Loading::Decompressed, 1)
         );
     }
 }
@@ -261,19 +261,19 @@ fn the_cache_gives_what_was_unpacked_and_nothing_else() {
             ..source(image.path())
         };
         let loaded = load(&mem, &source).unwrap();
-        (loaded.origin, placed(&mem, &loaded))
+        (loaded.kernel_loading, placed(&mem, &loaded))
     };
     let origin = || boot("nokaslr").0;
     // A file that may still be written to is not kept.
-    assert_eq!(origin(), KernelOrigin::Unpacked);
+    assert_eq!(origin(), Loading::Decompressed);
     assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);
     assert_eq!(
         fs::metadata(&cache).unwrap().permissions().mode() & 0o777,
         0o700
     );
     settle();
-    assert_eq!(boot("").0, KernelOrigin::Unpacked);
-    assert_eq!(boot("nokaslr"), (KernelOrigin::Cache, (LOAD, 0)));
+    assert_eq!(boot("").0, Loading::Decompressed);
+    assert_eq!(boot("nokaslr"), (Loading::Cached, (LOAD, 0)));
     assert_ne!(boot("").1, boot("").1);
     let entry = || {
         let entry = fs::read_dir(&cache)
@@ -334,10 +334,10 @@ fn the_cache_gives_what_was_unpacked_and_nothing_else() {
         spoil();
         assert_eq!(
             boot("nokaslr"),
-            (KernelOrigin::Unpacked, (LOAD, 0)),
+            (Loading::Decompressed, (LOAD, 0)),
             "{what}"
         );
-        assert_eq!(boot("nokaslr"), (KernelOrigin::Cache, (LOAD, 0)), "{what}");
+        assert_eq!(boot("nokaslr"), (Loading::Cached, (LOAD, 0)), "{what}");
         assert_eq!(fs::read(entry()).unwrap(), whole, "{what}");
     }
 
@@ -355,7 +355,7 @@ fn the_cache_gives_what_was_unpacked_and_nothing_else() {
         cache: Some(&cache),
         ..source(image.path())
     };
-    assert_ne!(load(&mem, &source).unwrap().origin, KernelOrigin::Cache);
+    assert_ne!(load(&mem, &source).unwrap().kernel_loading, Loading::Cached);
 }
 
 #[test]
@@ -384,8 +384,8 @@ fn a_directory_that_cannot_be_a_cache_stops_no_boot() {
         };
         for _ in 0..2 {
             assert_eq!(
-                load(&mem(64), &source).unwrap().origin,
-                KernelOrigin::Unpacked,
+                load(&mem(64), &source).unwrap().kernel_loading,
+                Loading::Decompressed,
                 "{cache:?}"
             );
         }
