@@ -14,7 +14,7 @@ use minivmm_devices::virtio::block::Block;
 use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
 use minivmm_devices::virtio::rng::Rng;
-use minivmm_devices::virtio::transport::mmio::MmioTransport;
+use minivmm_devices::virtio::transport::mmio::{self, MmioTransport};
 use vm_memory::GuestMemoryMmap;
 
 use crate::acpi::{AcpiDevice, Hid};
@@ -22,6 +22,7 @@ use crate::arch::x86_64::layout;
 use crate::interrupts::Interrupts;
 use crate::timeline::Place;
 use crate::vcpu::Buses;
+use crate::vm::VmError;
 
 /// ACPI's ID of a virtio-mmio device, as Linux knows it (drivers/virtio/virtio_mmio.c).
 const VIRTIO_MMIO_HID: &str = "LNRO0005";
@@ -113,7 +114,7 @@ impl DeviceManager {
         serial: Serial,
         console: Option<Console>,
         resources: HostResources,
-    ) -> Result<Self, BusError> {
+    ) -> Result<Self, VmError> {
         let mut devices = Self {
             buses: Buses {
                 pio: Bus::default(),
@@ -208,11 +209,19 @@ impl DeviceManager {
         device: Box<dyn VirtioDevice>,
         mem: &GuestMemoryMmap,
         interrupts: &Interrupts,
-    ) -> Result<(), BusError> {
+    ) -> Result<(), VmError> {
         let index = self.virtio_devices;
         let slot = VirtioSlot(index);
         self.virtio_devices += 1;
         let line = interrupts.line(slot.gsi());
+        for (queue, notifier) in (0u32..).zip(device.notifiers()) {
+            interrupts
+                .notify_on_write(slot.base() + mmio::QUEUE_NOTIFY, queue, notifier)
+                .map_err(|source| VmError::Kvm {
+                    step: "tell of a virtqueue's notifications (KVM_IOEVENTFD)",
+                    source,
+                })?;
+        }
         self.buses.mmio.insert(
             slot.base(),
             layout::VIRTIO_MMIO_SIZE,
@@ -233,7 +242,6 @@ impl DeviceManager {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use minivmm_devices::virtio::transport::mmio;
 
     #[test]
     fn devices_have_names() {

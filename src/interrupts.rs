@@ -4,14 +4,17 @@
 //! makes one KVM_SIGNAL_MSI with the message that the guest has programmed for that pin. That needs neither GSI routes
 //! nor irqfds, which cost start-up and teardown time (an SRCU grace period each) and would gain nothing for a device
 //! whose work is done in this process anyway.
+//!
+//! The other way, from the guest to a device's thread, KVM has eventfds.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, VmFd};
 use minivmm_devices::interrupt::{InterruptSink, IrqLine};
 use minivmm_devices::legacy::ioapic::{self, Ioapic, Msi, MsiRouter};
+use vmm_sys_util::eventfd::EventFd;
 
 /// What the guest has programmed for each I/O APIC pin; `None` for a masked one.
 type PinTable = Arc<[Mutex<Option<Msi>>]>;
@@ -42,6 +45,18 @@ impl Interrupts {
             vm,
             pins,
         })
+    }
+
+    /// Has KVM write `event` when the guest writes these 32 bits to this GPA: the vCPU goes on at once. It ends with the VM,
+    /// which then takes some 15 ms longer to go if it ran for less than that (a normal SRCU grace period in KVM).
+    pub fn notify_on_write(
+        &self,
+        gpa: u64,
+        value: u32,
+        event: &EventFd,
+    ) -> Result<(), kvm_ioctls::Error> {
+        self.vm
+            .register_ioevent(event, &IoEventAddress::Mmio(gpa), value)
     }
 
     /// The wire that ends at I/O APIC pin `gsi`.

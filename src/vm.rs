@@ -465,7 +465,7 @@ impl BootedVm {
 }
 
 /// Opens what the devices need: before the terminal is touched, and before time is spent on anything else.
-fn open_resources(config: &VmConfig) -> Result<HostResources, DiskError> {
+fn open_resources(config: &VmConfig) -> Result<HostResources, VmError> {
     let disks = config
         .disks
         .iter()
@@ -478,14 +478,10 @@ fn open_resources(config: &VmConfig) -> Result<HostResources, DiskError> {
             };
             let opened = Disk::open(&disk.path, access)?;
             let id = disk.id.as_deref().unwrap_or_default();
-            Ok(Block::new(
-                opened,
-                id,
-                queues,
-                disk.engine.unwrap_or_default(),
-            ))
+            let engine = disk.engine.unwrap_or_default();
+            Block::new(opened, id, queues, engine).map_err(host("an eventfd"))
         })
-        .collect::<Result<_, DiskError>>()?;
+        .collect::<Result<_, VmError>>()?;
     Ok(HostResources {
         disks,
         rng: config.rng,

@@ -35,7 +35,7 @@ fn device(kind: &str) -> Box<dyn VirtioDevice> {
                 _ => (Access::Ephemeral, Engine::Sync),
             };
             let disk = Disk::open(file.path(), access).unwrap();
-            Box::new(Block::new(disk, "serial", 1, engine))
+            Box::new(Block::new(disk, "serial", 1, engine).unwrap())
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::Virtqueue;
 
@@ -41,6 +42,12 @@ pub trait VirtioDevice: Send {
 
     /// The driver has made buffers available in this queue, which is one that `start` handed over. Must not block.
     fn notify(&mut self, queue: u16);
+
+    /// By queue, eventfds to which a notification may be written at any time in place of a call of `notify`; a hypervisor
+    /// does that without a way through the vCPU's thread.
+    fn notifiers(&self) -> &[EventFd] {
+        &[]
+    }
 
     /// Stops all work, waits until the last request has been completed or dropped, and hands the queues back, which say
     /// where they stand. In the stopped state it does nothing and gives nothing.

@@ -1,14 +1,13 @@
 //! A thread that runs the requests of one queue, so that no vCPU waits for them.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::device::Interrupt;
 use super::queue::{Chain, QueueError, Virtqueue};
@@ -34,8 +33,7 @@ pub struct Worker {
 
 /// How a worker is told that there is something to do.
 struct Signal {
-    /// An eventfd.
-    event: OwnedFd,
+    event: EventFd,
     stop: AtomicBool,
 }
 
@@ -49,14 +47,17 @@ impl Worker {
         interrupt: Interrupt,
         mut handler: impl Handler + Send + 'static,
     ) -> io::Result<Self> {
-        Self::start_with(name, queue, mem, interrupt, move |serving| {
+        let event = EventFd::new(EFD_CLOEXEC)?;
+        Self::start_with(name, event, queue, mem, interrupt, move |serving| {
             serving.run(&mut handler)
         })
     }
 
     /// Starts a thread that works on the queue as `work` does, which returns once [`Serving::must_stop`] says so.
+    /// Notifications may come through `event` too.
     pub fn start_with(
         name: String,
+        event: EventFd,
         mut queue: Virtqueue,
         mem: GuestMemoryMmap,
         interrupt: Interrupt,
@@ -64,7 +65,7 @@ impl Worker {
     ) -> io::Result<Self> {
         let index = queue.index();
         let signal = Arc::new(Signal {
-            event: eventfd(0, EventfdFlags::CLOEXEC)?,
+            event,
             stop: AtomicBool::new(false),
         });
         let signalled = Arc::clone(&signal);
@@ -96,7 +97,7 @@ impl Worker {
     /// Has the worker look into its queue.
     pub fn notify(&self) {
         // This cannot fail, nor block before it was written 2^64 times.
-        let _ = rustix::io::write(&self.signal.event, &1u64.to_ne_bytes());
+        let _ = self.signal.event.write(1);
     }
 
     /// Has the worker end after the requests in hand.
@@ -147,9 +148,6 @@ impl<'m> Serving<'m> {
             while self.pop(&mut chain)? {
                 let written = handler.handle(&mut chain)?;
                 self.complete(chain.head(), written)?;
-                if self.unreported == BATCH {
-                    self.report()?;
-                }
             }
             self.report()?;
             if self.ask_for_notification()? {
@@ -179,10 +177,14 @@ impl<'m> Serving<'m> {
         self.queue.pop(self.mem, chain)
     }
 
-    /// Gives a request back.
+    /// Gives a request back. The driver hears of it now and then by itself, and for certain by `report`.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.queue.complete(self.mem, head, written)?;
         self.unreported += 1;
-        self.queue.complete(self.mem, head, written)
+        if self.unreported == BATCH {
+            return self.report();
+        }
+        Ok(())
     }
 
     /// Tells the driver of what was completed, if it wants to know.
@@ -203,12 +205,12 @@ impl<'m> Serving<'m> {
 
     /// Waits for a notification, or until the worker must stop. One that came since the last is not lost.
     pub fn wait(&self) {
-        let mut count = [0; 8];
-        while let Err(rustix::io::Errno::INTR) = rustix::io::read(self.event(), &mut count) {}
+        // A signal that breaks the wait off is a notification of nothing.
+        let _ = self.signal.event.read();
     }
 
     /// The eventfd of the notifications, for another way to wait for them.
-    pub fn event(&self) -> BorrowedFd<'m> {
-        self.signal.event.as_fd()
+    pub fn event(&self) -> &'m EventFd {
+        &self.signal.event
     }
 }

@@ -16,6 +16,8 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
 pub use disk::{Access, Disk, DiskError};
 use request::{OneByOne, Requests};
 use uring::Uring;
@@ -65,28 +67,30 @@ pub struct Block {
     disk: Arc<Disk>,
     id: [u8; MAX_ID_LEN],
     config: [u8; 60],
-    queues: u16,
     engine: Engine,
+    /// Of each queue.
+    notifiers: Vec<EventFd>,
     workers: Vec<Worker>,
 }
 
 impl Block {
     /// A device for `disk` with this serial number, of which the first [`MAX_ID_LEN`] bytes count, and as many queues, but
     /// at least one and at most [`MAX_QUEUES`].
-    pub fn new(disk: Disk, serial: &str, queues: u16, engine: Engine) -> Self {
+    pub fn new(disk: Disk, serial: &str, queues: u16, engine: Engine) -> io::Result<Self> {
         let queues = queues.clamp(1, MAX_QUEUES);
         let mut id = [0; MAX_ID_LEN];
         for (byte, value) in id.iter_mut().zip(serial.bytes()) {
             *byte = value;
         }
-        Self {
+        let notifiers = (0..queues).map(|_| EventFd::new(EFD_CLOEXEC));
+        Ok(Self {
             config: config_space(&disk, queues),
             disk: Arc::new(disk),
             id,
-            queues,
             engine,
+            notifiers: notifiers.collect::<io::Result<_>>()?,
             workers: Vec::new(),
-        }
+        })
     }
 }
 
@@ -158,7 +162,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        QUEUE_SIZES.get(..self.queues.into()).unwrap_or_default()
+        QUEUE_SIZES.get(..self.notifiers.len()).unwrap_or_default()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -184,8 +188,10 @@ impl VirtioDevice for Block {
                 };
                 let engine = self.engine;
                 let name = format!("virtio-blk {}", queue.index());
+                let notifier = self.notifiers.get(usize::from(queue.index()));
+                let event = notifier.ok_or(io::ErrorKind::NotFound)?.try_clone()?;
                 let (mem, interrupt) = (mem.clone(), interrupt.clone());
-                Worker::start_with(name, queue, mem, interrupt, move |serving| {
+                Worker::start_with(name, event, queue, mem, interrupt, move |serving| {
                     serve(requests, engine, serving)
                 })
             })
@@ -196,6 +202,10 @@ impl VirtioDevice for Block {
     fn notify(&mut self, queue: u16) {
         let worker = self.workers.iter().find(|worker| worker.queue() == queue);
         worker.into_iter().for_each(Worker::notify);
+    }
+
+    fn notifiers(&self) -> &[EventFd] {
+        &self.notifiers
     }
 
     fn stop(&mut self) -> Vec<Virtqueue> {

@@ -14,6 +14,9 @@ use crate::virtio::device::{Interrupt, InterruptTarget, VirtioDevice};
 /// Length of the register window in bytes, configuration space included.
 pub const LEN: u64 = 0x1000;
 
+/// Offset of the register to which a driver writes, with 32 bits, the number of a queue that has available buffers.
+pub const QUEUE_NOTIFY: u64 = spec::QUEUE_NOTIFY as u64;
+
 /// The registers (§ 4.2.2): offsets and fixed values.
 mod spec {
     pub(super) use virtio_bindings::virtio_mmio::{
