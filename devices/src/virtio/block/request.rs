@@ -79,11 +79,8 @@ impl Requests {
         if !chain.readable.read_front(&mut header) {
             return Err(Malformed("a header of less than 16 bytes"));
         }
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        let (kind, sector) = (
-            u32::from_le_bytes([t0, t1, t2, t3]),
-            u64::from_le_bytes(sector),
-        );
+        let header = u128::from_le_bytes(header);
+        let (kind, sector) = (header as u32, (header >> 64) as u64);
         let (given, wanted) = (&mut chain.readable, &chain.writable);
         match kind {
             VIRTIO_BLK_T_IN if given.is_empty() => {
@@ -175,27 +172,12 @@ impl Requests {
         if given.len() != SEGMENT_LEN as u64 || !given.read_front(&mut segment) {
             return Err(Malformed("not one segment of 16 bytes"));
         }
-        let [
-            s0,
-            s1,
-            s2,
-            s3,
-            s4,
-            s5,
-            s6,
-            s7,
-            c0,
-            c1,
-            c2,
-            c3,
-            f0,
-            f1,
-            f2,
-            f3,
-        ] = segment;
-        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-        let count = u32::from_le_bytes([c0, c1, c2, c3]);
-        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        let segment = u128::from_le_bytes(segment);
+        let (sector, count, flags) = (
+            segment as u64,
+            (segment >> 64) as u32,
+            (segment >> 96) as u32,
+        );
         let is_discard = kind == VIRTIO_BLK_T_DISCARD;
         let (known_flags, max) = if is_discard {
             (0, MAX_DISCARD_SECTORS)
