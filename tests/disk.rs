@@ -45,25 +45,45 @@ fn random_disk() -> NamedTempFile {
     file
 }
 
-#[test]
-fn a_disk_is_read_and_written() {
+/// Has the guest read and write a disk with these options; gives the sum that it saw in the end, and the file's.
+#[track_caller]
+fn read_and_write(cpus: &str, options: &str, queues: u16) -> (String, String) {
     let disk = random_disk();
     let first = md5(disk.path());
-    let path = disk.path().to_str().unwrap();
+    let disk_option = format!("path={},id=a-serial{options}", disk.path().display());
     let out = virtio(
         "read-write",
-        &["--cpus", "2", "--disk", &format!("path={path},id=a-serial")],
+        &["--cpus", cpus, "--disk", &disk_option],
         &[
             "size 8193 ro 0 serial a-serial",
+            &format!("queues {queues}"),
             &format!("first-sum {first}"),
             "IO-APIC   5-edge",
         ],
     );
-    let last = md5(disk.path());
-    assert_ne!(first, last);
-    for wanted in ["last-sum", "again-sum"] {
-        assert!(out.contains(&format!("{wanted} {last}")), "{last}: {out}");
+    let (_, last) = out.split_once("last-sum ").expect("a sum");
+    let last = last.split_whitespace().next().expect("a sum");
+    assert_ne!(last, first);
+    assert!(out.contains(&format!("again-sum {last}")), "{last}: {out}");
+    (last.into(), md5(disk.path()))
+}
+
+#[test]
+fn a_disk_is_read_and_written() {
+    for (cpus, options, queues) in [
+        ("2", "", 2),
+        ("4", ",engine=io_uring", 4),
+        ("4", ",engine=sync,queues=3", 3),
+    ] {
+        let (seen, file) = read_and_write(cpus, options, queues);
+        assert_eq!(seen, file, "{options}");
     }
+}
+
+#[test]
+fn an_ephemeral_disk_leaves_its_file_alone() {
+    let (seen, file) = read_and_write("4", ",ephemeral", 4);
+    assert_ne!(seen, file);
 }
 
 #[test]
