@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
 use minivmm_devices::console::{ConsoleDevice, ConsoleOutput, TerminalSize};
-use minivmm_devices::virtio::block::{Block, Disk};
+use minivmm_devices::virtio::block::{Access, Block, Disk, Engine};
 use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, END, GAP, SEAM, USED};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -36,14 +36,22 @@ pub fn disk_bytes() -> Vec<u8> {
 /// How a disk is attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Arbitrary)]
 pub enum DiskKind {
-    Writable,
+    IoUring,
+    Sync,
     ReadOnly,
+    Ephemeral,
 }
 
 /// A block device on `file`.
 pub fn block(file: &File, kind: DiskKind) -> Block {
-    let disk = Disk::open(&path(file), kind == DiskKind::ReadOnly).unwrap();
-    Block::new(disk, "fuzz")
+    let (access, engine) = match kind {
+        DiskKind::IoUring => (Access::ReadWrite, Engine::IoUring),
+        DiskKind::Sync => (Access::ReadWrite, Engine::Sync),
+        DiskKind::ReadOnly => (Access::ReadOnly, Engine::IoUring),
+        DiskKind::Ephemeral => (Access::Ephemeral, Engine::Sync),
+    };
+    let disk = Disk::open(&path(file), access).unwrap();
+    Block::new(disk, "fuzz", 1, engine).unwrap()
 }
 
 /// A host that takes `room` bytes of a console's output.
