@@ -387,7 +387,7 @@ fn a_timeline_names_the_phases_of_a_boot() {
     // At log level 7 the kernel says when it starts init. The demo guest's init makes boot mark 1 before it says a word.
     let loud = ["init_run", "boot_mark", "first_user_output", "login_prompt"];
     for (log, phases) in [("loglevel=7", &loud[..]), ("quiet", &loud[1..])] {
-        let file = NamedTempFile::new().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
         let append = format!("{log} -- sh -c \"printf 'debian login: '\"");
         let mut command = minivmm(&["--kernel", &kernel, "--initrd", &initramfs]);
         command.args(["--deadline", "100s", "--append", &append]);
