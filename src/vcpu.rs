@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 
 use kvm_bindings::{CpuId, Msrs, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use minivmm_devices::THREAD_STACK;
 use minivmm_devices::bus::Bus;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
@@ -283,6 +284,7 @@ impl Vcpu {
         let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
+            .stack_size(THREAD_STACK)
             .spawn(move || {
                 // Whoever started minivmm may have blocked the signal, and a process inherits that.
                 if let Err(e) = unblock_signal(SIGRTMIN()) {

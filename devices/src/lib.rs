@@ -23,3 +23,7 @@ pub mod event;
 pub mod interrupt;
 pub mod legacy;
 pub mod virtio;
+
+/// Bytes of stack that a thread gets: 256 KiB. Of std's 2 MiB, a host that gives huge pages to everybody
+/// (transparent_hugepage=always) makes one, and clears it, for each thread.
+pub const THREAD_STACK: usize = 256 << 10;

@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use minivmm_devices::THREAD_STACK;
 use minivmm_devices::console::{ConsoleOutput, MIN_ROOM};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -141,6 +142,7 @@ impl Shared {
             let shared = shared.clone();
             thread::Builder::new()
                 .name("console".to_owned())
+                .stack_size(THREAD_STACK)
                 .spawn(move || shared.run(&destination))?;
         }
         Ok(shared)

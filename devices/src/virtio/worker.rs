@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::device::Interrupt;
 use super::queue::{Chain, QueueError, Virtqueue};
+use crate::THREAD_STACK;
 
 /// Requests that are completed before the driver hears of them, at most: it is told when the queue has run empty, and
 /// in a long burst this often, so that it can go on in parallel.
@@ -69,19 +70,22 @@ impl Worker {
             stop: AtomicBool::new(false),
         });
         let signalled = Arc::clone(&signal);
-        let thread = thread::Builder::new().name(name).spawn(move || {
-            let mut serving = Serving {
-                queue: &mut queue,
-                mem: &mem,
-                interrupt: &interrupt,
-                signal: &signalled,
-                unreported: 0,
-            };
-            if let Err(e) = work(&mut serving) {
-                interrupt.needs_reset(&e);
-            }
-            queue
-        })?;
+        let thread = thread::Builder::new()
+            .name(name)
+            .stack_size(THREAD_STACK)
+            .spawn(move || {
+                let mut serving = Serving {
+                    queue: &mut queue,
+                    mem: &mem,
+                    interrupt: &interrupt,
+                    signal: &signalled,
+                    unreported: 0,
+                };
+                if let Err(e) = work(&mut serving) {
+                    interrupt.needs_reset(&e);
+                }
+                queue
+            })?;
         Ok(Self {
             queue: index,
             signal,
