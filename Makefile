@@ -40,7 +40,7 @@ boot-debian: build
 		--initrd $$(guest-kernels/debian-initrd cloud) --disk path=$$(guest-kernels/debian-disk),ephemeral \
 		--memory 512M --rng --append root=/dev/vda
 
-# Ring 1 and 2 natively; ring 3 in one boot of the lab for each of its two files.
+# Ring 1 and 2 natively; ring 3 in one boot of the lab for each of its files.
 test: deps
 	$(CARGO) test --workspace
 	tests/lab/suite
@@ -62,7 +62,7 @@ lint: deps
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@# Real Linux is no part of a plain cargo test, and so not among all targets.
-	$(CARGO) clippy --test linux --test disk -- -D warnings
+	$(CARGO) clippy --test linux --test direct --test disk -- -D warnings
 	shellcheck -x $$(git ls-files | xargs grep -lE '^#!/bin/(ba)?sh')
 
 guests: deps
