@@ -1,5 +1,7 @@
 //! The machine that a benchmark ran on.
 
+#![allow(dead_code, reason = "each benchmark uses its part")]
+
 use std::fs;
 use std::path::Path;
 use std::process::Command;
