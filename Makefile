@@ -3,13 +3,14 @@ KERNEL ?= cloud
 CARGO ?= cargo
 RUNS ?= 200
 ROUNDS ?= 3
+COMPARE_RUNS ?= 10
 FUZZ_SECONDS ?= 60
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO := build/demo.cpio
 
 MINIVMM := $(TARGET)/release/minivmm
 
-.PHONY: help build boot boot-debian test fuzz bench lint guests deps clean
+.PHONY: help build boot boot-debian test fuzz bench compare lint guests deps clean
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, ...); ends with poweroff'
@@ -17,8 +18,10 @@ help:
 	@echo 'make build    the static release binary, $(MINIVMM)'
 	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
 	@echo 'make fuzz     each fuzz target for a minute (FUZZ_SECONDS=$(FUZZ_SECONDS)); fails on a finding'
-	@echo 'make bench    start-up of whole processes side by side: bare KVM, minivmm, QEMU, runc (RUNS=$(RUNS)); then disks,'
-	@echo '              minivmm and QEMU, in the lab if need be (ROUNDS=$(ROUNDS))'
+	@echo 'make bench    start-up of whole processes side by side: bare KVM, minivmm, QEMU, runc (RUNS=$(RUNS)); then boots of'
+	@echo '              Linux and disks, minivmm and QEMU, in the lab if need be (ROUNDS=$(ROUNDS))'
+	@echo 'make compare  one command in crun, runc, podman, docker, as far as they are installed, and in minivmm: a table, and'
+	@echo '              build/compare/report.html (COMPARE_RUNS=$(COMPARE_RUNS), KERNEL=$(KERNEL))'
 	@echo 'make lint     formatting, clippy and shellcheck'
 	@echo 'make guests   fetch the kernels, build the demo initramfs ($(DEMO)) and Debian'\''s initrd and disk'
 	@echo 'make deps     install what is missing, as the other targets do'
@@ -48,13 +51,20 @@ test: deps
 fuzz: deps
 	fuzz/run $(FUZZ_SECONDS)
 
-# QEMU, runc and busybox-static are measured where they are installed; the disks need QEMU and real Linux guests.
+# QEMU, runc and busybox-static are measured where they are installed; boots and disks need QEMU and real Linux guests.
 bench: deps
 	$(CARGO) bench --bench startup -- $(RUNS)
+	@guest-kernels/fetch all >/dev/null
+	@guest-kernels/initramfs/build-initramfs $(DEMO)
+	@# It takes a lab of its own for each boot.
+	$(CARGO) bench --bench boot -- $(ROUNDS)
 	@guest-kernels/debian-initrd cloud >/dev/null
 	@guest-kernels/debian-disk >/dev/null
 	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(CURDIR)/tests/lab/with-kvm \
 		$(CARGO) bench --bench disk -- $(ROUNDS)
+
+compare: build
+	MINIVMM_KERNEL=$$(guest-kernels/fetch $(KERNEL))/bzImage tests/bench/containers build/compare --runs $(COMPARE_RUNS)
 
 lint: deps
 	@command -v shellcheck >/dev/null || $(call install,shellcheck)
