@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::*;
 
-use super::super::testing::{DATA, Driver, END, HIGH, SEAM, WRITE};
+use super::super::testing::{DATA, Driver, END, HIGH, INDIRECT, NEXT, SEAM, WRITE};
 use super::Access::{Ephemeral, ReadOnly, ReadWrite};
 use super::overlay::Overlay;
 use super::*;
@@ -760,6 +760,42 @@ fn many_requests_are_in_flight_at_once() {
                     }
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn as_many_requests_as_the_queue_has_entries_are_in_flight_at_once() {
+    const COUNT: u16 = 256;
+    for engine in ENGINES {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(&pattern()).unwrap();
+        let disk = Disk::open(file.path(), ReadWrite).unwrap();
+        let mut driver = Driver::new(Box::new(Block::new(disk, "", 1, engine).unwrap()));
+        driver.size = COUNT;
+        driver.start(0);
+        // An indirect table each, so that they take one entry each.
+        let place = |head: u16| HIGH + 0x1000 * u64::from(head);
+        for head in 0..COUNT {
+            let (table, sector) = (place(head), u64::from(head) % SECTORS);
+            driver.write(table + 0x100, &header(VIRTIO_BLK_T_IN, sector));
+            driver.descriptor_in(table, 0, table + 0x100, 16, NEXT, 1);
+            driver.descriptor_in(table, 1, table + 0x200, 512, NEXT | WRITE, 2);
+            driver.descriptor_in(table, 2, table + 0x400, 1, WRITE, 0);
+            driver.descriptor(head, table, 3 * 16, INDIRECT, 0);
+            driver.offer(head);
+        }
+        driver.notify();
+        for _ in 0..COUNT {
+            assert_eq!(driver.wait_used().1, 513);
+        }
+        for head in 0..COUNT {
+            let at = usize::from(head) % SECTORS as usize * 512;
+            assert_eq!(
+                driver.read(place(head) + 0x200, 512),
+                pattern()[at..at + 512]
+            );
+            assert_eq!(driver.read(place(head) + 0x400, 1), [OK]);
         }
     }
 }
