@@ -921,6 +921,31 @@ fn what_cannot_be_made_durable_is_an_error() {
     }
 }
 
+#[test]
+fn after_a_flush_that_failed_none_succeeds() {
+    let flush = |block: Block| {
+        let mut driver = Driver::started(Box::new(block), 0);
+        put(&mut driver, 0, VIRTIO_BLK_T_FLUSH, 0, &[]);
+        driver.notify();
+        status(&mut driver)
+    };
+    for first in ENGINES {
+        for second in ENGINES {
+            let file = NamedTempFile::new().unwrap();
+            file.as_file().set_len(1 << 20).unwrap();
+            let disk = Disk::open(file.path(), ReadWrite).unwrap();
+            let zero = File::open("/dev/zero").unwrap();
+            let block = Block::new(disk.with_file(zero), "", 1, first).unwrap();
+            let disk = Arc::clone(&block.disk);
+            assert_eq!(flush(block), IOERR);
+            // What the host says next is that all is well.
+            let disk = Arc::into_inner(disk).unwrap();
+            let disk = disk.with_file(file.reopen().unwrap());
+            assert_eq!(flush(Block::new(disk, "", 1, second).unwrap()), IOERR);
+        }
+    }
+}
+
 /// Whether this is the process of its own that a test needs. If not, runs the test once more in one, which the shell
 /// script `start` starts by `exec "$0" "$@"`.
 fn is_own_process(test: &str, start: &str) -> bool {

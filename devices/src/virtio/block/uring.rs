@@ -256,6 +256,10 @@ impl<'m, 'r> Uring<'m, 'r> {
             }
             (_, Ok(_)) => Ok(0),
         };
+        let result = match request.operation {
+            Operation::Flush => self.requests.disk.flushed(result),
+            _ => result,
+        };
         let written = request.status.answer(result.map_err(Failure::Io));
         slot.request = None;
         serving.complete(head, written)
