@@ -175,15 +175,10 @@ impl VirtioDevice for Block {
     }
 
     fn start(&mut self, resources: Resources) -> io::Result<()> {
-        let Resources {
-            mem,
-            features,
-            queues,
-            interrupt,
-        } = resources;
         // § 5.2.6.2: to a driver that cannot flush, a completed write is on the disk.
-        let write_through = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
-        self.workers = queues
+        let write_through = resources.features & 1 << VIRTIO_BLK_F_FLUSH == 0;
+        self.workers = resources
+            .queues
             .into_iter()
             .map(|queue| {
                 let requests = Requests {
@@ -195,7 +190,7 @@ impl VirtioDevice for Block {
                 let name = format!("virtio-blk {}", queue.index());
                 let notifier = self.notifiers.get(usize::from(queue.index()));
                 let event = notifier.ok_or(io::ErrorKind::NotFound)?.try_clone()?;
-                let (mem, interrupt) = (mem.clone(), interrupt.clone());
+                let (mem, interrupt) = (resources.mem.clone(), resources.interrupt.clone());
                 Worker::start(name, event, queue, mem, interrupt, move |serving| {
                     serve(requests, engine, serving)
                 })
