@@ -460,6 +460,23 @@ fn a_virtio_device_works_and_survives_its_driver() {
 }
 
 #[test]
+fn a_disk_is_reset_with_requests_in_flight() {
+    const WRITTEN: usize = 64 << 10;
+    for engine in ["io_uring", "sync"] {
+        let mut disk = tempfile::NamedTempFile::new().unwrap();
+        disk.write_all(&[0xa5; WRITTEN + 4096]).unwrap();
+        let option = format!("path={},engine={engine}", disk.path().display());
+        let ended = run(&mut boot_tiny("disk", "", &["--disk", &option]));
+        ended.assert_code(0);
+        assert_eq!(ended.stderr, "", "{engine}");
+        let bytes = fs::read(disk.path()).unwrap();
+        let (written, rest) = bytes.split_at(WRITTEN);
+        assert!(written.iter().all(|byte| *byte == 0x5a), "{engine}");
+        assert!(rest == [0xa5; 4096], "{engine}");
+    }
+}
+
+#[test]
 fn a_disk_is_locked_while_its_vm_runs_and_free_after() {
     let disk = tempfile::NamedTempFile::new().unwrap();
     disk.as_file().set_len(1 << 20).unwrap();

@@ -7,7 +7,7 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use minivmm_devices::virtio::F_EVENT_IDX;
 use minivmm_devices::virtio::testing::{
-    DATA, Driver, INDIRECT, NEEDS_RESET, NEXT, SEAM, WRITE, wait,
+    DATA, Driver, HIGH, INDIRECT, NEEDS_RESET, NEXT, SEAM, WRITE, wait,
 };
 use minivmm_fuzz::{DISK_SIZE, DiskKind, Length, Place, block, disk_bytes, file};
 
@@ -19,6 +19,8 @@ struct Request {
     segment: (Sector, Length, u8),
     buffers: Vec<Length>,
     indirect: bool,
+    /// While another is in flight: alone, a write does not come to io_uring.
+    behind_a_read: bool,
     oddity: u8,
     hostile: Place,
 }
@@ -67,6 +69,9 @@ const HOSTILE_BUFFER: u8 = 4;
 const HEADER: u64 = DATA;
 const BUFFERS: u64 = SEAM - 0x800;
 const TABLE: u64 = DATA + 0x2000;
+/// Header and head of the read before a request.
+const READ_HEADER: u64 = DATA + 0x1000;
+const READ: u16 = 14;
 /// VIRTIO_BLK_F_FLUSH.
 const F_FLUSH: u64 = 1 << 9;
 
@@ -135,16 +140,38 @@ fuzz_target!(|input: Input| {
             driver.descriptor(0, TABLE, 16 * chain.len() as u32, INDIRECT, 0);
         }
         let used = driver.used_index();
+        // What a hostile buffer does to it is not foreseen.
+        let is_behind_a_read = request.behind_a_read && request.oddity != HOSTILE_BUFFER;
+        if is_behind_a_read {
+            driver.write(READ_HEADER, &[0; 16]);
+            driver.descriptor(READ, READ_HEADER, 16, NEXT, READ + 1);
+            driver.descriptor(READ + 1, HIGH, DISK_SIZE as u32 + 1, WRITE, 0);
+            driver.offer(READ);
+        }
         driver.offer(0);
         driver.notify();
+        let are_answered =
+            |driver: &Driver| driver.used_index().wrapping_sub(used) > u16::from(is_behind_a_read);
         wait("an answer", || {
-            driver.used_index() != used || driver.status() & NEEDS_RESET != 0
+            are_answered(&driver) || driver.status() & NEEDS_RESET != 0
         });
-        if driver.used_index() == used {
+        if !are_answered(&driver) {
             driver.start(without);
             continue;
         }
-        let (head, written) = driver.wait_used();
+        let mut answer = driver.wait_used();
+        if is_behind_a_read {
+            let other = driver.wait_used();
+            let (read, rest) = if other.0 == 0 {
+                (answer, other)
+            } else {
+                (other, answer)
+            };
+            assert_eq!(read, (READ.into(), DISK_SIZE as u32 + 1));
+            assert_eq!(driver.read(HIGH + DISK_SIZE as u64, 1), [0]);
+            answer = rest;
+        }
+        let (head, written) = answer;
         let writable: u64 = chain
             .iter()
             .filter(|b| b.2 & WRITE != 0)

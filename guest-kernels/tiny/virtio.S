@@ -83,26 +83,10 @@ fail:
     mov  $99, %al
     exit_al
 
-# From the reset to DRIVER_OK, with empty rings of 8.
+# From the reset to DRIVER_OK, with empty rings.
 start:
-    movl $0, 0x70(%rdi)
-    movl $1, 0x70(%rdi)
-    movl $3, 0x70(%rdi)
-    movl $1, 0x24(%rdi)         # the upper features: VERSION_1
-    movl $1, 0x20(%rdi)
-    movl $11, 0x70(%rdi)
-    cmpl $11, 0x70(%rdi)
-    jne  fail
-    movl $0, AVAILABLE
-    movl $0, USED
+    virtio_start 8, 0
     movl $0, BUFFER
-    movl $0, 0x30(%rdi)
-    movl $8, 0x38(%rdi)
-    movl $DESCRIPTORS, 0x80(%rdi)
-    movl $AVAILABLE, 0x90(%rdi)
-    movl $USED, 0xa0(%rdi)
-    movl $1, 0x44(%rdi)
-    movl $15, 0x70(%rdi)
     movq $BUFFER, DESCRIPTORS
     movl $64, DESCRIPTORS + 8
     movl $2, DESCRIPTORS + 12   # WRITE

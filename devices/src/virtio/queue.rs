@@ -54,7 +54,7 @@ pub enum QueueError {
     },
     /// The available ring's index is further ahead than the queue is long, or the crate found another fault in a ring.
     #[error("bad ring: {0}")]
-    Ring(#[source] RingError),
+    Ring(#[from] RingError),
     /// A head or `next` beyond the table.
     #[error("descriptor index {index} in a table of {len}")]
     Index {
@@ -83,7 +83,7 @@ pub enum QueueError {
     TooManyBytes,
     /// A table or buffer is not in RAM.
     #[error("a descriptor refers to memory that is not there")]
-    Memory(#[source] GuestMemoryError),
+    Memory(#[from] GuestMemoryError),
     /// A head that the driver has made available again before it came back.
     #[error("the chain at {0} was made available again while the device has it")]
     InFlight(u16),
@@ -140,7 +140,7 @@ impl Virtqueue {
         mem: &GuestMemoryMmap,
     ) -> Result<Self, QueueError> {
         check_rings(&state, mem)?;
-        let queue = Queue::try_from(state).map_err(QueueError::Ring)?;
+        let queue = Queue::try_from(state)?;
         Ok(Self {
             index,
             queue,
@@ -170,7 +170,7 @@ impl Virtqueue {
         chain: &mut Chain<'m>,
     ) -> Result<bool, QueueError> {
         chain.clear();
-        let mut heads = self.queue.iter(mem).map_err(QueueError::Ring)?;
+        let mut heads = self.queue.iter(mem)?;
         let Some(head) = heads.next() else {
             return Ok(false);
         };
@@ -195,9 +195,7 @@ impl Virtqueue {
             }
             left = left.checked_sub(1).ok_or(QueueError::Loop(chain.head))?;
             let address = table.saturating_add(DESCRIPTOR_SIZE * u64::from(index));
-            let descriptor: RawDescriptor = mem
-                .read_obj(GuestAddress(address))
-                .map_err(QueueError::Memory)?;
+            let descriptor: RawDescriptor = mem.read_obj(GuestAddress(address))?;
             let descriptor = Descriptor::from(descriptor);
             if descriptor.refers_to_indirect_table() {
                 if in_indirect || !self.indirect || descriptor.has_next() {
@@ -230,39 +228,28 @@ impl Virtqueue {
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {
-        self.queue
-            .add_used(mem, head, written)
-            .map_err(QueueError::Ring)
+        Ok(self.queue.add_used(mem, head, written)?)
     }
 
     /// Whether the driver wants to hear of what was completed since this was last asked (§ 2.7.7).
     pub fn needs_interrupt(&mut self, mem: &GuestMemoryMmap) -> Result<bool, QueueError> {
         // The crate puts the memory barrier between the used index and what is read here.
-        let needed = self
-            .queue
-            .needs_notification(mem)
-            .map_err(QueueError::Ring)?;
+        let needed = self.queue.needs_notification(mem)?;
         if self.queue.event_idx_enabled() {
             return Ok(needed);
         }
-        let flags: u16 = mem
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(QueueError::Memory)?;
+        let flags: u16 = mem.load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)?;
         Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Asks the driver for no notifications (§ 2.7.10): the device looks by itself for now.
     pub fn disable_notifications(&mut self, mem: &GuestMemoryMmap) -> Result<(), QueueError> {
-        self.queue
-            .disable_notification(mem)
-            .map_err(QueueError::Ring)
+        Ok(self.queue.disable_notification(mem)?)
     }
 
     /// Asks for notifications again. `true` says that a chain has come meanwhile, of which none will tell.
     pub fn enable_notifications(&mut self, mem: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        self.queue
-            .enable_notification(mem)
-            .map_err(QueueError::Ring)
+        Ok(self.queue.enable_notification(mem)?)
     }
 }
 
@@ -339,11 +326,9 @@ impl<'m> Buffers<'m> {
         len: u32,
     ) -> Result<(), QueueError> {
         // A descriptor may lie across two regions.
-        let slices = mem
-            .get_slices(address, len as usize, Permissions::ReadWrite)
-            .map_err(QueueError::Memory)?;
+        let slices = mem.get_slices(address, len as usize, Permissions::ReadWrite)?;
         for slice in slices {
-            self.slices.push(slice.map_err(QueueError::Memory)?);
+            self.slices.push(slice?);
         }
         self.len += u64::from(len);
         Ok(())

@@ -3,10 +3,11 @@
 use std::io;
 
 use rustix::rand::{GetRandomFlags, getrandom};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::device::{Resources, VirtioDevice};
 use super::queue::{Chain, QueueError, Virtqueue};
-use super::worker::{Handler, Worker};
+use super::worker::Worker;
 
 /// Device ID (§ 5).
 pub const DEVICE_TYPE: u32 = 4;
@@ -46,8 +47,11 @@ impl VirtioDevice for Rng {
             ..
         } = resources;
         if let Some(queue) = queues.pop() {
-            let name = "virtio-rng".into();
-            self.worker = Some(Worker::start(name, queue, mem, interrupt, Entropy)?);
+            let (name, event) = ("virtio-rng".into(), EventFd::new(EFD_CLOEXEC)?);
+            let worker = Worker::start(name, event, queue, mem, interrupt, |serving| {
+                serving.run(give_entropy)
+            });
+            self.worker = Some(worker?);
         }
         Ok(())
     }
@@ -62,20 +66,12 @@ impl VirtioDevice for Rng {
     }
 }
 
-struct Entropy;
-
-impl Handler for Entropy {
-    fn handle(&mut self, chain: &mut Chain<'_>) -> Result<u32, QueueError> {
-        let mut bytes = [0; MAX_BYTES];
-        let wanted = usize::try_from(chain.writable.len()).unwrap_or(MAX_BYTES);
-        let buffer = bytes.get_mut(..wanted.min(MAX_BYTES)).unwrap_or_default();
-        // This blocks only in the first moments after the host's boot, and gives less than asked only after a signal.
-        match getrandom(&mut *buffer, GetRandomFlags::empty()) {
-            Ok(count) => {
-                let given = buffer.get(..count).unwrap_or_default();
-                Ok(chain.writable.write_front(given) as u32)
-            }
-            Err(_) => Ok(0),
-        }
-    }
+fn give_entropy(chain: &mut Chain<'_>) -> Result<u32, QueueError> {
+    let mut bytes = [0; MAX_BYTES];
+    let wanted = usize::try_from(chain.writable.len()).unwrap_or(MAX_BYTES);
+    let buffer = bytes.get_mut(..wanted.min(MAX_BYTES)).unwrap_or_default();
+    // This blocks only in the first moments after the host's boot, and gives less than asked only after a signal.
+    let given = getrandom(&mut *buffer, GetRandomFlags::empty()).unwrap_or(0);
+    let given = buffer.get(..given).unwrap_or_default();
+    Ok(chain.writable.write_front(given) as u32)
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::device::Interrupt;
 use super::queue::{Chain, QueueError, Virtqueue};
@@ -16,13 +16,6 @@ use crate::THREAD_STACK;
 /// Requests that are completed before the driver hears of them, at most: it is told when the queue has run empty, and
 /// in a long burst this often, so that it can go on in parallel.
 const BATCH: u32 = 16;
-
-/// What a device does with a request.
-pub trait Handler {
-    /// Does what `chain` asks for and returns how many bytes of its writable part were written. An error is for a
-    /// request that cannot be answered; it stops the device.
-    fn handle(&mut self, chain: &mut Chain<'_>) -> Result<u32, QueueError>;
-}
 
 /// A running worker. Dropping it stops it.
 pub struct Worker {
@@ -39,24 +32,9 @@ struct Signal {
 }
 
 impl Worker {
-    /// Starts a thread that looks into the queue at once, and then whenever it is notified; it handles one request after
-    /// the other.
-    pub fn start(
-        name: String,
-        queue: Virtqueue,
-        mem: GuestMemoryMmap,
-        interrupt: Interrupt,
-        mut handler: impl Handler + Send + 'static,
-    ) -> io::Result<Self> {
-        let event = EventFd::new(EFD_CLOEXEC)?;
-        Self::start_with(name, event, queue, mem, interrupt, move |serving| {
-            serving.run(&mut handler)
-        })
-    }
-
     /// Starts a thread that works on the queue as `work` does, which returns once [`Serving::must_stop`] says so.
     /// Notifications may come through `event` too.
-    pub fn start_with(
+    pub fn start(
         name: String,
         event: EventFd,
         mut queue: Virtqueue,
@@ -145,12 +123,17 @@ pub struct Serving<'m> {
 }
 
 impl<'m> Serving<'m> {
-    /// Handles one request after the other until the worker must stop.
-    pub fn run(&mut self, handler: &mut impl Handler) -> Result<(), QueueError> {
+    /// Looks into the queue at once, and then whenever there is a notification, and handles one request after the other
+    /// until the worker must stop. `handle` does what a chain asks for and returns how many bytes of its writable part were
+    /// written; its error is for a request that cannot be answered, and stops the device.
+    pub fn run(
+        &mut self,
+        mut handle: impl FnMut(&mut Chain<'m>) -> Result<u32, QueueError>,
+    ) -> Result<(), QueueError> {
         let mut chain = Chain::default();
         while !self.must_stop() {
             while self.pop(&mut chain)? {
-                let written = handler.handle(&mut chain)?;
+                let written = handle(&mut chain)?;
                 self.complete(chain.head(), written)?;
             }
             self.report()?;

@@ -6,9 +6,10 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock, ioctl_blksszget};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::SECTOR_SIZE;
 use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
@@ -132,6 +133,7 @@ pub struct Disk {
     sectors: u64,
     block_size: u32,
     read_only: bool,
+    flush_failed: AtomicBool,
 }
 
 impl Disk {
@@ -233,6 +235,7 @@ impl Disk {
             sectors,
             block_size,
             read_only: access == Access::ReadOnly,
+            flush_failed: AtomicBool::new(false),
         })
     }
 
@@ -300,7 +303,22 @@ impl Disk {
         if self.read_only || self.overlay.is_some() {
             return Ok(());
         }
-        Ok(fdatasync(&self.file)?)
+        self.flushed(retry_on_intr(|| fdatasync(&self.file)).map_err(Into::into))
+    }
+
+    /// What to answer to a flush of the file that came to `result`. The host tells of lost writes once and then takes what it
+    /// has for durable (fsync(2)), so that after one that failed, in whichever queue, no flush can be trusted.
+    pub(super) fn flushed<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        let has_failed = self.flush_failed.load(Ordering::Acquire);
+        match result {
+            Ok(_) if has_failed => Err(io::Error::other("an earlier flush failed")),
+            Err(e) if !has_failed => {
+                log::warn!("the host cannot make durable what was written to a disk: {e}");
+                self.flush_failed.store(true, Ordering::Release);
+                Err(e)
+            }
+            result => result,
+        }
     }
 
     /// Gives a range back to the host. That is a hint: a host that cannot has nothing to do.

@@ -19,7 +19,7 @@ use virtio_bindings::virtio_blk::{
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 pub use disk::{Access, Disk, DiskError};
-use request::{OneByOne, Requests};
+use request::Requests;
 use uring::Uring;
 
 use super::device::{Resources, VirtioDevice, read_config_bytes};
@@ -139,7 +139,12 @@ fn serve(requests: Requests, engine: Engine, serving: &mut Serving<'_>) -> Resul
             ),
         }
     }
-    serving.run(&mut OneByOne::new(requests))
+    let mut iovecs = Vec::new();
+    serving.run(|chain| {
+        let (status, operation) = requests.parse(chain)?;
+        let result = operation.and_then(|op| requests.carry_out(op, chain, &mut iovecs));
+        Ok(status.answer(result))
+    })
 }
 
 impl VirtioDevice for Block {
@@ -170,15 +175,10 @@ impl VirtioDevice for Block {
     }
 
     fn start(&mut self, resources: Resources) -> io::Result<()> {
-        let Resources {
-            mem,
-            features,
-            queues,
-            interrupt,
-        } = resources;
         // § 5.2.6.2: to a driver that cannot flush, a completed write is on the disk.
-        let write_through = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
-        self.workers = queues
+        let write_through = resources.features & 1 << VIRTIO_BLK_F_FLUSH == 0;
+        self.workers = resources
+            .queues
             .into_iter()
             .map(|queue| {
                 let requests = Requests {
@@ -190,8 +190,8 @@ impl VirtioDevice for Block {
                 let name = format!("virtio-blk {}", queue.index());
                 let notifier = self.notifiers.get(usize::from(queue.index()));
                 let event = notifier.ok_or(io::ErrorKind::NotFound)?.try_clone()?;
-                let (mem, interrupt) = (mem.clone(), interrupt.clone());
-                Worker::start_with(name, event, queue, mem, interrupt, move |serving| {
+                let (mem, interrupt) = (resources.mem.clone(), resources.interrupt.clone());
+                Worker::start(name, event, queue, mem, interrupt, move |serving| {
                     serve(requests, engine, serving)
                 })
             })

@@ -14,7 +14,6 @@ use vm_memory::VolatileSlice;
 use super::disk::{Direction, Disk};
 use super::{MAX_DISCARD_SECTORS, MAX_ID_LEN, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE};
 use crate::virtio::queue::{Buffers, Chain, QueueError};
-use crate::virtio::worker::Handler;
 
 /// `type`, `reserved` and `sector` of `struct virtio_blk_req`, in bytes.
 const HEADER_LEN: usize = 16;
@@ -220,29 +219,5 @@ impl Status<'_> {
         };
         self.0.copy_from(&[status as u8]);
         u32::try_from(written + 1).unwrap_or(u32::MAX)
-    }
-}
-
-/// The synchronous engine.
-pub(super) struct OneByOne {
-    requests: Requests,
-    iovecs: Vec<libc::iovec>,
-}
-
-impl OneByOne {
-    pub(super) fn new(requests: Requests) -> Self {
-        Self {
-            requests,
-            iovecs: Vec::new(),
-        }
-    }
-}
-
-impl Handler for OneByOne {
-    fn handle(&mut self, chain: &mut Chain<'_>) -> Result<u32, QueueError> {
-        let (status, operation) = self.requests.parse(chain)?;
-        let result = operation
-            .and_then(|operation| self.requests.carry_out(operation, chain, &mut self.iovecs));
-        Ok(status.answer(result))
     }
 }

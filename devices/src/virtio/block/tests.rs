@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::*;
 
-use super::super::testing::{DATA, Driver, END, HIGH, SEAM, WRITE};
+use super::super::testing::{DATA, Driver, END, HIGH, INDIRECT, NEXT, SEAM, WRITE};
 use super::Access::{Ephemeral, ReadOnly, ReadWrite};
 use super::overlay::Overlay;
 use super::*;
@@ -765,6 +765,42 @@ fn many_requests_are_in_flight_at_once() {
 }
 
 #[test]
+fn as_many_requests_as_the_queue_has_entries_are_in_flight_at_once() {
+    const COUNT: u16 = 256;
+    for engine in ENGINES {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(&pattern()).unwrap();
+        let disk = Disk::open(file.path(), ReadWrite).unwrap();
+        let mut driver = Driver::new(Box::new(Block::new(disk, "", 1, engine).unwrap()));
+        driver.size = COUNT;
+        driver.start(0);
+        // An indirect table each, so that they take one entry each.
+        let place = |head: u16| HIGH + 0x1000 * u64::from(head);
+        for head in 0..COUNT {
+            let (table, sector) = (place(head), u64::from(head) % SECTORS);
+            driver.write(table + 0x100, &header(VIRTIO_BLK_T_IN, sector));
+            driver.descriptor_in(table, 0, table + 0x100, 16, NEXT, 1);
+            driver.descriptor_in(table, 1, table + 0x200, 512, NEXT | WRITE, 2);
+            driver.descriptor_in(table, 2, table + 0x400, 1, WRITE, 0);
+            driver.descriptor(head, table, 3 * 16, INDIRECT, 0);
+            driver.offer(head);
+        }
+        driver.notify();
+        for _ in 0..COUNT {
+            assert_eq!(driver.wait_used().1, 513);
+        }
+        for head in 0..COUNT {
+            let at = usize::from(head) % SECTORS as usize * 512;
+            assert_eq!(
+                driver.read(place(head) + 0x200, 512),
+                pattern()[at..at + 512]
+            );
+            assert_eq!(driver.read(place(head) + 0x400, 1), [OK]);
+        }
+    }
+}
+
+#[test]
 fn a_head_in_flight_cannot_be_made_available_again() {
     let file = NamedTempFile::new().unwrap();
     file.as_file().set_len(1 << 20).unwrap();
@@ -882,6 +918,31 @@ fn what_cannot_be_made_durable_is_an_error() {
         assert_eq!(status(&mut driver), IOERR);
         submit(&mut driver, VIRTIO_BLK_T_IN, 0, (BUFFER, 512, WRITE));
         assert_eq!(status(&mut driver), OK);
+    }
+}
+
+#[test]
+fn after_a_flush_that_failed_none_succeeds() {
+    let flush = |block: Block| {
+        let mut driver = Driver::started(Box::new(block), 0);
+        put(&mut driver, 0, VIRTIO_BLK_T_FLUSH, 0, &[]);
+        driver.notify();
+        status(&mut driver)
+    };
+    for first in ENGINES {
+        for second in ENGINES {
+            let file = NamedTempFile::new().unwrap();
+            file.as_file().set_len(1 << 20).unwrap();
+            let disk = Disk::open(file.path(), ReadWrite).unwrap();
+            let zero = File::open("/dev/zero").unwrap();
+            let block = Block::new(disk.with_file(zero), "", 1, first).unwrap();
+            let disk = Arc::clone(&block.disk);
+            assert_eq!(flush(block), IOERR);
+            // What the host says next is that all is well.
+            let disk = Arc::into_inner(disk).unwrap();
+            let disk = disk.with_file(file.reopen().unwrap());
+            assert_eq!(flush(Block::new(disk, "", 1, second).unwrap()), IOERR);
+        }
     }
 }
 

@@ -26,6 +26,7 @@ pub(super) struct Uring<'m, 'r> {
     requests: &'r Requests,
     /// By head. Its room is kept and used again.
     slots: Vec<Slot<'m>>,
+    /// Entries of requests that are on the ring.
     in_flight: usize,
     /// The eventfd is being polled.
     polled: bool,
@@ -53,7 +54,8 @@ impl<'m, 'r> Uring<'m, 'r> {
         file: BorrowedFd<'_>,
         serving: &Serving<'m>,
     ) -> io::Result<Self> {
-        let entries = serving.queue_size().into();
+        // Room for an entry of each request and for the poll.
+        let entries = 2 * u32::from(serving.queue_size());
         // With completions worked on when they are waited for, which saves interruptions (Linux 6.1).
         let ring = IoUring::builder()
             .setup_single_issuer()
@@ -68,7 +70,7 @@ impl<'m, 'r> Uring<'m, 'r> {
         Ok(Self {
             ring,
             requests,
-            slots: (0..entries).map(|_| Slot::default()).collect(),
+            slots: (0..serving.queue_size()).map(|_| Slot::default()).collect(),
             in_flight: 0,
             polled: false,
         })
@@ -148,19 +150,19 @@ impl<'m, 'r> Uring<'m, 'r> {
             moved: 0,
             used_up: 0,
         });
-        self.in_flight += 1;
         self.submit(head)
     }
 
     /// Puts what is left of a request on the ring.
     fn submit(&mut self, head: u16) -> Result<(), QueueError> {
-        let Some(slot) = self.slots.get(usize::from(head)) else {
+        let Some(Slot {
+            request: Some(request),
+            iovecs,
+        }) = self.slots.get(usize::from(head))
+        else {
             return Ok(());
         };
-        let Some(request) = &slot.request else {
-            return Ok(());
-        };
-        let iovecs = slot.iovecs.get(request.used_up..).unwrap_or_default();
+        let iovecs = iovecs.get(request.used_up..).unwrap_or_default();
         let count = iovecs.len().min(MAX_IOVECS) as u32;
         let entry = match request.operation {
             Operation::Transfer(Direction::Read, offset) => {
@@ -175,7 +177,9 @@ impl<'m, 'r> Uring<'m, 'r> {
             }
             _ => opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build(),
         };
-        self.push(&entry.user_data(head.into()))
+        self.push(&entry.user_data(head.into()))?;
+        self.in_flight += 1;
+        Ok(())
     }
 
     #[allow(
@@ -183,38 +187,24 @@ impl<'m, 'r> Uring<'m, 'r> {
         reason = "the kernel reads and writes what an entry points to until it is completed"
     )]
     fn push(&mut self, entry: &squeue::Entry) -> Result<(), QueueError> {
-        loop {
-            // SAFETY: an entry with pointers is one of `submit`'s. The iovecs are those of a slot, whose request stays
-            // there, and the iovecs with it, until the entry is completed; `run` waits for that, or frees neither. They
-            // lie in pieces of guest memory, which is mapped as long as `Serving::mem`, readable and writable; nothing in
-            // this process keeps references to it.
-            let pushed = unsafe { self.ring.submission().push(entry) };
-            if pushed.is_ok() {
-                return Ok(());
-            }
-            self.enter(0)?;
-        }
-    }
-
-    /// Submits what was pushed and waits for so many completions, or fewer.
-    fn enter(&self, completions: usize) -> Result<(), QueueError> {
-        let Err(error) = self.ring.submit_and_wait(completions) else {
-            return Ok(());
-        };
-        match Errno::from_io_error(&error) {
-            Some(Errno::INTR | Errno::BUSY) => Ok(()),
-            Some(Errno::AGAIN) => {
-                // The host has no memory for it now.
-                thread::sleep(Duration::from_millis(1));
-                Ok(())
-            }
-            _ => Err(QueueError::Engine(error)),
-        }
+        // SAFETY: an entry with pointers is one of `submit`'s. The iovecs are those of a slot, whose request stays there, and
+        // the iovecs with it, until the entry is completed; `run` waits for that, or frees neither. They lie in pieces of
+        // guest memory, which is mapped as long as `Serving::mem`, readable and writable; nothing in this process keeps
+        // references to it.
+        let pushed = unsafe { self.ring.submission().push(entry) };
+        pushed.map_err(|full| QueueError::Engine(io::Error::other(full)))
     }
 
     /// Submits what was pushed, waits, and gives back what is done.
     fn wait(&mut self, serving: &mut Serving<'m>) -> Result<(), QueueError> {
-        self.enter(1)?;
+        if let Err(error) = self.ring.submit_and_wait(1) {
+            match Errno::from_io_error(&error) {
+                Some(Errno::INTR | Errno::BUSY) => {}
+                // The host has no memory for it now.
+                Some(Errno::AGAIN) => thread::sleep(Duration::from_millis(1)),
+                _ => return Err(QueueError::Engine(error)),
+            }
+        }
         loop {
             let next = self.ring.completion().next();
             match next {
@@ -236,6 +226,7 @@ impl<'m, 'r> Uring<'m, 'r> {
                 errno => Err(QueueError::Engine(io::Error::from_raw_os_error(-errno))),
             };
         }
+        self.in_flight -= 1;
         let head = entry.user_data() as u16;
         let Some(slot) = self.slots.get_mut(usize::from(head)) else {
             return Ok(());
@@ -265,9 +256,12 @@ impl<'m, 'r> Uring<'m, 'r> {
             }
             (_, Ok(_)) => Ok(0),
         };
+        let result = match request.operation {
+            Operation::Flush => self.requests.disk.flushed(result),
+            _ => result,
+        };
         let written = request.status.answer(result.map_err(Failure::Io));
         slot.request = None;
-        self.in_flight -= 1;
         serving.complete(head, written)
     }
 }

@@ -16,18 +16,13 @@ use super::super::device::{Interrupt, Resources, VirtioDevice};
 use super::super::queue::{QueueError, QueueState, Virtqueue, check_rings};
 use super::super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 
-/// Device status bits (§ 2.1).
-mod status {
-    use super::*;
-    pub(super) const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
-    pub(super) const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
-    pub(super) const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-    pub(super) const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
-    pub(super) const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
-    pub(super) const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
-    /// What a driver sets, each after the one before it (§ 3.1.1).
-    pub(super) const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
-}
+/// What a driver sets in the device status (§ 2.1), each after the one before it (§ 3.1.1).
+const STATUS_STEPS: [u32; 4] = [
+    VIRTIO_CONFIG_S_ACKNOWLEDGE,
+    VIRTIO_CONFIG_S_DRIVER,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+];
 
 /// What every transport offers beside the device's own features.
 const TRANSPORT_FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC;
@@ -56,7 +51,7 @@ pub enum Half {
 #[derive(Debug, thiserror::Error)]
 enum Misuse {
     #[error("device status {new:#x} written over {old:#x}")]
-    Status { old: u8, new: u32 },
+    Status { old: u32, new: u32 },
     #[error("features written when they were agreed on")]
     LateFeatures,
     #[error("a queue changed that was ready, or in a running device")]
@@ -73,12 +68,15 @@ pub struct Core {
     mem: GuestMemoryMmap,
     interrupt: Interrupt,
     /// As the driver wrote it; DEVICE_NEEDS_RESET is the interrupt's to know.
-    status: u8,
+    status: u32,
     running: bool,
-    device_features_select: u32,
-    driver_features_select: u32,
+    /// Which 32 of the offered feature bits the driver reads.
+    pub device_features_select: u32,
+    /// Which 32 feature bits the driver writes.
+    pub driver_features_select: u32,
     driver_features: u64,
-    queue_select: u32,
+    /// The queue of which the driver reads and writes the parameters.
+    pub queue_select: u32,
     queues: Vec<QueueState>,
 }
 
@@ -107,9 +105,9 @@ impl Core {
     }
 
     /// The device status (§ 2.1).
-    pub fn status(&self) -> u8 {
+    pub fn status(&self) -> u32 {
         if self.interrupt.is_reset_needed() {
-            self.status | status::NEEDS_RESET
+            self.status | VIRTIO_CONFIG_S_NEEDS_RESET
         } else {
             self.status
         }
@@ -122,32 +120,29 @@ impl Core {
         }
         let old = self.status;
         // A bit once set goes only in a reset (§ 2.1.1). DEVICE_NEEDS_RESET is not the driver's.
-        let known = u32::from(
-            status::STEPS
-                .iter()
-                .fold(status::FAILED, |all, bit| all | bit),
-        );
-        let given = new & !u32::from(status::NEEDS_RESET);
+        let known = STATUS_STEPS
+            .iter()
+            .fold(VIRTIO_CONFIG_S_FAILED, |all, bit| all | bit);
+        let given = new & !VIRTIO_CONFIG_S_NEEDS_RESET;
         let misuse = Misuse::Status { old, new };
-        if given & !known != 0 || given & u32::from(old) != u32::from(old) {
+        if given & !known != 0 || given & old != old {
             return self.fail(misuse);
         }
-        let given = given as u8;
-        if given & status::FAILED != 0 {
+        if given & VIRTIO_CONFIG_S_FAILED != 0 {
             // The driver has given up.
-            self.status |= status::FAILED;
+            self.status |= VIRTIO_CONFIG_S_FAILED;
             return self.stop();
         }
         let mut before = true;
-        for step in status::STEPS {
+        for step in STATUS_STEPS {
             if given & step & !self.status != 0 {
                 if !before {
                     return self.fail(misuse);
                 }
                 match step {
                     // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is misuse.
-                    status::FEATURES_OK if !self.are_features_possible() => {}
-                    status::DRIVER_OK => return self.start(),
+                    VIRTIO_CONFIG_S_FEATURES_OK if !self.are_features_possible() => {}
+                    VIRTIO_CONFIG_S_DRIVER_OK => return self.start(),
                     _ => self.status |= step,
                 }
             }
@@ -164,11 +159,6 @@ impl Core {
         self.device.features() | TRANSPORT_FEATURES
     }
 
-    /// The driver selects 32 of the offered feature bits.
-    pub fn select_device_features(&mut self, select: u32) {
-        self.device_features_select = select;
-    }
-
     /// The selected 32 bits of the offered features (§ 2.2); zero beyond the 64 that there are.
     pub fn device_features(&self) -> u32 {
         match self.device_features_select {
@@ -178,14 +168,9 @@ impl Core {
         }
     }
 
-    /// The driver selects the 32 feature bits that it writes.
-    pub fn select_driver_features(&mut self, select: u32) {
-        self.driver_features_select = select;
-    }
-
     /// The driver accepts features (§ 2.2.1).
     pub fn set_driver_features(&mut self, bits: u32) {
-        if self.status & status::FEATURES_OK != 0 {
+        if self.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
             return self.fail(Misuse::LateFeatures);
         }
         let half = match self.driver_features_select {
@@ -194,11 +179,6 @@ impl Core {
             _ => return,
         };
         set_half(&mut self.driver_features, half, bits);
-    }
-
-    /// The driver selects a queue.
-    pub fn select_queue(&mut self, select: u32) {
-        self.queue_select = select;
     }
 
     /// The selected queue's parameters, if there is such a queue.
@@ -265,7 +245,7 @@ impl Core {
         &mut self,
         change: impl FnOnce(&mut QueueState, &GuestMemoryMmap) -> Result<(), Misuse>,
     ) {
-        let in_use = self.status & status::DRIVER_OK != 0;
+        let in_use = self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         let mem = self.mem.clone();
         let Some(queue) = self.selected_queue() else {
             return;
@@ -311,7 +291,7 @@ impl Core {
 
     /// DRIVER_OK: hands the ready queues to the device.
     fn start(&mut self) {
-        self.status |= status::DRIVER_OK;
+        self.status |= VIRTIO_CONFIG_S_DRIVER_OK;
         if self.interrupt.is_reset_needed() {
             // What was broken before is told now (§ 2.1.2).
             return self.interrupt.config_changed();
@@ -374,7 +354,7 @@ impl Core {
 
     fn fail(&mut self, misuse: impl fmt::Display) {
         self.stop();
-        if self.status & status::DRIVER_OK != 0 {
+        if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             self.interrupt.needs_reset(&misuse);
         } else {
             self.interrupt.set_needs_reset(&misuse);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use virtio_bindings::virtio_mmio::*;
 use vm_memory::GuestMemoryMmap;
 
 use super::core::{Core, Half, Ring};
@@ -15,35 +15,14 @@ use crate::virtio::device::{Interrupt, InterruptTarget, VirtioDevice};
 pub const LEN: u64 = 0x1000;
 
 /// Offset of the register to which a driver writes, with 32 bits, the number of a queue that has available buffers.
-pub const QUEUE_NOTIFY: u64 = spec::QUEUE_NOTIFY as u64;
+pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
-/// The registers (§ 4.2.2): offsets and fixed values.
-mod spec {
-    pub(super) use virtio_bindings::virtio_mmio::{
-        VIRTIO_MMIO_CONFIG as CONFIG, VIRTIO_MMIO_CONFIG_GENERATION as CONFIG_GENERATION,
-        VIRTIO_MMIO_DEVICE_FEATURES as DEVICE_FEATURES,
-        VIRTIO_MMIO_DEVICE_FEATURES_SEL as DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID as DEVICE_ID,
-        VIRTIO_MMIO_DRIVER_FEATURES as DRIVER_FEATURES,
-        VIRTIO_MMIO_DRIVER_FEATURES_SEL as DRIVER_FEATURES_SEL,
-        VIRTIO_MMIO_INTERRUPT_ACK as INTERRUPT_ACK,
-        VIRTIO_MMIO_INTERRUPT_STATUS as INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE as MAGIC_VALUE,
-        VIRTIO_MMIO_QUEUE_AVAIL_HIGH as QUEUE_DRIVER_HIGH,
-        VIRTIO_MMIO_QUEUE_AVAIL_LOW as QUEUE_DRIVER_LOW,
-        VIRTIO_MMIO_QUEUE_DESC_HIGH as QUEUE_DESC_HIGH,
-        VIRTIO_MMIO_QUEUE_DESC_LOW as QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY as QUEUE_NOTIFY,
-        VIRTIO_MMIO_QUEUE_NUM as QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX as QUEUE_NUM_MAX,
-        VIRTIO_MMIO_QUEUE_READY as QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL as QUEUE_SEL,
-        VIRTIO_MMIO_QUEUE_USED_HIGH as QUEUE_DEVICE_HIGH,
-        VIRTIO_MMIO_QUEUE_USED_LOW as QUEUE_DEVICE_LOW, VIRTIO_MMIO_SHM_BASE_HIGH as SHM_BASE_HIGH,
-        VIRTIO_MMIO_SHM_LEN_LOW as SHM_LEN_LOW, VIRTIO_MMIO_STATUS as STATUS,
-        VIRTIO_MMIO_VENDOR_ID as VENDOR_ID, VIRTIO_MMIO_VERSION as VERSION,
-    };
-    /// "virt", little-endian.
-    pub(super) const MAGIC: u32 = u32::from_le_bytes(*b"virt");
-    pub(super) const VERSION_2: u32 = 2;
-    /// Any value will do; Linux shows it.
-    pub(super) const VENDOR: u32 = u32::from_le_bytes(*b"mini");
-}
+/// MagicValue: "virt", little-endian.
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+/// Version: the registers of virtio 1.
+const VERSION_2: u32 = 2;
+/// VendorID: any value will do; Linux shows it.
+const VENDOR: u32 = u32::from_le_bytes(*b"mini");
 
 /// A device behind MMIO registers.
 ///
@@ -70,18 +49,18 @@ impl MmioTransport {
 
     fn read_register(&self, offset: u32) -> u32 {
         match offset {
-            spec::MAGIC_VALUE => spec::MAGIC,
-            spec::VERSION => spec::VERSION_2,
-            spec::DEVICE_ID => self.core.device_type(),
-            spec::VENDOR_ID => spec::VENDOR,
-            spec::DEVICE_FEATURES => self.core.device_features(),
-            spec::QUEUE_NUM_MAX => self.core.queue().map_or(0, |queue| queue.max_size.into()),
-            spec::QUEUE_READY => self.core.queue().map_or(0, |queue| queue.ready.into()),
-            spec::INTERRUPT_STATUS => self.interrupt_status.load(Ordering::Acquire),
-            spec::STATUS => self.core.status().into(),
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION_2,
+            VIRTIO_MMIO_DEVICE_ID => self.core.device_type(),
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => self.core.device_features(),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => self.core.queue().map_or(0, |queue| queue.max_size.into()),
+            VIRTIO_MMIO_QUEUE_READY => self.core.queue().map_or(0, |queue| queue.ready.into()),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt_status.load(Ordering::Acquire),
+            VIRTIO_MMIO_STATUS => self.core.status(),
             // No shared memory: length and base of each region are -1.
-            spec::SHM_LEN_LOW..=spec::SHM_BASE_HIGH => u32::MAX,
-            spec::CONFIG_GENERATION => self.core.config_generation(),
+            VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.core.config_generation(),
             _ => 0,
         }
     }
@@ -91,28 +70,28 @@ impl MmioTransport {
         use Ring::{Available, Descriptors, Used};
         let core = &mut self.core;
         match offset {
-            spec::DEVICE_FEATURES_SEL => core.select_device_features(value),
-            spec::DRIVER_FEATURES => core.set_driver_features(value),
-            spec::DRIVER_FEATURES_SEL => core.select_driver_features(value),
-            spec::QUEUE_SEL => core.select_queue(value),
-            spec::QUEUE_NUM => core.set_queue_size(value),
-            spec::QUEUE_READY => core.set_queue_ready(value & 1 != 0),
-            spec::QUEUE_NOTIFY => core.notify(value),
-            spec::INTERRUPT_ACK => {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => core.device_features_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => core.set_driver_features(value),
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => core.driver_features_select = value,
+            VIRTIO_MMIO_QUEUE_SEL => core.queue_select = value,
+            VIRTIO_MMIO_QUEUE_NUM => core.set_queue_size(value),
+            VIRTIO_MMIO_QUEUE_READY => core.set_queue_ready(value & 1 != 0),
+            VIRTIO_MMIO_QUEUE_NOTIFY => core.notify(value),
+            VIRTIO_MMIO_INTERRUPT_ACK => {
                 self.interrupt_status.fetch_and(!value, Ordering::AcqRel);
             }
-            spec::STATUS => {
+            VIRTIO_MMIO_STATUS => {
                 core.set_status(value);
                 if value == 0 {
                     self.interrupt_status.store(0, Ordering::Release);
                 }
             }
-            spec::QUEUE_DESC_LOW => core.set_queue_address(Descriptors, Low, value),
-            spec::QUEUE_DESC_HIGH => core.set_queue_address(Descriptors, High, value),
-            spec::QUEUE_DRIVER_LOW => core.set_queue_address(Available, Low, value),
-            spec::QUEUE_DRIVER_HIGH => core.set_queue_address(Available, High, value),
-            spec::QUEUE_DEVICE_LOW => core.set_queue_address(Used, Low, value),
-            spec::QUEUE_DEVICE_HIGH => core.set_queue_address(Used, High, value),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => core.set_queue_address(Descriptors, Low, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => core.set_queue_address(Descriptors, High, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => core.set_queue_address(Available, Low, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => core.set_queue_address(Available, High, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => core.set_queue_address(Used, Low, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => core.set_queue_address(Used, High, value),
             _ => {}
         }
     }
@@ -120,7 +99,7 @@ impl MmioTransport {
 
 /// Whether an access is one to the configuration space, and at which of its offsets.
 fn config_offset(offset: u64) -> Option<u64> {
-    offset.checked_sub(spec::CONFIG.into())
+    offset.checked_sub(VIRTIO_MMIO_CONFIG.into())
 }
 
 /// The register at `offset`, for an access of four bytes that is aligned.
