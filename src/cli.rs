@@ -165,8 +165,8 @@ pub struct VmArgs {
     #[arg(long)]
     pub rng: bool,
     /// Which device is the console: serial is COM1 (ttyS0); virtio (hvc0) costs the guest far fewer exits and knows the
-    /// terminal's size, but its driver (virtio_console) is a module in many kernels, which the initrd must load then; COM1
-    /// stays, for output alone [default: serial]
+    /// terminal's size, but its driver (virtio_console) is a module in many kernels, which the initrd must load then, and
+    /// --append 'console=ttyS0 console=hvc0' gives it a console until then; COM1 stays, for output alone [default: serial]
     #[arg(long, value_name = "DEVICE")]
     pub console: Option<ConsoleKind>,
     /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only), none [default: stdio]
