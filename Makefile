@@ -10,10 +10,10 @@ DEMO := build/demo.cpio
 
 MINIVMM := $(TARGET)/release/minivmm
 
-.PHONY: help build boot boot-debian test fuzz bench compare lint guests deps clean
+.PHONY: help build boot boot-debian test fuzz bench compare lint kernel guests deps clean
 
 help:
-	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, ...); ends with poweroff'
+	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, small, ...); ends with poweroff'
 	@echo 'make boot-debian   Debian with systemd from a disk, to a login (root, minivmm); what it writes is gone afterwards'
 	@echo 'make build    the static release binary, $(MINIVMM)'
 	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
@@ -23,6 +23,7 @@ help:
 	@echo 'make compare  one command in crun, runc, podman, docker, as far as they are installed, and in minivmm: a table, and'
 	@echo '              build/compare/report.html (COMPARE_RUNS=$(COMPARE_RUNS), KERNEL=$(KERNEL))'
 	@echo 'make lint     formatting, clippy and shellcheck'
+	@echo 'make kernel   the small kernel, which KERNEL=small boots, from guest-kernels/kernel/ (minutes)'
 	@echo 'make guests   fetch the kernels, build the demo initramfs ($(DEMO)) and Debian'\''s initrd and disk'
 	@echo 'make deps     install what is missing, as the other targets do'
 	@echo 'make clean    remove what was built; the cache of fetched kernels stays'
@@ -72,8 +73,11 @@ lint: deps
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@# Real Linux is no part of a plain cargo test, and so not among all targets.
-	$(CARGO) clippy --test linux --test direct --test disk -- -D warnings
+	$(CARGO) clippy --test linux --test direct --test disk --test small -- -D warnings
 	shellcheck -x $$(git ls-files | xargs grep -lE '^#!/bin/(ba)?sh')
+
+kernel: deps
+	guest-kernels/kernel/build
 
 guests: deps
 	guest-kernels/fetch all

@@ -7,14 +7,13 @@ mod common;
 use std::fs;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use common::linux::{guest, kernel, virtio, virtio_command};
-use common::terminal::{Session, Terminal};
-use common::{PATIENCE, minivmm, wait};
+use common::linux::{Debian, debian_disk, virtio, virtio_command};
+use common::{PATIENCE, wait};
 use tempfile::NamedTempFile;
 
 /// Runs a script with these as $0, $1, ..., and expects it to succeed.
@@ -129,58 +128,12 @@ fn a_file_system_is_clean_after_the_guest() {
     );
 }
 
-/// Debian's disk, to be read alone.
-fn debian_disk() -> PathBuf {
-    guest("debian-disk", &[])
-}
-
 /// A copy of Debian's disk.
 fn debian_copy() -> NamedTempFile {
     let copy = NamedTempFile::new().unwrap();
     let script = "cp --sparse=always \"$1\" \"$0\"; chmod u+w \"$0\"";
     sh(script, &[copy.path(), &debian_disk()]);
     copy
-}
-
-/// The whole of Debian, as a user has it: stock kernel, stock initrd, its root file system on this disk.
-struct Debian {
-    terminal: Terminal,
-    session: Session,
-}
-
-impl Debian {
-    fn boot(disk: &str) -> Self {
-        let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage"), "--memory", "512M"]);
-        command
-            .arg("--initrd")
-            .arg(guest("debian-initrd", &["cloud"]))
-            .args(["--disk", disk, "--append", "root=/dev/vda", "--rng"]);
-        let terminal = Terminal::new();
-        let session = terminal.run(&command);
-        Self { terminal, session }
-    }
-
-    #[track_caller]
-    fn log_in(&self) {
-        self.terminal.wait_for("debian login: ");
-        self.terminal.type_in("root\r");
-        self.terminal.wait_for("Password: ");
-        self.terminal.type_in("minivmm\r");
-        self.terminal.wait_for("root@debian:~# ");
-    }
-
-    /// Types a command, whose output has `wanted` in it; the command itself, which the terminal shows, must not.
-    #[track_caller]
-    fn run(&self, command: &str, wanted: &str) {
-        self.terminal.type_in(format!("{command}\r"));
-        self.terminal.wait_for(wanted);
-    }
-
-    #[track_caller]
-    fn power_off(mut self) {
-        self.terminal.type_in("systemctl poweroff\r");
-        assert_eq!(self.session.status(), 0, "{}", self.terminal.text());
-    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use super::terminal::{Session, Terminal};
 use super::{Ended, minivmm, run};
 
 /// What a script of guest-kernels/ prints: where in the cache a guest is. The lab has no network, so `make guests` has put
@@ -83,4 +84,56 @@ pub(crate) fn virtio(case: &str, args: &[&str], wanted: &[&str]) -> String {
     ended.assert_code(0);
     ended.assert_printed(wanted);
     ended.out()
+}
+
+/// Debian's disk, to be read alone.
+pub(crate) fn debian_disk() -> PathBuf {
+    guest("debian-disk", &[])
+}
+
+/// The whole of Debian, as a user has it, its root file system on this disk.
+pub(crate) struct Debian {
+    pub(crate) terminal: Terminal,
+    session: Session,
+}
+
+impl Debian {
+    /// With its own kernel and initrd.
+    pub(crate) fn boot(disk: &str) -> Self {
+        let initrd = guest("debian-initrd", &["cloud"]);
+        let kernel = kernel("cloud", "bzImage");
+        Self::boot_kernel(&kernel, &["--initrd", initrd.to_str().unwrap()], disk)
+    }
+
+    pub(crate) fn boot_kernel(kernel: &str, args: &[&str], disk: &str) -> Self {
+        let mut command = minivmm(&["--kernel", kernel, "--memory", "512M"]);
+        command
+            .args(args)
+            .args(["--disk", disk, "--append", "root=/dev/vda", "--rng"]);
+        let terminal = Terminal::new();
+        let session = terminal.run(&command);
+        Self { terminal, session }
+    }
+
+    #[track_caller]
+    pub(crate) fn log_in(&self) {
+        self.terminal.wait_for("debian login: ");
+        self.terminal.type_in("root\r");
+        self.terminal.wait_for("Password: ");
+        self.terminal.type_in("minivmm\r");
+        self.terminal.wait_for("root@debian:~# ");
+    }
+
+    /// Types a command, whose output has `wanted` in it; the command itself, which the terminal shows, must not.
+    #[track_caller]
+    pub(crate) fn run(&self, command: &str, wanted: &str) {
+        self.terminal.type_in(format!("{command}\r"));
+        self.terminal.wait_for(wanted);
+    }
+
+    #[track_caller]
+    pub(crate) fn power_off(mut self) {
+        self.terminal.type_in("systemctl poweroff\r");
+        assert_eq!(self.session.status(), 0, "{}", self.terminal.text());
+    }
 }
