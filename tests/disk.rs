@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use common::linux::{Debian, debian_disk, virtio, virtio_command};
+use common::linux::{Debian, debian_disk, guest, kernel, virtio, virtio_command};
 use common::{PATIENCE, wait};
 use tempfile::NamedTempFile;
 
@@ -150,6 +150,25 @@ fn debian_boots_to_a_login_and_leaves_its_disk_clean() {
         "e2fsck -fn $0; debugfs -R 'cat /note' $0 | grep 42-is",
         &[disk.path()],
     );
+}
+
+#[test]
+fn debian_gives_a_login_on_hvc0() {
+    let disk = format!("path={},ephemeral", debian_disk().display());
+    let initrd = guest("debian-initrd", &["cloud"]);
+    // The driver of hvc0 is a module.
+    let args = [
+        "--console",
+        "virtio",
+        "--append",
+        "console=ttyS0 console=hvc0",
+    ];
+    let args = [&args[..], &["--initrd", initrd.to_str().unwrap()]].concat();
+    let debian = Debian::boot_kernel(&kernel("cloud", "bzImage"), &args, &disk);
+    debian.terminal.wait_for("debian hvc0");
+    debian.log_in();
+    debian.run("tty", "/dev/hvc0\r\n");
+    debian.power_off();
 }
 
 #[test]
