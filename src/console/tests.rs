@@ -238,7 +238,10 @@ fn finish_can_be_given_up_and_leaves_no_thread() {
     let start = Instant::now();
     console.finish(&|| asked.fetch_add(1, Ordering::SeqCst) == 3);
     assert!(asked.load(Ordering::SeqCst) == 4 && start.elapsed() < Duration::from_secs(2));
-    assert!(!console.0.shared.state().is_running());
+    // It is not waited for beyond CANCEL_LIMIT, which a busy host needs for itself.
+    eventually("the end of the thread", || {
+        !console.0.shared.state().is_running()
+    });
     assert!(console.bytes_dropped() > 0);
     drop(reader);
 }
