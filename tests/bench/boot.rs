@@ -34,76 +34,86 @@ const QEMU: &str = "qemu-system-x86_64 -M microvm,pit=off,pic=off,rtc=off -enabl
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// What is measured: the table's line, monitor, Debian's kernel, its file, and options.
-const ROWS: [(&str, &str, &str, &str, &[&str]); 8] = [
-    (
-        "minivmm, bzImage out of the cache",
-        "minivmm",
-        "cloud",
-        "bzImage",
-        &[],
-    ),
-    (
-        "minivmm, bzImage, no cache",
-        "minivmm",
-        "cloud",
-        "bzImage",
-        &["--no-kernel-cache"],
-    ),
-    ("minivmm, vmlinux", "minivmm", "cloud", "vmlinux", &[]),
-    ("QEMU microvm, bzImage", "QEMU", "cloud", "bzImage", &[]),
-    ("QEMU microvm, vmlinux", "QEMU", "cloud", "vmlinux", &[]),
-    (
-        "minivmm, bzImage (xz) out of the cache",
-        "minivmm",
-        "generic",
-        "bzImage",
-        &[],
-    ),
-    (
-        "minivmm, bzImage (xz), no cache",
-        "minivmm",
-        "generic",
-        "bzImage",
-        &["--no-kernel-cache"],
-    ),
-    (
-        "QEMU microvm, bzImage (xz)",
-        "QEMU",
-        "generic",
-        "bzImage",
-        &[],
-    ),
+/// What is measured.
+struct Row {
+    /// QEMU, or else minivmm.
+    qemu: bool,
+    /// As guest-kernels/fetch calls it.
+    flavor: &'static str,
+    file: &'static str,
+    /// Whether minivmm may use its kernel cache, which has the kernel.
+    cache: bool,
+}
+
+/// Debian's cloud kernel is packed with LZ4, its generic kernel with xz; the small one is there after `make kernel`.
+const ROWS: [Row; 10] = [
+    minivmm("cloud", "bzImage", true),
+    minivmm("cloud", "bzImage", false),
+    minivmm("cloud", "vmlinux", true),
+    qemu("cloud", "bzImage"),
+    qemu("cloud", "vmlinux"),
+    minivmm("generic", "bzImage", true),
+    minivmm("generic", "bzImage", false),
+    qemu("generic", "bzImage"),
+    minivmm("small", "bzImage", true),
+    qemu("small", "bzImage"),
 ];
 
-/// The words of a row's command, for a kernel file.
-fn words(row: usize, kernel: &str) -> Vec<OsString> {
-    let (_, monitor, .., options) = ROWS[row];
-    let mut words: Vec<OsString> = match monitor {
-        "minivmm" => vec![
-            env!("CARGO_BIN_EXE_minivmm").into(),
-            "--memory".into(),
-            format!("{MEMORY}M").into(),
-        ],
-        _ => QEMU.split_whitespace().map(OsString::from).collect(),
-    };
-    let (line, start) = match monitor {
-        "minivmm" => ("--cmdline", "--"),
-        _ => ("-append", "-"),
-    };
-    for (option, value) in [("kernel", kernel), ("initrd", &initramfs())] {
-        words.extend([format!("{start}{option}").into(), value.into()]);
+const fn minivmm(flavor: &'static str, file: &'static str, cache: bool) -> Row {
+    Row {
+        qemu: false,
+        flavor,
+        file,
+        cache,
     }
-    words.extend([line.into(), CMDLINE.into()]);
-    words.extend(options.iter().map(OsString::from));
-    words
+}
+
+const fn qemu(flavor: &'static str, file: &'static str) -> Row {
+    Row {
+        qemu: true,
+        flavor,
+        file,
+        cache: false,
+    }
+}
+
+impl Row {
+    fn name(&self) -> String {
+        let monitor = if self.qemu { "QEMU microvm" } else { "minivmm" };
+        let cache = match (self.qemu, self.file, self.cache) {
+            (false, "bzImage", true) => ", cached",
+            (false, "bzImage", false) => ", no cache",
+            _ => "",
+        };
+        format!("{monitor}, {} {}{cache}", self.flavor, self.file)
+    }
+
+    /// The words of its command, for a kernel file.
+    fn words(&self, kernel: &str) -> Vec<OsString> {
+        let (start, rest, cmdline) = if self.qemu {
+            (QEMU.to_owned(), "-", "-append")
+        } else {
+            let own = env!("CARGO_BIN_EXE_minivmm");
+            let cache = if self.cache { "" } else { "--no-kernel-cache" };
+            (
+                format!("{own} --memory {MEMORY}M {cache}"),
+                "--",
+                "--cmdline",
+            )
+        };
+        let mut words: Vec<OsString> = start.split_whitespace().map(OsString::from).collect();
+        for (option, value) in [("kernel", kernel), ("initrd", &initramfs())] {
+            words.extend([format!("{rest}{option}").into(), value.into()]);
+        }
+        words.extend([cmdline.into(), CMDLINE.into()]);
+        words
+    }
 }
 
 /// One boot where KVM is, after the page cache has what is needed and the monitor has run once, with a guest of a few bytes.
 /// Prints the milliseconds to the marker, and the monitor's private memory beyond the guest's, in KiB.
-fn one(row: usize, cache: &Path) -> Outcome<()> {
-    let (_, monitor, flavor, file, _) = ROWS[row];
-    let kernel = kernel(flavor, file);
+fn one(row: &Row, cache: &Path) -> Outcome<()> {
+    let kernel = kernel(row.flavor, row.file);
     for path in [&kernel, &initramfs()] {
         fs::read(path)?;
     }
@@ -126,12 +136,8 @@ fn one(row: usize, cache: &Path) -> Outcome<()> {
         std::env::set_var("XDG_CACHE_HOME", memory.path().join("cache"))
     };
     let signals = Signals::block()?;
-    let tiny = tiny(if monitor == "minivmm" {
-        "hello"
-    } else {
-        "hello-pvh"
-    });
-    let warm_up = words(row, tiny.to_str().ok_or("not UTF-8")?);
+    let tiny = tiny(if row.qemu { "hello-pvh" } else { "hello" });
+    let warm_up = row.words(tiny.to_str().ok_or("not UTF-8")?);
     measure::run(
         &warm_up,
         Watch {
@@ -149,7 +155,7 @@ fn one(row: usize, cache: &Path) -> Outcome<()> {
         look: Some(&mut look),
         ..Watch::default()
     };
-    let run = measure::run(&words(row, &kernel), watch, &signals)?;
+    let run = measure::run(&row.words(&kernel), watch, &signals)?;
     let (Some(marker), true) = (
         run.marker,
         run.status.is_some_and(|status| status.success()),
@@ -180,7 +186,7 @@ fn boot(row: usize, share: &Path) -> Outcome<(Duration, u64)> {
         Some((ms, own)) => Ok((Duration::from_secs_f64(ms / 1e3), own)),
         None => Err(format!(
             "{}: {text}{}",
-            ROWS[row].0,
+            ROWS[row].name(),
             String::from_utf8_lossy(&output.stderr)
         )
         .into()),
@@ -195,7 +201,8 @@ fn main() -> Outcome<()> {
         .collect();
     let rounds = match &args[..] {
         [one_boot, row, cache] if one_boot == "--one" => {
-            return one(row.parse()?, Path::new(cache));
+            let row: usize = row.parse()?;
+            return one(ROWS.get(row).ok_or("no such row")?, Path::new(cache));
         }
         [] => ROUNDS,
         [rounds] => rounds
@@ -206,14 +213,29 @@ fn main() -> Outcome<()> {
         _ => return Err("usage: cargo bench --bench boot -- [ROUNDS]".into()),
     };
     let share = tempfile::tempdir()?;
-    fs::create_dir(share.path().join("cache"))?;
-    fill(&share.path().join("cache"), share.path())?;
+    let cache = share.path().join("cache");
+    fs::create_dir(&cache)?;
+    let mut flavors: Vec<&str> = ROWS.iter().map(|row| row.flavor).collect();
+    flavors.dedup();
+    flavors.retain(|flavor| {
+        let there = is_there(flavor);
+        if !there {
+            eprintln!("there is no {flavor} kernel, so it is left out");
+        }
+        there
+    });
+    for flavor in &flavors {
+        fill(&cache, share.path(), flavor)?;
+    }
 
-    let mut results = vec![(Vec::new(), Vec::new()); ROWS.len()];
+    let mut results: Vec<(usize, Vec<Duration>, Vec<u64>)> = (0..ROWS.len())
+        .filter(|row| flavors.contains(&ROWS[*row].flavor))
+        .map(|row| (row, Vec::new(), Vec::new()))
+        .collect();
     for round in 1..=rounds {
-        for (row, (times, own)) in results.iter_mut().enumerate() {
-            eprintln!("round {round} of {rounds}: {}", ROWS[row].0);
-            let (time, kib) = boot(row, share.path())?;
+        for (row, times, own) in &mut results {
+            eprintln!("round {round} of {rounds}: {}", ROWS[*row].name());
+            let (time, kib) = boot(*row, share.path())?;
             times.push(time);
             own.push(kib);
         }
@@ -224,27 +246,27 @@ fn main() -> Outcome<()> {
          pages (smaps) of the\nmonitor beyond the guest's RAM of {MEMORY} MiB at that moment.\n"
     );
     println!(
-        "{:<40} {:>8} {:>8} {:>8} {:>8} {:>8}",
+        "{:<36} {:>8} {:>8} {:>8} {:>8} {:>8}",
         "", "median", "min", "max", "x QEMU", "own, MiB"
     );
-    let summaries = results
-        .iter()
-        .map(|(times, _)| Summary::new(times).ok_or("nothing was measured"))
-        .collect::<Result<Vec<_>, _>>()?;
-    for (row, (times, (_, own))) in summaries.iter().zip(&mut results).enumerate() {
-        let kernel_of = |row: usize| (ROWS[row].2, ROWS[row].3);
-        let qemu = (0..ROWS.len())
-            .find(|other| ROWS[*other].1 == "QEMU" && kernel_of(*other) == kernel_of(row))
-            .map_or(f64::NAN, |qemu| summaries[qemu].median_ms);
+    let mut summaries = Vec::new();
+    for (row, times, own) in &mut results {
         own.sort_unstable();
+        let times = Summary::new(times).ok_or("nothing was measured")?;
+        summaries.push((&ROWS[*row], times, own[own.len() / 2] as f64 / 1024.0));
+    }
+    for (row, times, own) in &summaries {
+        let qemu = summaries
+            .iter()
+            .find(|(other, ..)| other.qemu && (other.flavor, other.file) == (row.flavor, row.file))
+            .map_or(f64::NAN, |(_, times, _)| times.median_ms);
         println!(
-            "{:<40} {:>8.0} {:>8.0} {:>8.0} {:>8.2} {:>8.1}",
-            ROWS[row].0,
+            "{:<36} {:>8.0} {:>8.0} {:>8.0} {:>8.2} {own:>8.1}",
+            row.name(),
             times.median_ms,
             times.min_ms,
             times.max_ms,
             times.median_ms / qemu,
-            own[own.len() / 2] as f64 / 1024.0
         );
     }
     println!("\nminivmm --memory {MEMORY}M --kernel FILE --initrd demo.cpio --cmdline '{CMDLINE}'");
@@ -257,29 +279,33 @@ fn main() -> Outcome<()> {
     Ok(())
 }
 
-/// Unpacks the kernels into the cache.
-fn fill(cache: &Path, share: &Path) -> Outcome<()> {
-    for flavor in ["cloud", "generic"] {
-        let mut setting = OsString::from("XDG_CACHE_HOME=");
-        setting.push(cache);
-        let status = Command::new(project("tests/lab/with-kvm"))
-            .arg("env")
-            .arg(setting)
-            .arg(env!("CARGO_BIN_EXE_minivmm"))
-            .args([
-                "--kernel",
-                &kernel(flavor, "bzImage"),
-                "--initrd",
-                &initramfs(),
-            ])
-            .args(["--cmdline", CMDLINE])
-            .env("MINIVMM_LAB_SHARE", share)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .status()?;
-        if !status.success() {
-            return Err(format!("a boot of {flavor} that fills the cache: {status}").into());
-        }
+/// Whether this kernel has been fetched or built.
+fn is_there(flavor: &str) -> bool {
+    Command::new(project("guest-kernels/fetch"))
+        .args(["--offline", flavor])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// Unpacks a kernel into the cache.
+fn fill(cache: &Path, share: &Path, flavor: &str) -> Outcome<()> {
+    let mut setting = OsString::from("XDG_CACHE_HOME=");
+    setting.push(cache);
+    let status = Command::new(project("tests/lab/with-kvm"))
+        .arg("env")
+        .arg(setting)
+        .arg(env!("CARGO_BIN_EXE_minivmm"))
+        .args(["--kernel", &kernel(flavor, "bzImage")])
+        .args(["--initrd", &initramfs(), "--cmdline", CMDLINE])
+        .env("MINIVMM_LAB_SHARE", share)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("a boot of {flavor} that fills the cache: {status}").into())
     }
-    Ok(())
 }
