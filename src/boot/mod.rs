@@ -4,6 +4,11 @@
 //! and PVH (xen/docs/misc/pvh.pandoc), for ELF kernels with its note. Files are foreign: every length is checked before
 //! it is used, nothing is allocated by a length from a file without a bound, and each byte is read at most once,
 //! straight into guest memory.
+//!
+//! Copied, not mapped from the file: a mapped kernel is loaded sooner, but the guest has it in pages of 4 KiB, each a fault of its
+//! own. For Debian's vmlinux in an emulated host that was 0.02 s of loading instead of 0.32, and 1.4 s more in the guest.
+//! A kernel that is placed at random is changed nearly everywhere, which leaves little to share. And nothing that happens to a
+//! file reaches a running guest.
 
 mod boot_params;
 pub(crate) mod bytes;
