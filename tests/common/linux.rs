@@ -93,7 +93,7 @@ pub(crate) fn debian_disk() -> PathBuf {
 
 /// The whole of Debian, as a user has it, its root file system on this disk.
 pub(crate) struct Debian {
-    pub(crate) terminal: Terminal,
+    terminal: Terminal,
     session: Session,
 }
 
