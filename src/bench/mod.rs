@@ -17,11 +17,11 @@ use crate::exit_status;
 use crate::measure::{self, GuestShare, HostFacts, Progress, Run, RunError, Summary, Watch};
 
 pub use report::{Report, VmmReport};
-pub use vmm::Other;
+pub use vmm::{Other, QEMU_MICROVM};
 use vmm::{Stdout, Vmm};
 
 /// What the demo initramfs prints when its first process runs.
-const DEMO_MARKER: &str = "minivmm-demo: userspace";
+pub const DEMO_MARKER: &str = "minivmm-demo: userspace";
 
 /// Exit status when minivmm has become slower than the baseline.
 pub const REGRESSION: u8 = 1;

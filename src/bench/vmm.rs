@@ -204,12 +204,15 @@ fn words(
     words
 }
 
-/// docs/system/i386/microvm.rst
+/// QEMU's options for its machine type microvm without what a PC has from before (docs/system/i386/microvm.rst); the guest's own
+/// follow.
+pub const QEMU_MICROVM: &str = "-M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -nodefaults \
+     -no-user-config -no-reboot -display none -serial stdio";
+
 fn qemu(guest: &VmConfig) -> Vec<OsString> {
     words(
         guest,
-        "-M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -nodefaults -no-user-config -no-reboot \
-         -display none -serial stdio",
+        QEMU_MICROVM,
         &[
             ("-smp", &guest.cpus.to_string()),
             ("-m", &format!("{}M", mib(guest))),

@@ -18,6 +18,7 @@ use std::time::Duration;
 use common::linux::{initramfs, kernel};
 use common::{project, tiny};
 use host::{host, load};
+use minivmm::bench::{DEMO_MARKER, QEMU_MICROVM};
 use minivmm::event_loop::Signals;
 use minivmm::measure::{self, GuestShare, Summary, Watch};
 
@@ -28,9 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(100);
 /// Guest RAM in MiB.
 const MEMORY: u64 = 128;
 const CMDLINE: &str = "console=ttyS0 panic=-1 quiet -- true";
-const MARKER: &str = "minivmm-demo: userspace";
-const QEMU: &str = "qemu-system-x86_64 -M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -nodefaults \
-     -no-user-config -no-reboot -display none -serial stdio -m 128M";
+const QEMU: &str = "qemu-system-x86_64";
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -91,7 +90,11 @@ impl Row {
     /// The words of its command, for a kernel file.
     fn words(&self, kernel: &str) -> Vec<OsString> {
         let (start, rest, cmdline) = if self.qemu {
-            (QEMU.to_owned(), "-", "-append")
+            (
+                format!("{QEMU} {QEMU_MICROVM} -m {MEMORY}M"),
+                "-",
+                "-append",
+            )
         } else {
             let own = env!("CARGO_BIN_EXE_minivmm");
             let cache = if self.cache { "" } else { "--no-kernel-cache" };
@@ -150,7 +153,7 @@ fn one(row: &Row, cache: &Path) -> Outcome<()> {
     let mut share = None;
     let mut look = |pid| share = GuestShare::read(pid, MEMORY << 20);
     let watch = Watch {
-        marker: Some(MARKER),
+        marker: Some(DEMO_MARKER),
         limit: PATIENCE,
         look: Some(&mut look),
         ..Watch::default()
@@ -270,12 +273,10 @@ fn main() -> Outcome<()> {
         );
     }
     println!("\nminivmm --memory {MEMORY}M --kernel FILE --initrd demo.cpio --cmdline '{CMDLINE}'");
-    println!("{QEMU} -kernel FILE -initrd demo.cpio -append '{CMDLINE}'");
     println!(
-        "\n{}; load average {} after",
-        host(&["qemu-system-x86_64"]),
-        load()
+        "{QEMU} {QEMU_MICROVM} -m {MEMORY}M -kernel FILE -initrd demo.cpio -append '{CMDLINE}'"
     );
+    println!("\n{}; load average {} after", host(&[QEMU]), load());
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::{project, tiny};
 use host::{command_line, host, load, version_of};
+use minivmm::bench::QEMU_MICROVM;
 use minivmm::measure::Summary;
 
 /// Measured rounds, unless the command line says otherwise.
@@ -137,9 +138,8 @@ fn rows() -> Outcome<Vec<Row>> {
     ];
     if version_of(QEMU).is_some() {
         let pvh = path_text(tiny("hello-pvh"))?;
-        let args = "-M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -m 16M -nodefaults \
-                    -no-user-config -no-reboot -display none -serial stdio -kernel";
-        let args: Vec<&str> = args.split(' ').chain([&*pvh]).collect();
+        let guest = ["-m", "16M", "-kernel", &pvh];
+        let args: Vec<&str> = QEMU_MICROVM.split(' ').chain(guest).collect();
         rows.push(Row::new("QEMU microvm", QEMU, &args, "!")?);
     } else {
         println!("left out: QEMU microvm (apt-get install qemu-system-x86)");
