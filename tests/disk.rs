@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use common::linux::{Debian, debian_disk, guest, kernel, virtio, virtio_command};
+use common::linux::{Debian, debian_disk, virtio, virtio_command};
 use common::{PATIENCE, wait};
 use tempfile::NamedTempFile;
 
@@ -139,7 +139,7 @@ fn debian_copy() -> NamedTempFile {
 #[test]
 fn debian_boots_to_a_login_and_leaves_its_disk_clean() {
     let disk = debian_copy();
-    let debian = Debian::boot(&format!("path={}", disk.path().display()));
+    let debian = Debian::boot(&format!("path={}", disk.path().display()), &[]);
     debian.log_in();
     // No unit has failed, and none is still to start.
     debian.run("systemctl is-system-running --wait", "running\r\n");
@@ -155,12 +155,10 @@ fn debian_boots_to_a_login_and_leaves_its_disk_clean() {
 #[test]
 fn debian_gives_a_login_on_hvc0() {
     let disk = format!("path={},ephemeral", debian_disk().display());
-    let initrd = guest("debian-initrd", &["cloud"]);
     // The driver of hvc0 is a module. Both consoles are on one terminal, and their logins would mix.
     let consoles = "console=ttyS0 console=hvc0 systemd.mask=serial-getty@ttyS0.service";
     let args = ["--console", "virtio", "--append", consoles];
-    let args = [&args[..], &["--initrd", initrd.to_str().unwrap()]].concat();
-    let debian = Debian::boot_kernel(&kernel("cloud", "bzImage"), &args, &disk);
+    let debian = Debian::boot(&disk, &args);
     debian.log_in();
     debian.run("tty", "/dev/hvc0\r\n");
     debian.power_off();
@@ -171,7 +169,7 @@ fn two_debians_run_from_one_disk_that_stays_as_it_was() {
     let disk = debian_copy();
     let sum = md5(disk.path());
     let path = format!("path={},ephemeral", disk.path().display());
-    let debians = [1, 2].map(|_| Debian::boot(&path));
+    let debians = [1, 2].map(|_| Debian::boot(&path, &[]));
     for debian in &debians {
         debian.log_in();
         // Nothing of the other's.

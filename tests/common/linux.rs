@@ -99,10 +99,10 @@ pub(crate) struct Debian {
 
 impl Debian {
     /// With its own kernel and initrd.
-    pub(crate) fn boot(disk: &str) -> Self {
+    pub(crate) fn boot(disk: &str, args: &[&str]) -> Self {
         let initrd = guest("debian-initrd", &["cloud"]);
-        let kernel = kernel("cloud", "bzImage");
-        Self::boot_kernel(&kernel, &["--initrd", initrd.to_str().unwrap()], disk)
+        let args = [&["--initrd", initrd.to_str().unwrap()], args].concat();
+        Self::boot_kernel(&kernel("cloud", "bzImage"), &args, disk)
     }
 
     pub(crate) fn boot_kernel(kernel: &str, args: &[&str], disk: &str) -> Self {
