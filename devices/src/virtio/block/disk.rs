@@ -309,16 +309,14 @@ impl Disk {
     /// What to answer to a flush of the file that came to `result`. The host tells of lost writes once and then takes what it
     /// has for durable (fsync(2)), so that after one that failed, in whichever queue, no flush can be trusted.
     pub(super) fn flushed<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        let has_failed = self.flush_failed.load(Ordering::Acquire);
-        match result {
-            Ok(_) if has_failed => Err(io::Error::other("an earlier flush failed")),
-            Err(e) if !has_failed => {
+        if let Err(e) = &result {
+            if !self.flush_failed.swap(true, Ordering::AcqRel) {
                 log::warn!("the host cannot make durable what was written to a disk: {e}");
-                self.flush_failed.store(true, Ordering::Release);
-                Err(e)
             }
-            result => result,
+        } else if self.flush_failed.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier flush failed"));
         }
+        result
     }
 
     /// Gives a range back to the host. That is a hint: a host that cannot has nothing to do.
