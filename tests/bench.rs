@@ -147,7 +147,7 @@ fn all_that_are_there_are_measured_in_turn() {
         .map(|line| line.split(' ').next().unwrap())
         .collect();
     assert_eq!(called, [all, all, all].concat());
-    assert!(log.contains("console=ttyS0 panic=-1 quiet"), "{log}");
+    assert!(log.contains(minivmm::config::DEFAULT_CMDLINE), "{log}");
 }
 
 #[test]

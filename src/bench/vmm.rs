@@ -291,6 +291,7 @@ fn crosvm(guest: &VmConfig) -> Vec<OsString> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DEFAULT_CMDLINE;
     use crate::measure::shown;
 
     fn guest() -> VmConfig {
@@ -305,7 +306,7 @@ mod tests {
 
     #[test]
     fn each_is_told_of_the_same_guest() {
-        const LINE: &str = "console=ttyS0 panic=-1 quiet -- true";
+        let cmdline = format!("{DEFAULT_CMDLINE} -- true");
         let scratch = tempfile::tempdir().unwrap();
         let guest = guest();
         let json = firecracker(&guest, scratch.path()).unwrap();
@@ -314,7 +315,7 @@ mod tests {
         assert_eq!(
             json,
             json!({
-                "boot-source": {"kernel_image_path": "/boot/vm linux", "initrd_path": "/i.cpio", "boot_args": LINE},
+                "boot-source": {"kernel_image_path": "/boot/vm linux", "initrd_path": "/i.cpio", "boot_args": cmdline},
                 "drives": [],
                 "machine-config": {"vcpu_count": 2, "mem_size_mib": 256},
             })
@@ -337,7 +338,7 @@ mod tests {
                 memory,
                 "'/boot/vm linux'",
                 "/i.cpio",
-                &format!("'{LINE}'"),
+                &format!("'{cmdline}'"),
             ] {
                 assert!(line.contains(wanted), "no {wanted} in {line}");
             }

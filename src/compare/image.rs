@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::CompareArgs;
 use super::cpio::{self, PackError};
 use super::runtime::call;
-use crate::config::MemorySize;
+use crate::config::{DEFAULT_CMDLINE, MemorySize};
 
 /// guestctl, built from its source beside the demo initramfs: first process of the virtual machine, and probe everywhere.
 const GUESTCTL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guestctl"));
@@ -29,8 +29,8 @@ pub(super) const ENVIRONMENT: [&str; 2] = [
     "HOME=/root",
 ];
 
-/// Command line of the virtual machine's kernel: nothing but the command's output on the console.
-const CMDLINE: &str = "console=ttyS0 panic=-1 quiet loglevel=1 rdinit=/.minivmm/init";
+/// Added to the virtual machine's kernel command line: nothing but the command's output on the console.
+const APPEND: &str = "loglevel=1 rdinit=/.minivmm/init";
 
 /// What all run.
 pub(super) struct Image {
@@ -120,7 +120,7 @@ impl VmImage {
         cpio::pack(&files, &mut out)?;
         write(out.flush())?;
         let initramfs_bytes = initramfs.metadata().map_err(PackError::Write)?.len();
-        let cmdline = [CMDLINE, &args.append.join(" ")]
+        let cmdline = [DEFAULT_CMDLINE, APPEND, &args.append.join(" ")]
             .join(" ")
             .trim()
             .to_owned();

@@ -19,6 +19,7 @@ use common::linux::{initramfs, kernel};
 use common::{project, tiny};
 use host::{host, load};
 use minivmm::bench::{DEMO_MARKER, QEMU_MICROVM};
+use minivmm::config::DEFAULT_CMDLINE;
 use minivmm::event_loop::Signals;
 use minivmm::measure::{self, GuestShare, Summary, Watch};
 
@@ -28,8 +29,12 @@ const ROUNDS: usize = 5;
 const PATIENCE: Duration = Duration::from_secs(100);
 /// Guest RAM in MiB.
 const MEMORY: u64 = 128;
-const CMDLINE: &str = "console=ttyS0 panic=-1 quiet -- true";
 const QEMU: &str = "qemu-system-x86_64";
+
+/// The kernel command line, QEMU's too.
+fn kernel_cmdline() -> String {
+    format!("{DEFAULT_CMDLINE} -- true")
+}
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -108,7 +113,7 @@ impl Row {
         for (option, value) in [("kernel", kernel), ("initrd", &initramfs())] {
             words.extend([format!("{rest}{option}").into(), value.into()]);
         }
-        words.extend([cmdline.into(), CMDLINE.into()]);
+        words.extend([cmdline.into(), kernel_cmdline().into()]);
         words
     }
 }
@@ -272,9 +277,10 @@ fn main() -> Outcome<()> {
             times.median_ms / qemu,
         );
     }
-    println!("\nminivmm --memory {MEMORY}M --kernel FILE --initrd demo.cpio --cmdline '{CMDLINE}'");
+    let cmdline = kernel_cmdline();
+    println!("\nminivmm --memory {MEMORY}M --kernel FILE --initrd demo.cpio --cmdline '{cmdline}'");
     println!(
-        "{QEMU} {QEMU_MICROVM} -m {MEMORY}M -kernel FILE -initrd demo.cpio -append '{CMDLINE}'"
+        "{QEMU} {QEMU_MICROVM} -m {MEMORY}M -kernel FILE -initrd demo.cpio -append '{cmdline}'"
     );
     println!("\n{}; load average {} after", host(&[QEMU]), load());
     Ok(())
@@ -299,7 +305,7 @@ fn fill(cache: &Path, share: &Path, flavor: &str) -> Outcome<()> {
         .arg(setting)
         .arg(env!("CARGO_BIN_EXE_minivmm"))
         .args(["--kernel", &kernel(flavor, "bzImage")])
-        .args(["--initrd", &initramfs(), "--cmdline", CMDLINE])
+        .args(["--initrd", &initramfs(), "--cmdline", &kernel_cmdline()])
         .env("MINIVMM_LAB_SHARE", share)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use common::{project, wait};
 use host::{command_line, host, load};
+use minivmm::config::DEFAULT_CMDLINE;
 
 /// Rounds, unless the command line says otherwise.
 const ROUNDS: usize = 3;
@@ -197,9 +198,7 @@ fn columns(disk: &Path) -> Outcome<Vec<Column>> {
          fio --minimal --filename=/dev/$disk --direct=1 --ioengine=libaio --time_based --runtime={SECONDS} \
          --randrepeat=0 --norandommap{jobs}; poweroff -f"
     );
-    let cmdline = format!(
-        "console=ttyS0 panic=-1 quiet root=LABEL=debian ro init=/bin/sh -- -c \"{script}\""
-    );
+    let cmdline = format!("{DEFAULT_CMDLINE} root=LABEL=debian ro init=/bin/sh -- -c \"{script}\"");
 
     let minivmm = |engine: &str| {
         let mut command = common::minivmm(&["--memory", "512M", "--kernel", &kernel]);
