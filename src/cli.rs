@@ -161,6 +161,11 @@ pub struct VmArgs {
     /// where the host has none or the disk is ephemeral, sync: one request of a queue after the other
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
+    /// Let the host merge pages of the guest with equal ones of other guests, where its KSM runs (/sys/kernel/mm/ksm/run): two
+    /// guests of one kernel share most of it if it is not placed at random (nokaslr). A guest can find out by timing what
+    /// others have in memory, so not for guests that distrust each other
+    #[arg(long)]
+    pub mergeable: bool,
     /// Give the guest an entropy device (virtio-rng)
     #[arg(long)]
     pub rng: bool,
@@ -184,8 +189,8 @@ pub struct VmArgs {
     /// Neither keep what was in a bzImage below ~/.cache/minivmm (or $XDG_CACHE_HOME) nor look for it there
     #[arg(long)]
     pub no_kernel_cache: bool,
-    /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, disks, rng, console,
-    /// serial, on_reboot, deadline, boot_protocol, kernel_cache; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
+    /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, mergeable, disks,
+    /// rng, console, serial, on_reboot, deadline, boot_protocol, kernel_cache; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
     /// "memory": "512M", "disks": [{"path": "root.img", "ro": true, "id": "root"}]}
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -205,6 +210,7 @@ impl VmArgs {
             } else {
                 self.disk
             },
+            mergeable: self.mergeable || base.mergeable,
             rng: self.rng || base.rng,
             console: self.console.unwrap_or(base.console),
             serial: self.serial.unwrap_or(base.serial),

@@ -328,6 +328,8 @@ pub struct VmConfig {
     pub cpus: u8,
     /// Guest RAM.
     pub memory: MemorySize,
+    /// Whether the host may merge equal pages of guest RAM with those of other processes.
+    pub mergeable: bool,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
     /// Whether there is a virtio entropy device.
@@ -355,6 +357,7 @@ impl Default for VmConfig {
             append: None,
             cpus: 1,
             memory: MemorySize { bytes: 256 << 20 },
+            mergeable: false,
             disks: Vec::new(),
             rng: false,
             console: ConsoleKind::default(),
@@ -577,13 +580,13 @@ mod tests {
             assert!(error.contains(word), "{text}: {error}");
         }
         let config = parse(
-            r#"{"kernel": "k", "rng": true, "disks": [{"path": "a,b", "engine": "io_uring", "queues": 2},
+            r#"{"kernel": "k", "rng": true, "mergeable": true, "disks": [{"path": "a,b", "engine": "io_uring", "queues": 2},
                 {"path": "c", "ro": true, "id": "x"}]}"#,
         )
         .unwrap();
         config.validate().unwrap();
         assert_eq!(config.disks[0].path, PathBuf::from("a,b"));
-        assert!(config.rng && config.disks[1].read_only);
+        assert!(config.rng && config.mergeable && config.disks[1].read_only);
         assert_eq!(config.disks[0].engine, Some(Engine::IoUring));
         for field in [
             r#""format": "qcow2""#,

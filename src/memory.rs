@@ -1,7 +1,10 @@
 //! Guest RAM: regions around the MMIO gap, and the memslots that show them to KVM.
 
+use std::fs;
+
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::{FromRangesError, MmapRegionError};
 use vm_memory::{
@@ -35,6 +38,9 @@ pub enum MemoryError {
         #[source]
         source: FromRangesError,
     },
+    /// The host cannot merge pages.
+    #[error("the host cannot merge pages of guests: its kernel has no KSM; leave out --mergeable")]
+    Merge(#[source] Errno),
     /// KVM refused a memslot.
     #[error("KVM refused guest memory at {start:#x}, {size:#x} bytes")]
     Memslot {
@@ -82,10 +88,14 @@ pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
         .map(|(start, len)| {
             let region = GuestRegionMmap::new(map_aligned(len)?, start)
                 .ok_or(FromRangesError::InvalidGuestRegion)?;
-            advise(&region, 0, Advice::LinuxDontDump);
             // The first one has tables and tiny kernels: for a few small pages, a huge one costs more than it saves.
             let first = if start.0 == 0 { HUGE_PAGE } else { 0 };
-            advise(&region, first, Advice::LinuxHugepage);
+            for (offset, advice) in [(0, Advice::LinuxDontDump), (first, Advice::LinuxHugepage)] {
+                // A host that does not know it makes no difference to the guest.
+                if let Err(e) = advise(&region, offset, advice) {
+                    log::debug!("the host does not take advice on guest memory ({advice:?}): {e}");
+                }
+            }
             Ok(region)
         })
         .collect::<Result<_, _>>()
@@ -108,19 +118,32 @@ fn map_aligned(len: usize) -> Result<MmapRegion, MmapRegionError> {
     MmapRegion::new(len)
 }
 
-/// Advises the kernel on a region from `offset` on. That it does not know the advice makes no difference to the guest.
-fn advise(region: &GuestRegionMmap, offset: usize, advice: Advice) {
+/// Lets the host's KSM (Documentation/admin-guide/mm/ksm.rst) merge pages of guest RAM with equal ones of other processes.
+pub fn let_merge(mem: &GuestMemoryMmap) -> Result<(), MemoryError> {
+    const RUNS: &str = "/sys/kernel/mm/ksm/run";
+    for region in mem.iter() {
+        advise(region, 0, Advice::LinuxMergeable).map_err(MemoryError::Merge)?;
+    }
+    if fs::read_to_string(RUNS).is_ok_and(|run| run.trim() != "1") {
+        log::warn!(
+            "no page of this guest will be merged: KSM does not run; as root, echo 1 >{RUNS}"
+        );
+    }
+    Ok(())
+}
+
+/// Advises the kernel on a region from `offset` on.
+fn advise(region: &GuestRegionMmap, offset: usize, advice: Advice) -> Result<(), Errno> {
     let Some(len) = (region.len() as usize)
         .checked_sub(offset)
         .filter(|len| *len != 0)
     else {
-        return;
+        return Ok(());
     };
     #[allow(unsafe_code, reason = "the kernel is handed addresses of this process")]
     // SAFETY: the addresses are those of a live mapping; the advice does not change what is in it.
-    let advised = unsafe { madvise(region.as_ptr().wrapping_add(offset).cast(), len, advice) };
-    if let Err(e) = advised {
-        log::debug!("the host does not take advice on guest memory ({advice:?}): {e}");
+    unsafe {
+        madvise(region.as_ptr().wrapping_add(offset).cast(), len, advice)
     }
 }
 

@@ -243,6 +243,9 @@ impl Vm {
         let cmdline = config.kernel_cmdline();
         let resources = open_resources(config)?;
         let mem = memory::create(config.memory.bytes)?;
+        if config.mergeable {
+            memory::let_merge(&mem)?;
+        }
         timeline.note(Point::MemoryMapped);
         let cache = config.kernel_cache.then(boot::default_cache_dir).flatten();
         let kernel = boot::load(

@@ -4,12 +4,17 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use common::linux::{initramfs, kernel};
-use common::{minivmm, run};
+use common::{PATIENCE, minivmm, run, wait};
 use tempfile::{NamedTempFile, TempDir};
 
 fn command(kernel: &Path, cache: &Path, append: &str) -> Command {
@@ -159,4 +164,112 @@ fn two_may_write_the_cache_at_once_and_one_may_be_killed() {
         assert!(child.wait().unwrap().success());
     }
     assert_eq!(boot(&kernel, cache.path(), "", "true").0, "cached");
+}
+
+/// KSM on the host, running fast; afterwards as it was.
+struct Ksm([(PathBuf, String); 3]);
+
+impl Ksm {
+    fn run() -> Self {
+        let settings = [
+            ("pages_to_scan", "10000"),
+            ("sleep_millisecs", "1"),
+            ("run", "1"),
+        ];
+        Self(settings.map(|(name, value)| {
+            let file = Path::new("/sys/kernel/mm/ksm").join(name);
+            let before = fs::read_to_string(&file).expect("the host has KSM");
+            fs::write(&file, value).expect("only root may set KSM up");
+            (file, before)
+        }))
+    }
+}
+
+impl Drop for Ksm {
+    fn drop(&mut self) {
+        self.0
+            .iter()
+            .for_each(|(file, before)| _ = fs::write(file, before));
+    }
+}
+
+/// The host's page frames below the first bytes of guest RAM that may be merged, as /proc/PID/pagemap has them
+/// (Documentation/admin-guide/mm/pagemap.rst): bit 63 if there is one, and its number in bits 0 to 54.
+fn frames(pid: u32, gpas: Range<u64>) -> Vec<u64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut start = "";
+    for line in smaps.lines() {
+        match line.split_once(' ') {
+            Some(("VmFlags:", flags)) if flags.split(' ').any(|flag| flag == "mg") => break,
+            Some((range, _)) => start = range.split_once('-').map_or(start, |(start, _)| start),
+            None => {}
+        }
+    }
+    let start = u64::from_str_radix(start, 16).unwrap() + gpas.start;
+    let mut entries = vec![0; (gpas.end - gpas.start) as usize / 4096 * 8];
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
+    pagemap
+        .read_exact_at(&mut entries, start / 4096 * 8)
+        .unwrap();
+    entries
+        .chunks_exact(8)
+        .map(|entry| u64::from_le_bytes(entry.try_into().unwrap()))
+        .map(|entry| (entry >> 63) * (entry & ((1 << 55) - 1)))
+        .collect()
+}
+
+#[test]
+fn two_guests_that_may_be_merged_share_their_kernels_text() {
+    let _ksm = Ksm::run();
+    let cache = TempDir::new().unwrap();
+    let kernel = PathBuf::from(kernel("cloud", "bzImage"));
+    let script = "grep -E ' _(text|etext)$' /proc/kallsyms; read word; echo $word: $((6 * 7))";
+    let append = format!("nokaslr -- sh -c \"{script}\"");
+    let mut guests = [(); 2].map(|()| {
+        let mut command = command(&kernel, cache.path(), &append);
+        command.args(["--mergeable", "--memory", "128M"]);
+        let mut guest = command.stdin(Stdio::piped()).spawn().unwrap();
+        // Its text, at the same place in both.
+        let mut lines = BufReader::new(guest.stdout.as_mut().unwrap()).lines();
+        let mut find = |word| {
+            address(
+                &lines
+                    .find_map(|line| line.ok().filter(|line| line.contains(word)))
+                    .unwrap(),
+                word,
+            )
+        };
+        let text = find(" _text")..find(" _etext");
+        (guest, text)
+    });
+    let text = guests[0].1.clone();
+    assert_eq!(text, guests[1].1);
+    // Where Linux maps its image, at 0xffffffff80000000.
+    let gpas = text.start & 0x3fff_ffff..text.end & 0x3fff_f000;
+    let deadline = Instant::now() + Duration::from_secs(100);
+    loop {
+        let [one, other] = [0, 1].map(|guest: usize| frames(guests[guest].0.id(), gpas.clone()));
+        let shared = one
+            .iter()
+            .zip(&other)
+            .filter(|(one, other)| one == other && **one != 0)
+            .count();
+        println!("{shared} of {} pages of text are shared", one.len());
+        // All but the padding around the code of entries, 1006 equal pages of 3585: one frame is never shared by more than 256.
+        if shared * 10 > one.len() * 7 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "they stay apart");
+        thread::sleep(Duration::from_millis(500));
+    }
+    // Both go on as if they were alone.
+    for (guest, _) in &mut guests {
+        guest.stdin.take().unwrap().write_all(b"answer\n").unwrap();
+    }
+    for (guest, _) in guests {
+        let output = wait(guest, PATIENCE);
+        assert!(output.status.success());
+        let out = String::from_utf8_lossy(&output.stdout);
+        assert!(out.contains("answer: 42"), "{out}");
+    }
 }
