@@ -82,7 +82,7 @@ struct Shared {
     target: Box<dyn InterruptTarget>,
     needs_reset: AtomicBool,
     config_generation: AtomicU32,
-    /// A broken rule has been warned of; a guest that goes on breaking them cannot flood the log.
+    /// It has been warned of; a guest that goes on breaking rules cannot flood the log.
     reported: AtomicBool,
 }
 
@@ -123,7 +123,7 @@ impl Interrupt {
         };
         log::log!(
             level,
-            "a virtio driver broke the rules, its device waits for a reset: {why}"
+            "a virtio device has stopped until its driver resets it: {why}"
         );
         self.0.needs_reset.store(true, Ordering::Release);
     }

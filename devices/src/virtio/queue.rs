@@ -23,7 +23,7 @@ const DESCRIPTOR_ALIGN: u64 = 16;
 const AVAIL_ALIGN: u64 = 2;
 const USED_ALIGN: u64 = 4;
 
-/// How a driver broke the rules of a queue. Every one of these ends in DEVICE_NEEDS_RESET.
+/// Why a queue cannot go on, mostly a rule that its driver broke. Every one of these ends in DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// A queue size that is none.

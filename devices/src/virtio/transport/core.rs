@@ -47,9 +47,9 @@ pub enum Half {
     High,
 }
 
-/// How a driver broke the rules of the transport.
+/// Why a device cannot go on, mostly a rule of the transport that its driver broke.
 #[derive(Debug, thiserror::Error)]
-enum Misuse {
+enum Fault {
     #[error("device status {new:#x} written over {old:#x}")]
     Status { old: u32, new: u32 },
     #[error("features written when they were agreed on")]
@@ -58,7 +58,8 @@ enum Misuse {
     LateQueue,
     #[error(transparent)]
     Queue(#[from] QueueError),
-    #[error("the device cannot start: {0}")]
+    /// Not the driver's fault.
+    #[error("the host lacks something: {0}")]
     Start(#[source] std::io::Error),
 }
 
@@ -124,9 +125,9 @@ impl Core {
             .iter()
             .fold(VIRTIO_CONFIG_S_FAILED, |all, bit| all | bit);
         let given = new & !VIRTIO_CONFIG_S_NEEDS_RESET;
-        let misuse = Misuse::Status { old, new };
+        let fault = Fault::Status { old, new };
         if given & !known != 0 || given & old != old {
-            return self.fail(misuse);
+            return self.fail(fault);
         }
         if given & VIRTIO_CONFIG_S_FAILED != 0 {
             // The driver has given up.
@@ -137,10 +138,10 @@ impl Core {
         for step in STATUS_STEPS {
             if given & step & !self.status != 0 {
                 if !before {
-                    return self.fail(misuse);
+                    return self.fail(fault);
                 }
                 match step {
-                    // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is misuse.
+                    // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is fault.
                     VIRTIO_CONFIG_S_FEATURES_OK if !self.are_features_possible() => {}
                     VIRTIO_CONFIG_S_DRIVER_OK => return self.start(),
                     _ => self.status |= step,
@@ -171,7 +172,7 @@ impl Core {
     /// The driver accepts features (§ 2.2.1).
     pub fn set_driver_features(&mut self, bits: u32) {
         if self.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
-            return self.fail(Misuse::LateFeatures);
+            return self.fail(Fault::LateFeatures);
         }
         let half = match self.driver_features_select {
             0 => Half::Low,
@@ -243,7 +244,7 @@ impl Core {
     /// Changes the selected queue, which must be one that is not in use yet.
     fn change_queue(
         &mut self,
-        change: impl FnOnce(&mut QueueState, &GuestMemoryMmap) -> Result<(), Misuse>,
+        change: impl FnOnce(&mut QueueState, &GuestMemoryMmap) -> Result<(), Fault>,
     ) {
         let in_use = self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         let mem = self.mem.clone();
@@ -251,12 +252,12 @@ impl Core {
             return;
         };
         let result = if queue.ready || in_use {
-            Err(Misuse::LateQueue)
+            Err(Fault::LateQueue)
         } else {
             change(queue, &mem)
         };
-        if let Err(misuse) = result {
-            self.fail(misuse);
+        if let Err(fault) = result {
+            self.fail(fault);
         }
     }
 
@@ -306,18 +307,18 @@ impl Core {
                 Virtqueue::new(index, *state, indirect, &self.mem)
             })
             .collect();
-        let started = queues.map_err(Misuse::from).and_then(|queues| {
+        let started = queues.map_err(Fault::from).and_then(|queues| {
             let resources = Resources {
                 mem: self.mem.clone(),
                 features: self.driver_features,
                 queues,
                 interrupt: self.interrupt.clone(),
             };
-            self.device.start(resources).map_err(Misuse::Start)
+            self.device.start(resources).map_err(Fault::Start)
         });
         match started {
             Ok(()) => self.running = true,
-            Err(misuse) => self.fail(misuse),
+            Err(fault) => self.fail(fault),
         }
     }
 
@@ -352,12 +353,12 @@ impl Core {
             .collect();
     }
 
-    fn fail(&mut self, misuse: impl fmt::Display) {
+    fn fail(&mut self, fault: impl fmt::Display) {
         self.stop();
         if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
-            self.interrupt.needs_reset(&misuse);
+            self.interrupt.needs_reset(&fault);
         } else {
-            self.interrupt.set_needs_reset(&misuse);
+            self.interrupt.set_needs_reset(&fault);
         }
     }
 }
