@@ -74,7 +74,7 @@ lint: deps
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@# Real Linux is no part of a plain cargo test, and so not among all targets.
 	$(CARGO) clippy --test linux --test direct --test disk --test small -- -D warnings
-	shellcheck -x $$(git ls-files | xargs grep -lE '^#!/bin/(ba)?sh')
+	shellcheck -x $$(git ls-files | xargs grep -lE '^#(!/bin/(ba)?sh| shellcheck shell=)')
 
 kernel: deps
 	guest-kernels/kernel/build

@@ -6,11 +6,12 @@
 with_fresh_lists() {
     ! "$@" || return 0
     if [ "$(id -u)" != 0 ]; then
-        say "if apt's package lists are old, run 'apt-get update' as root"
+        say "if apt's package lists are missing or old, run 'apt-get update' as root"
         return 1
     fi
     say "trying again with fresh package lists"
-    apt-get update -q >&2 && "$@"
+    apt-get update -q >&2 || say "apt-get update failed"
+    "$@"
 }
 
 # need COMMAND:PACKAGE...: installs the PACKAGE of each COMMAND that is missing; one with a slash is a file.

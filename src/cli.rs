@@ -161,9 +161,10 @@ pub struct VmArgs {
     /// where the host has none or the disk is ephemeral, sync: one request of a queue after the other
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
-    /// Let the host merge pages of the guest with equal ones of other guests, where its KSM runs (/sys/kernel/mm/ksm/run): two
-    /// guests of one kernel share most of it if it is not placed at random (nokaslr). A guest can find out by timing what
-    /// others have in memory, so not for guests that distrust each other
+    /// Let the host merge equal pages of this guest and of all others that allow it, where its KSM runs (pages_to_scan and
+    /// sleep_millisecs in /sys/kernel/mm/ksm say how fast): two guests share their kernel's text if it is not placed at random
+    /// (nokaslr). What is merged is no longer in huge pages, and a guest can find out by timing what others have in memory, so
+    /// not for guests that distrust each other
     #[arg(long)]
     pub mergeable: bool,
     /// Give the guest an entropy device (virtio-rng)

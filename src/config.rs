@@ -18,9 +18,10 @@ use crate::device_manager::virtio_parameters;
 use crate::memory;
 
 /// What a kernel is told whatever its console is: to reset rather than hang after a panic; to print little, since every byte on a
-/// serial line costs two exits; and to leave out what a microVM does not need. There is no PCI, yet a kernel that looks for
-/// AMD's GART reads 16,000 of its registers. One that finds a single CPU patches each LOCK prefix away, 9,000 in Debian's. And
-/// the self-tests of its ciphers take it longer than all its drivers.
+/// serial line costs two exits; and to leave out what costs time at boot. There is no PCI, yet a kernel that finds an AMD
+/// processor with a GART (not those since 2012) reads 16,000 of its registers. With a single CPU, Linux patches each LOCK prefix
+/// away, 9,000 in Debian's: a guest that runs for long may be quicker if it does. And Debian's kernels test their ciphers. The
+/// README has what each of them takes.
 macro_rules! common_cmdline {
     () => {
         "panic=-1 quiet pci=off noreplace-smp cryptomgr.notests"
@@ -328,7 +329,7 @@ pub struct VmConfig {
     pub cpus: u8,
     /// Guest RAM.
     pub memory: MemorySize,
-    /// Whether the host may merge equal pages of guest RAM with those of other processes.
+    /// Whether the host may merge equal pages of guest RAM, and of other processes that allow it.
     pub mergeable: bool,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,

@@ -38,8 +38,11 @@ pub enum MemoryError {
         #[source]
         source: FromRangesError,
     },
-    /// The host cannot merge pages.
-    #[error("the host cannot merge pages of guests: its kernel has no KSM; leave out --mergeable")]
+    /// The host does not let pages be merged.
+    #[error(
+        "the host does not let guest memory be merged{}; leave out --mergeable (\"mergeable\" in a configuration file)",
+        if .0 == &Errno::INVAL { ": its kernel has no KSM" } else { "" }
+    )]
     Merge(#[source] Errno),
     /// KVM refused a memslot.
     #[error("KVM refused guest memory at {start:#x}, {size:#x} bytes")]
@@ -118,18 +121,22 @@ fn map_aligned(len: usize) -> Result<MmapRegion, MmapRegionError> {
     MmapRegion::new(len)
 }
 
-/// Lets the host's KSM (Documentation/admin-guide/mm/ksm.rst) merge pages of guest RAM with equal ones of other processes.
+/// Lets the host's KSM (Documentation/admin-guide/mm/ksm.rst) merge equal pages, of guest RAM and of what other processes let it
+/// merge.
 pub fn let_merge(mem: &GuestMemoryMmap) -> Result<(), MemoryError> {
+    mem.iter().try_for_each(|region| {
+        advise(region, 0, Advice::LinuxMergeable).map_err(MemoryError::Merge)
+    })
+}
+
+/// Warns if KSM is there and does not run.
+pub fn warn_without_ksm() {
     const RUNS: &str = "/sys/kernel/mm/ksm/run";
-    for region in mem.iter() {
-        advise(region, 0, Advice::LinuxMergeable).map_err(MemoryError::Merge)?;
-    }
     if fs::read_to_string(RUNS).is_ok_and(|run| run.trim() != "1") {
         log::warn!(
             "no page of this guest will be merged: KSM does not run; as root, echo 1 >{RUNS}"
         );
     }
-    Ok(())
 }
 
 /// Advises the kernel on a region from `offset` on.

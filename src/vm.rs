@@ -166,6 +166,9 @@ pub fn run(
     let deadline = config.deadline.and_then(|span| started.checked_add(span.0));
 
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
+    if config.mergeable {
+        memory::warn_without_ksm();
+    }
     let mut vm = Vm::prepare(config, timeline)?;
     let (console, mut input) = Console::open(&config.serial)?;
     let terminal = match config.serial {

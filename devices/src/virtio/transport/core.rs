@@ -141,7 +141,7 @@ impl Core {
                     return self.fail(fault);
                 }
                 match step {
-                    // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is fault.
+                    // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is a fault.
                     VIRTIO_CONFIG_S_FEATURES_OK if !self.are_features_possible() => {}
                     VIRTIO_CONFIG_S_DRIVER_OK => return self.start(),
                     _ => self.status |= step,
