@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::bench::BenchArgs;
 use crate::boot::BootProtocol;
-use crate::compare::CompareArgs;
 use crate::config::{
     ConfigError, ConsoleKind, DiskConfig, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig,
 };
 use crate::console::SerialMode;
+use crate::tools::bench::BenchArgs;
+use crate::tools::compare::CompareArgs;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -4,21 +4,18 @@
 
 pub mod acpi;
 pub mod arch;
-pub mod bench;
 pub mod boot;
 pub mod cli;
-pub mod compare;
 pub mod config;
 pub mod console;
 pub mod device_manager;
-pub mod doctor;
 pub mod event_loop;
 pub mod exit_status;
 pub mod interrupts;
-pub mod measure;
 pub mod memory;
 pub mod post_mortem;
 pub mod timeline;
+pub mod tools;
 pub mod vcpu;
 pub mod vm;
 

@@ -10,7 +10,8 @@ use clap::Parser;
 use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs};
 use minivmm::config::{ConfigError, VmConfig};
 use minivmm::timeline::{Point, Timeline, TimelineFile};
-use minivmm::{bench, compare, console, doctor, error_chain, exit_status, vm};
+use minivmm::tools::{bench, compare, doctor};
+use minivmm::{console, error_chain, exit_status, vm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 fn main() {

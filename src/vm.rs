@@ -20,13 +20,13 @@ use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{ConfigError, ConsoleKind, MemorySize, OnReboot, VmConfig};
 use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal, SerialMode};
 use crate::device_manager::{DeviceManager, HostResources};
-use crate::doctor;
 use crate::event_loop::{EventLoop, Signals};
 use crate::exit_status::Outcome;
 use crate::interrupts::Interrupts;
 use crate::memory::{self, MemoryError};
 use crate::post_mortem::{self, Scene};
 use crate::timeline::{BootMarks, Point, Timeline};
+use crate::tools::doctor;
 use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError};
 
 /// The log's target for what the user has to know to go on, which is no warning.

@@ -18,10 +18,10 @@ use std::time::Duration;
 use common::linux::{initramfs, kernel};
 use common::{project, tiny};
 use host::{host, load};
-use minivmm::bench::{DEMO_MARKER, QEMU_MICROVM};
 use minivmm::config::DEFAULT_CMDLINE;
 use minivmm::event_loop::Signals;
-use minivmm::measure::{self, GuestShare, Summary, Watch};
+use minivmm::tools::bench::{DEMO_MARKER, QEMU_MICROVM};
+use minivmm::tools::measure::{self, GuestShare, Summary, Watch};
 
 /// Rounds, unless the command line says otherwise.
 const ROUNDS: usize = 5;

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use minivmm::measure::HostFacts;
+use minivmm::tools::measure::HostFacts;
 
 /// What the host is like now, and the versions of these programs.
 pub(crate) fn host(programs: &[&str]) -> String {

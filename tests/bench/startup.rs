@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use common::{project, tiny};
 use host::{command_line, host, load, version_of};
-use minivmm::bench::QEMU_MICROVM;
-use minivmm::measure::Summary;
+use minivmm::tools::bench::QEMU_MICROVM;
+use minivmm::tools::measure::Summary;
 
 /// Measured rounds, unless the command line says otherwise.
 const RUNS: usize = 200;

@@ -14,7 +14,7 @@ use crate::cli::GuestArgs;
 use crate::config::{ConfigError, Span, VmConfig};
 use crate::event_loop::Signals;
 use crate::exit_status;
-use crate::measure::{self, GuestShare, HostFacts, Progress, Run, RunError, Summary, Watch};
+use crate::tools::measure::{self, GuestShare, HostFacts, Progress, Run, RunError, Summary, Watch};
 
 pub use report::{Report, VmmReport};
 pub use vmm::{Other, QEMU_MICROVM};

@@ -5,7 +5,7 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use crate::doctor;
+use crate::tools::doctor;
 
 /// The host, as far as it decides how long a boot takes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

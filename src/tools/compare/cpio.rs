@@ -215,7 +215,7 @@ mod tests {
         fs::write(dir.path().join("a.cpio"), archive).unwrap();
         let program = ["cpio", "busybox"]
             .into_iter()
-            .find_map(crate::measure::find_program)?;
+            .find_map(crate::tools::measure::find_program)?;
         let mut command = Command::new(&program);
         if program.ends_with("busybox") {
             command.arg("cpio");

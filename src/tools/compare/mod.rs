@@ -18,7 +18,7 @@ use rustix::process::{WaitOptions, getpid, set_child_subreaper};
 use crate::config::{MAX_CPUS, MemorySize, Span};
 use crate::event_loop::Signals;
 use crate::exit_status::{MONITOR_FAILED, Outcome, USAGE};
-use crate::measure::{self, HostFacts, Progress, Run, RunError, Watch};
+use crate::tools::measure::{self, HostFacts, Progress, Run, RunError, Watch};
 use image::{Image, PROBE_STATUS, VmImage};
 use processes::{Seen, daemons_bytes};
 use report::Report;

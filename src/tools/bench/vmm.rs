@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 
 use crate::config::VmConfig;
-use crate::measure::find_program;
+use crate::tools::measure::find_program;
 
 /// A monitor besides minivmm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -292,7 +292,7 @@ fn crosvm(guest: &VmConfig) -> Vec<OsString> {
 mod tests {
     use super::*;
     use crate::config::DEFAULT_CMDLINE;
-    use crate::measure::shown;
+    use crate::tools::measure::shown;
 
     fn guest() -> VmConfig {
         VmConfig {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{BenchArgs, Row};
 use crate::config::VmConfig;
-use crate::measure::{HostFacts, Summary, shown};
+use crate::tools::measure::{HostFacts, Summary, shown};
 
 /// The results, as `--json` writes them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::report::{LIMITS, METHOD, Report, RowReport, mib};
-use crate::measure::Summary;
+use crate::tools::measure::Summary;
 
 const STYLE: &str = include_str!("report.css");
 

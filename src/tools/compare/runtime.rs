@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use super::image::{ENVIRONMENT, Image, RUN, VmImage};
-use crate::measure::{self, find_program, last_lines};
+use crate::tools::measure::{self, find_program, last_lines};
 
 /// Something that runs a command on a root file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

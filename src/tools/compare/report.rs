@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::runtime::{Job, Runtime};
 use super::{CompareArgs, Comparison, DROP_CACHES, Row, Times, html};
-use crate::measure::{HostFacts, Summary, shown};
+use crate::tools::measure::{HostFacts, Summary, shown};
 
 /// The results, as `--json` writes them.
 #[derive(Debug, Serialize)]
