@@ -4,15 +4,20 @@
 //! another name, brought to the disk, stamped and renamed. The stamp is the bzImage's time of modification in whole seconds;
 //! an entry that anybody has written to since has another time and is not used. Entries are read, never mapped: nothing that
 //! happens to one reaches a running guest.
+//!
+//! The directory is opened once, and all else is relative to that descriptor: whoever owns a directory above it may rename it or
+//! put a symbolic link in its place, and gains nothing.
 
-use std::fs::{self, DirBuilder, File, FileTimes, Metadata, OpenOptions};
+use std::fs::{DirBuilder, File, FileTimes, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, openat, renameat, statat, unlinkat};
+use rustix::io::Errno;
 use rustix::process::geteuid;
-use tempfile::NamedTempFile;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::input::FileIdentity;
 
@@ -22,6 +27,8 @@ const MAX_BYTES: u64 = 512 << 20;
 /// A file that changed later than so long ago may change again without its times showing it: file systems count them in
 /// steps, the coarsest of 2 s.
 const SETTLED: Duration = Duration::from_secs(2);
+/// What the names of files begin with that are still written to.
+const TEMPORARY: &str = ".tmp";
 
 /// The user's kernel cache: $XDG_CACHE_HOME, or else ~/.cache (XDG Base Directory Specification), and there a directory whose
 /// name ends with the version of what is in it. `None` if the environment names no such place.
@@ -38,35 +45,32 @@ pub fn default_dir() -> Option<PathBuf> {
 /// A directory of unpacked kernels that is ours alone.
 #[derive(Debug)]
 pub(crate) struct KernelCache {
-    dir: PathBuf,
+    dir: File,
 }
 
 impl KernelCache {
     /// Takes the directory, and makes it first if need be.
     pub(crate) fn open(dir: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let metadata = fs::symlink_metadata(dir)?;
-        if !metadata.is_dir() {
-            Err(io::Error::other("it is a symbolic link"))
-        } else if !is_ours(&metadata) {
+        let dir = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
+            .open(dir)?;
+        if is_ours(&dir.metadata()?) {
+            Ok(Self { dir })
+        } else {
             Err(io::Error::other(
                 "it belongs to another user, or others may write to it",
             ))
-        } else {
-            Ok(Self {
-                dir: dir.to_owned(),
-            })
         }
     }
 
     /// The entry for this file, if there is one that can be trusted.
     pub(crate) fn get(&self, id: &FileIdentity) -> Option<File> {
         // Neither through a link nor held up by a pipe of that name.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(self.entry(id))
-            .ok()?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = openat(&self.dir, entry(id), flags, Mode::empty()).ok()?;
+        let file = File::from(file);
         let metadata = file.metadata().ok()?;
         let untouched = (metadata.mtime(), metadata.mtime_nsec()) == (stamp(id) as i64, 0);
         (metadata.is_file() && is_ours(&metadata) && untouched).then_some(file)
@@ -82,54 +86,92 @@ impl KernelCache {
         if SystemTime::UNIX_EPOCH + changed >= SystemTime::now() {
             return Err(io::Error::other("the kernel has changed only just now"));
         }
-        let temporary = NamedTempFile::new_in(&self.dir)?;
-        let file = temporary.as_file();
+        let mut random = [0; 8];
+        getrandom(&mut random, GetRandomFlags::empty())?;
+        let temporary = format!("{TEMPORARY}{:016x}", u64::from_ne_bytes(random));
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = openat(&self.dir, &temporary, flags, Mode::RUSR | Mode::WUSR)?;
+        let kept = self.keep(&file.into(), &temporary, id, write);
+        if kept.is_err() {
+            _ = unlinkat(&self.dir, &temporary, AtFlags::empty());
+        }
+        kept?;
+        self.tidy()
+    }
+
+    /// Makes the file `temporary` the entry for `id`.
+    fn keep(
+        &self,
+        file: &File,
+        temporary: &str,
+        id: &FileIdentity,
+        write: impl FnOnce(&File) -> io::Result<()>,
+    ) -> io::Result<()> {
         write(file)?;
         file.sync_all()?;
         let time = SystemTime::UNIX_EPOCH + Duration::from_secs(stamp(id));
         file.set_times(FileTimes::new().set_modified(time))?;
-        temporary.persist(self.entry(id))?;
-        self.tidy()
+        Ok(renameat(&self.dir, temporary, &self.dir, entry(id))?)
     }
 
-    fn entry(&self, id: &FileIdentity) -> PathBuf {
-        let FileIdentity {
-            dev,
-            ino,
-            len,
-            mtime,
-            ctime,
-        } = id;
-        self.dir.join(format!(
-            "{dev:x}-{ino:x}-{len:x}-{}.{}-{}.{}",
-            mtime.0, mtime.1, ctime.0, ctime.1
-        ))
-    }
-
-    /// Removes what is too much, the oldest first, and with it what a killed writer has left.
+    /// Removes what is too much, the oldest first, and with it what a killed writer has left. Files that are not the cache's
+    /// stay, and do not count.
     fn tidy(&self) -> io::Result<()> {
         let mut files = Vec::new();
-        for file in fs::read_dir(&self.dir)? {
+        for file in Dir::read_from(&self.dir)? {
             let file = file?;
+            let name = file.file_name();
+            if !is_own_name(name.to_bytes()) {
+                continue;
+            }
             // What has gone in the meantime was another's to remove.
-            if let Ok(metadata) = file.metadata() {
-                files.push((
-                    metadata.ctime(),
-                    metadata.ctime_nsec(),
-                    metadata.blocks() * 512,
-                    file.path(),
-                ));
+            if let Ok(stat) = statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+                let size = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+                files.push((stat.st_ctime, stat.st_ctime_nsec, size, name.to_owned()));
             }
         }
         files.sort();
         let mut bytes = 0u64;
-        for (count, (.., size, path)) in files.iter().rev().enumerate() {
+        for (count, (.., size, name)) in files.iter().rev().enumerate() {
             bytes = bytes.saturating_add(*size);
             if count >= MAX_FILES || (count > 0 && bytes > MAX_BYTES) {
-                fs::remove_file(path)?;
+                match unlinkat(&self.dir, name, AtFlags::empty()) {
+                    Ok(()) | Err(Errno::NOENT) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
             }
         }
         Ok(())
+    }
+}
+
+/// The name of the entry for a file.
+fn entry(id: &FileIdentity) -> String {
+    let FileIdentity {
+        dev,
+        ino,
+        len,
+        mtime,
+        ctime,
+    } = id;
+    format!(
+        "{dev:x}-{ino:x}-{len:x}-{}.{}-{}.{}",
+        mtime.0, mtime.1, ctime.0, ctime.1
+    )
+}
+
+/// Whether this is the name of an entry or of a temporary file: nothing else is removed.
+fn is_own_name(name: &[u8]) -> bool {
+    let is_hex = |part: &[u8]| part.iter().all(u8::is_ascii_hexdigit);
+    match name.strip_prefix(TEMPORARY.as_bytes()) {
+        Some(random) => random.len() == 16 && is_hex(random),
+        None => {
+            // A time before 1970 has a sign.
+            let parts = name.split(|byte| b"-.".contains(byte));
+            let mut parts = parts.filter(|part| !part.is_empty());
+            let count = parts.clone().count();
+            count == 7 && parts.all(is_hex)
+        }
     }
 }
 
@@ -141,4 +183,93 @@ fn is_ours(metadata: &Metadata) -> bool {
 /// The time that an entry for this file bears, in seconds since 1970.
 fn stamp(id: &FileIdentity) -> u64 {
     u64::try_from(id.mtime.0).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+    use std::os::unix::fs::symlink;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn id(ino: u64) -> FileIdentity {
+        FileIdentity {
+            dev: 0xfe01,
+            ino,
+            len: 0xabc,
+            mtime: (-5, 6),
+            ctime: (7, 8),
+        }
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let files = fs::read_dir(dir).unwrap();
+        let names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_directory_swapped_for_a_link_leads_nowhere() {
+        let top = TempDir::new().unwrap();
+        let at = |name: &str| top.path().join(name);
+        let cache = KernelCache::open(&at("cache")).unwrap();
+        fs::create_dir(at("victim")).unwrap();
+        for n in 0..12 {
+            // Some bear an entry's name.
+            let name = if n < 6 {
+                format!("precious{n}")
+            } else {
+                entry(&id(n))
+            };
+            fs::write(at("victim").join(name), "x").unwrap();
+        }
+        let before = names(&at("victim"));
+        fs::rename(at("cache"), at("moved")).unwrap();
+        symlink(at("victim"), at("cache")).unwrap();
+        for n in 0..10 {
+            cache
+                .put(&id(n), |mut file| file.write_all(b"kernel"))
+                .unwrap();
+        }
+        assert_eq!(names(&at("victim")), before);
+        assert_eq!(names(&at("moved")).len(), MAX_FILES);
+        assert!(cache.get(&id(9)).is_some() && cache.get(&id(0)).is_none());
+        assert!(KernelCache::open(&at("cache")).is_err());
+    }
+
+    #[test]
+    fn only_the_caches_own_files_are_removed() {
+        let dir = TempDir::new().unwrap();
+        let cache = KernelCache::open(dir.path()).unwrap();
+        let foreign = [
+            "README",
+            "1-2-3",
+            "a-b-c-d-e-f-g-0",
+            "1-2-3-4.5-6.seven",
+            ".tmpabcdef",
+        ];
+        for name in foreign {
+            fs::write(dir.path().join(name), "x").unwrap();
+        }
+        // Of writers that were killed, before all that is complete.
+        let left: Vec<_> = (0..10).map(|n| format!("{TEMPORARY}{n:016x}")).collect();
+        for name in &left {
+            fs::write(dir.path().join(name), "x").unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        for n in 0..MAX_FILES as u64 {
+            cache.put(&id(n), |_| Ok(())).unwrap();
+        }
+        let failed = cache.put(&id(99), |_| Err(io::ErrorKind::StorageFull.into()));
+        assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        let mut wanted: Vec<_> = (0..MAX_FILES as u64).map(|n| entry(&id(n))).collect();
+        wanted.extend(foreign.map(str::to_owned));
+        wanted.sort();
+        assert_eq!(names(dir.path()), wanted);
+    }
 }
