@@ -11,6 +11,7 @@ pub mod console;
 pub mod device_manager;
 pub mod event_loop;
 pub mod exit_status;
+pub mod host;
 pub mod interrupts;
 pub mod memory;
 pub mod post_mortem;

@@ -22,20 +22,15 @@ use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal, Ser
 use crate::device_manager::{DeviceManager, HostResources};
 use crate::event_loop::{EventLoop, Signals};
 use crate::exit_status::Outcome;
+use crate::host::kvm::{self, API_VERSION as KVM_API_VERSION, DEVICE as KVM_DEVICE};
 use crate::interrupts::Interrupts;
 use crate::memory::{self, MemoryError};
 use crate::post_mortem::{self, Scene};
 use crate::timeline::{BootMarks, Point, Timeline};
-use crate::tools::doctor;
 use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError};
 
 /// The log's target for what the user has to know to go on, which is no warning.
 pub const NOTICE: &str = "minivmm::notice";
-
-const KVM_DEVICE: &str = "/dev/kvm";
-
-/// The API version that KVM has had since Linux 2.6.22.
-const KVM_API_VERSION: i32 = 12;
 
 /// How long the reader of the last output may take before it is somebody's business: a VM that was stopped from outside
 /// waits no longer.
@@ -265,7 +260,7 @@ impl Vm {
         timeline.note_kernel(&kernel);
 
         let kvm = open_kvm()?;
-        if is_stock_linux(&kernel) && doctor::host_is_pvm() {
+        if is_stock_linux(&kernel) && kvm::is_pvm() {
             return Err(VmError::SoftwareKvm {
                 kernel: config.kernel.clone(),
             });
@@ -517,7 +512,7 @@ fn open_kvm() -> Result<Kvm, VmError> {
             libc::ENOENT => "it is not there; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
                              firmware, or turn nested virtualization on for this VM"
                 .into(),
-            libc::EACCES => format!("permission denied; {}", doctor::kvm_permission_mend()),
+            libc::EACCES => format!("permission denied; {}", kvm::permission_hint(&kvm::device_group())),
             libc::ENODEV => "no KVM behind it; load it (modprobe kvm_intel or kvm_amd)".into(),
             _ => e.to_string(),
         },

@@ -7,7 +7,7 @@ use procfs::process::{MemoryMap, Process};
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::tools::measure::private_bytes;
+use crate::host::memory::private_bytes;
 
 /// Memory of this process that no other process shares, in bytes: resident or swapped out, in anonymous or file pages. What
 /// the kernel keeps for it, KVM's page tables among it, is not part of it.

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use procfs::process::{Process, all_processes};
 
-use crate::tools::measure::process_private_bytes;
+use crate::host::memory::process_private_bytes;
 
 /// What docker's daemon starts for each container; it belongs to no run by descent.
 const SHIM: &str = "containerd-shim";

@@ -1,18 +1,16 @@
 //! What this host offers to a guest: facts are gathered first, then judged, so that the judgement is tested with made-up
 //! facts.
 
-use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Cap, Kvm};
 
 use super::{Check, limits};
-
-/// The API version, unchanged since Linux 2.6.22 (Documentation/virt/kvm/api.rst § 4.1).
-const KVM_API_VERSION: i32 = 12;
+use crate::host::cpu::Cpu;
+use crate::host::kvm::{self, Modules};
 
 /// Capabilities without which no VM is built here.
 const REQUIRED: [(Cap, &str); 4] = [
@@ -58,107 +56,16 @@ enum DevKvm {
     Failed(String),
 }
 
-/// The first processor of /proc/cpuinfo.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Cpu {
-    pub(crate) model: String,
-    amd: bool,
-    /// The flag vmx or svm.
-    virtualization: bool,
-    /// The flag hypervisor: this host is itself a virtual machine.
-    pub(crate) hypervisor: bool,
-}
-
-/// The modules in /sys/module; a built-in one is there as well.
-#[derive(Debug, Clone, Copy, Default)]
-struct Modules {
-    kvm: bool,
-    intel: bool,
-    amd: bool,
-    pvm: bool,
-}
-
 /// Checks what this host offers.
 pub fn check_host() -> Vec<Check> {
-    let (cpu, modules) = (read_cpu(), read_modules());
+    let (cpu, modules) = (Cpu::read(), Modules::read());
     let mut checks = check_kvm(&open_kvm(), &cpu, modules);
     checks.extend(limits::check_limits());
     checks
 }
 
-/// Whether this host's KVM, which works, is PVM or another one in software: it runs guests that are made for it, and no
-/// stock kernels.
-pub fn host_is_pvm() -> bool {
-    is_pvm(&read_cpu(), read_modules())
-}
-
-/// KVM that works on a processor without hardware virtualization is made of software. Where the processor has it, the
-/// module counts only if it is alone: one of the hardware modules takes precedence when both are there.
-fn is_pvm(cpu: &Cpu, modules: Modules) -> bool {
-    // Without /proc there is no model, and no saying.
-    let software = !cpu.virtualization && !cpu.model.is_empty();
-    software || (modules.pvm && !modules.intel && !modules.amd)
-}
-
-/// This host's processor; empty without /proc.
-pub(crate) fn read_cpu() -> Cpu {
-    File::open("/proc/cpuinfo")
-        .map_or_else(|_| Cpu::default(), |file| parse_cpu(BufReader::new(file)))
-}
-
-fn parse_cpu(cpuinfo: impl BufRead) -> Cpu {
-    let mut cpu = Cpu::default();
-    // The first processor's part ends with an empty line; all are alike, and there may be hundreds.
-    for line in cpuinfo
-        .lines()
-        .map_while(Result::ok)
-        .take_while(|line| !line.is_empty())
-    {
-        let Some((key, value)) = line.split_once(':') else {
-            continue;
-        };
-        let value = value.trim();
-        match key.trim() {
-            "vendor_id" => cpu.amd = matches!(value, "AuthenticAMD" | "HygonGenuine"),
-            "model name" => cpu.model = value.to_owned(),
-            "flags" => {
-                let has = |name: &str| value.split(' ').any(|flag| flag == name);
-                cpu.virtualization = has("vmx") || has("svm");
-                cpu.hypervisor = has("hypervisor");
-            }
-            _ => {}
-        }
-    }
-    cpu
-}
-
-fn read_modules() -> Modules {
-    let has = |name: &str| Path::new("/sys/module").join(name).exists();
-    Modules {
-        kvm: has("kvm"),
-        intel: has("kvm_intel"),
-        amd: has("kvm_amd"),
-        pvm: has("kvm_pvm"),
-    }
-}
-
-/// KVM's modules that are loaded or built in, as in `kvm_amd`; empty if there is none.
-pub(crate) fn kvm_modules() -> String {
-    let Modules {
-        kvm: _,
-        intel,
-        amd,
-        pvm,
-    } = read_modules();
-    [(intel, "kvm_intel"), (amd, "kvm_amd"), (pvm, "kvm_pvm")]
-        .into_iter()
-        .filter_map(|(there, name)| there.then_some(name))
-        .collect::<Vec<_>>()
-        .join(" ")
-}
-
 fn open_kvm() -> DevKvm {
-    let metadata = match fs::metadata("/dev/kvm") {
+    let metadata = match fs::metadata(kvm::DEVICE) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return DevKvm::Absent,
         Err(error) => return DevKvm::Failed(error.to_string()),
@@ -169,7 +76,7 @@ fn open_kvm() -> DevKvm {
     match Kvm::new() {
         Ok(kvm) => DevKvm::Works(ask_kvm(&kvm)),
         Err(error) if matches!(error.errno(), libc::EACCES | libc::EPERM) => DevKvm::Denied {
-            group: group_name(metadata.gid()),
+            group: kvm::device_group(),
         },
         Err(error) => DevKvm::Failed(error.to_string()),
     }
@@ -198,22 +105,8 @@ fn ask_kvm(kvm: &Kvm) -> KvmFacts {
     }
 }
 
-/// The group's name, or its number where it has none.
-fn group_name(gid: u32) -> String {
-    fs::read_to_string("/etc/group")
-        .ok()
-        .and_then(|groups| {
-            groups.lines().find_map(|line| {
-                let mut fields = line.split(':');
-                let name = fields.next()?;
-                (fields.nth(1)?.parse() == Ok(gid)).then(|| name.to_owned())
-            })
-        })
-        .unwrap_or_else(|| gid.to_string())
-}
-
 fn check_kvm(dev_kvm: &DevKvm, cpu: &Cpu, modules: Modules) -> Vec<Check> {
-    let subject = "/dev/kvm";
+    let subject = kvm::DEVICE;
     let mut checks = vec![check_cpu(cpu, matches!(dev_kvm, DevKvm::Works(_)))];
     if cpu.hypervisor {
         checks.push(Check::info(
@@ -239,7 +132,7 @@ fn check_kvm(dev_kvm: &DevKvm, cpu: &Cpu, modules: Modules) -> Vec<Check> {
                 subject,
                 format!("permission denied; it belongs to the group {group}"),
             )
-            .mend(denied_mend(group)),
+            .mend(kvm::permission_hint(group)),
         ),
         DevKvm::Failed(error) => {
             checks.push(
@@ -249,22 +142,6 @@ fn check_kvm(dev_kvm: &DevKvm, cpu: &Cpu, modules: Modules) -> Vec<Check> {
         }
     }
     checks
-}
-
-/// What lets this user open /dev/kvm.
-pub fn kvm_permission_mend() -> String {
-    let group = fs::metadata("/dev/kvm").map_or_else(|_| "kvm".into(), |m| group_name(m.gid()));
-    denied_mend(&group)
-}
-
-fn denied_mend(group: &str) -> String {
-    if group == "root" {
-        "give it to a group of its own: groupadd kvm; chgrp kvm /dev/kvm; chmod 660 /dev/kvm; usermod -aG kvm $USER".into()
-    } else {
-        format!(
-            "add yourself to the group that owns it: usermod -aG {group} $USER, then log in again"
-        )
-    }
 }
 
 fn check_cpu(cpu: &Cpu, kvm_works: bool) -> Check {
@@ -311,7 +188,7 @@ fn absent_mend(cpu: &Cpu, modules: Modules) -> String {
 }
 
 fn check_module(cpu: &Cpu, modules: Modules) -> Check {
-    if is_pvm(cpu, modules) {
+    if kvm::is_software(cpu, modules) {
         let name = if modules.pvm {
             "PVM (kvm_pvm)"
         } else {
@@ -334,12 +211,12 @@ fn check_module(cpu: &Cpu, modules: Modules) -> Check {
 
 fn check_facts(facts: &KvmFacts) -> Vec<Check> {
     let mut checks = Vec::new();
-    checks.push(if facts.api_version == KVM_API_VERSION {
-        Check::ok("KVM API", format!("version {KVM_API_VERSION}"))
+    checks.push(if facts.api_version == kvm::API_VERSION {
+        Check::ok("KVM API", format!("version {}", kvm::API_VERSION))
     } else {
         Check::fail(
             "KVM API",
-            format!("version {}, not {KVM_API_VERSION}", facts.api_version),
+            format!("version {}, not {}", facts.api_version, kvm::API_VERSION),
         )
         .mend("use Linux 2.6.22 or later")
     });
@@ -380,8 +257,6 @@ fn check_facts(facts: &KvmFacts) -> Vec<Check> {
 mod tests {
     use super::super::Verdict;
     use super::*;
-
-    const AMD: &str = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: fpu svm\n\nprocessor\t: 1\nflags\t: hypervisor\n";
 
     fn cpu(virtualization: bool, hypervisor: bool) -> Cpu {
         Cpu {
@@ -424,13 +299,6 @@ mod tests {
     };
 
     #[test]
-    fn the_first_processor_is_read() {
-        let cpu = parse_cpu(AMD.as_bytes());
-        assert!(cpu.amd && cpu.virtualization && !cpu.hypervisor);
-        assert_eq!(cpu.model, "AMD EPYC");
-    }
-
-    #[test]
     fn a_good_host_fails_nothing() {
         assert!(
             fails(&check_kvm(
@@ -451,8 +319,6 @@ mod tests {
             assert!(fails[0].found.contains("cannot run stock kernels"));
             assert!(fails[0].mend.as_ref().unwrap().contains("tests/lab/run"));
         }
-        assert!(!is_pvm(&cpu(true, false), Modules { pvm: true, ..INTEL }));
-        assert!(!is_pvm(&Cpu::default(), INTEL), "/proc is not mounted");
     }
 
     #[test]
@@ -487,7 +353,17 @@ mod tests {
             .contains("chgrp kvm")
         );
         assert!(mend(DevKvm::Absent, cpu(true, false), none).contains("modprobe kvm_intel"));
-        assert!(mend(DevKvm::Absent, parse_cpu(AMD.as_bytes()), none).contains("modprobe kvm_amd"));
+        assert!(
+            mend(
+                DevKvm::Absent,
+                Cpu {
+                    amd: true,
+                    ..cpu(true, false)
+                },
+                none
+            )
+            .contains("modprobe kvm_amd")
+        );
         assert!(mend(DevKvm::Absent, cpu(true, false), INTEL).contains("--device /dev/kvm"));
         assert!(mend(DevKvm::Absent, cpu(false, false), none).contains("firmware"));
         assert!(mend(DevKvm::Absent, cpu(false, true), none).contains("nested"));

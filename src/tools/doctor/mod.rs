@@ -13,8 +13,7 @@ use std::path::Path;
 use serde::Serialize;
 
 pub use config::{KernelConfig, Setting};
-pub use host::{check_host, host_is_pvm, kvm_permission_mend};
-pub(crate) use host::{kvm_modules, read_cpu};
+pub use host::check_host;
 pub use initrd::check_initrd;
 pub use kernel::{KernelInfo, KernelReport, check_kernel, inspect_kernel};
 

@@ -5,7 +5,8 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use crate::tools::doctor;
+use crate::host::cpu::Cpu;
+use crate::host::kvm::Modules;
 
 /// The host, as far as it decides how long a boot takes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,7 +32,7 @@ pub struct HostFacts {
 impl HostFacts {
     /// Looks at this host; what cannot be read is empty or 0.
     pub fn read() -> Self {
-        let processor = doctor::read_cpu();
+        let processor = Cpu::read();
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let meminfo = read("/proc/meminfo");
         let memory_kib = meminfo
@@ -44,7 +45,7 @@ impl HostFacts {
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
             memory_mib: memory_kib.unwrap_or_default() >> 10,
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-            kvm: doctor::kvm_modules(),
+            kvm: Modules::read().names(),
             virtual_machine: processor.hypervisor,
             governor: fs::read_to_string("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
                 .ok()

@@ -1,29 +1,9 @@
-//! What a process holds in memory that no other process has.
+//! What a VMM's process holds in memory that no other process has, and how much of it is its guest's.
 
-use procfs::ProcResult;
 use procfs::process::{MemoryMap, Process};
 
 use crate::arch::x86_64::layout::MMIO_GAP_START;
-
-/// Bytes of a mapping that no other process shares: resident or swapped out, in anonymous or file pages. Of a mapping that
-/// /proc/PID/smaps tells of (proc_pid_smaps(5)).
-pub fn private_bytes(map: &MemoryMap) -> u64 {
-    [
-        "Private_Clean",
-        "Private_Dirty",
-        "Private_Hugetlb",
-        "SwapPss",
-    ]
-    .iter()
-    .filter_map(|field| map.extension.map.get(*field))
-    .sum()
-}
-
-/// The private memory of a process that runs, in bytes.
-pub fn process_private_bytes(process: &Process) -> ProcResult<u64> {
-    let rollup = process.smaps_rollup()?.memory_map_rollup;
-    Ok(rollup.iter().map(private_bytes).sum())
-}
+use crate::host::memory::private_bytes;
 
 /// The private memory of another process that is a VMM, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,13 +107,5 @@ Private_Dirty:         4 kB
 ";
         let found = share(smaps, 4 << 30).unwrap();
         assert_eq!((found.guest_bytes >> 10, found.own_bytes >> 10), (12, 4));
-    }
-
-    #[test]
-    fn this_process_has_private_memory() {
-        let touched = vec![1u8; 8 << 20];
-        let bytes = process_private_bytes(&Process::myself().unwrap()).unwrap();
-        assert!(bytes >= 8 << 20, "{bytes}");
-        drop(touched);
     }
 }

@@ -8,7 +8,7 @@ mod progress;
 mod stats;
 
 pub use host::HostFacts;
-pub use memory::{GuestShare, private_bytes, process_private_bytes};
+pub use memory::GuestShare;
 pub use process::{
     Run, RunError, Watch, die_with_parent, find_program, last_lines, run, shown, status_code,
 };

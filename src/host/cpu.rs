@@ -1,0 +1,66 @@
+//! The host's processor, from /proc/cpuinfo.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+
+/// The first processor of /proc/cpuinfo.
+#[derive(Debug, Clone, Default)]
+pub struct Cpu {
+    /// Its model name; empty without /proc.
+    pub model: String,
+    /// Whether AMD's virtualization is what it could have.
+    pub amd: bool,
+    /// The flag vmx or svm.
+    pub virtualization: bool,
+    /// The flag hypervisor: this host is itself a virtual machine.
+    pub hypervisor: bool,
+}
+
+impl Cpu {
+    /// This host's; empty without /proc.
+    pub fn read() -> Self {
+        File::open("/proc/cpuinfo").map_or_else(
+            |_| Self::default(),
+            |file| Self::parse(BufReader::new(file)),
+        )
+    }
+
+    pub(crate) fn parse(cpuinfo: impl BufRead) -> Self {
+        let mut cpu = Self::default();
+        // The first processor's part ends with an empty line; all are alike, and there may be hundreds.
+        for line in cpuinfo
+            .lines()
+            .map_while(Result::ok)
+            .take_while(|line| !line.is_empty())
+        {
+            let Some((key, value)) = line.split_once(':') else {
+                continue;
+            };
+            let value = value.trim();
+            match key.trim() {
+                "vendor_id" => cpu.amd = matches!(value, "AuthenticAMD" | "HygonGenuine"),
+                "model name" => cpu.model = value.to_owned(),
+                "flags" => {
+                    let has = |name: &str| value.split(' ').any(|flag| flag == name);
+                    cpu.virtualization = has("vmx") || has("svm");
+                    cpu.hypervisor = has("hypervisor");
+                }
+                _ => {}
+            }
+        }
+        cpu
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_processor_is_read() {
+        let cpuinfo = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: fpu svm\n\nprocessor\t: 1\nflags\t: hypervisor\n";
+        let cpu = Cpu::parse(cpuinfo.as_bytes());
+        assert!(cpu.amd && cpu.virtualization && !cpu.hypervisor);
+        assert_eq!(cpu.model, "AMD EPYC");
+    }
+}

@@ -1,0 +1,115 @@
+//! The host's KVM: its device, who may open it, and what kind of KVM it is.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::cpu::Cpu;
+
+/// KVM's device file.
+pub const DEVICE: &str = "/dev/kvm";
+
+/// The API version, unchanged since Linux 2.6.22 (Documentation/virt/kvm/api.rst § 4.1).
+pub const API_VERSION: i32 = 12;
+
+/// The modules in /sys/module; a built-in one is there as well.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Modules {
+    /// kvm, which the others need.
+    pub kvm: bool,
+    /// kvm_intel.
+    pub intel: bool,
+    /// kvm_amd.
+    pub amd: bool,
+    /// kvm_pvm.
+    pub pvm: bool,
+}
+
+impl Modules {
+    /// This host's; none without /sys.
+    pub fn read() -> Self {
+        let has = |name: &str| Path::new("/sys/module").join(name).exists();
+        Self {
+            kvm: has("kvm"),
+            intel: has("kvm_intel"),
+            amd: has("kvm_amd"),
+            pvm: has("kvm_pvm"),
+        }
+    }
+
+    /// Those that run guests, as in `kvm_amd`; empty if there is none.
+    pub fn names(self) -> String {
+        [
+            (self.intel, "kvm_intel"),
+            (self.amd, "kvm_amd"),
+            (self.pvm, "kvm_pvm"),
+        ]
+        .into_iter()
+        .filter_map(|(there, name)| there.then_some(name))
+        .collect::<Vec<_>>()
+        .join(" ")
+    }
+}
+
+/// Whether this host's KVM, which works, is PVM or another one in software: it runs guests that are made for it, and no
+/// stock kernels.
+pub fn is_pvm() -> bool {
+    is_software(&Cpu::read(), Modules::read())
+}
+
+/// KVM that works on a processor without hardware virtualization is software. Where the processor has it, kvm_pvm counts
+/// only if neither hardware module is there, since those take precedence.
+pub(crate) fn is_software(cpu: &Cpu, modules: Modules) -> bool {
+    // Without /proc there is no model, and no saying.
+    let software = !cpu.virtualization && !cpu.model.is_empty();
+    software || (modules.pvm && !modules.intel && !modules.amd)
+}
+
+/// The name of the group that owns /dev/kvm, or its number where it has none.
+pub fn device_group() -> String {
+    let Ok(metadata) = fs::metadata(DEVICE) else {
+        return "kvm".into();
+    };
+    let gid = metadata.gid().to_string();
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    let name = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == gid).then(|| name.to_owned())
+    });
+    name.unwrap_or(gid)
+}
+
+/// What lets a user open /dev/kvm, which belongs to `group`.
+pub fn permission_hint(group: &str) -> String {
+    if group == "root" {
+        "give it to a group of its own: groupadd kvm; chgrp kvm /dev/kvm; chmod 660 /dev/kvm; usermod -aG kvm $USER".into()
+    } else {
+        format!(
+            "add yourself to the group that owns it: usermod -aG {group} $USER, then log in again"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn software_kvm_is_told_from_hardware() {
+        let cpu = |virtualization| Cpu {
+            model: "Test".into(),
+            virtualization,
+            ..Cpu::default()
+        };
+        let pvm = Modules {
+            pvm: true,
+            ..Modules::default()
+        };
+        let both = Modules { intel: true, ..pvm };
+        assert!(is_software(&cpu(false), Modules::default()));
+        assert!(is_software(&cpu(true), pvm));
+        assert!(!is_software(&cpu(true), both));
+        assert!(!is_software(&Cpu::default(), both), "/proc is not mounted");
+    }
+}
