@@ -1,11 +1,13 @@
 //! What every virtio device must do, whatever it is: these tests run over each of them.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 use virtio_bindings::virtio_mmio::*;
 
 use super::block::{Access, Block, Disk, Engine};
 use super::console;
-use super::device::VirtioDevice;
+use super::device::{StopMode, VirtioDevice};
 use super::rng::Rng;
 use super::testing::*;
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
@@ -108,9 +110,7 @@ fn a_driver_that_wants_no_interrupts_gets_none() {
         for _ in 0..5 {
             driver.any_request();
         }
-        driver
-            .transport
-            .write(VIRTIO_MMIO_STATUS.into(), &0u32.to_le_bytes());
+        driver.reset();
         assert_eq!(driver.pulses.take(), 0, "{kind}");
     });
 }
@@ -384,7 +384,7 @@ fn status_goes_step_by_step() {
             ("a high bit", &[1, 3, 0x103]),
             ("no VERSION_1, but on", &[1, 3, 11, 15]),
         ] {
-            driver.set_status(0);
+            driver.reset();
             steps.iter().for_each(|step| driver.set_status(*step));
             assert_ne!(driver.status() & NEEDS_RESET, 0, "{kind}: {case}");
             assert_eq!(driver.status() & DRIVER_OK, 0, "{kind}: {case}");
@@ -397,7 +397,7 @@ fn status_goes_step_by_step() {
             offered | 1 << 40,
             offered | 1 << 24,
         ] {
-            driver.set_status(0);
+            driver.reset();
             driver.set_status(1);
             driver.set_status(3);
             driver.accept(features);
@@ -580,9 +580,7 @@ fn a_queue_can_be_taken_back() {
     each(|device, kind| {
         let mut driver = Driver::started(device, 0);
         driver.any_request();
-        driver.set(VIRTIO_MMIO_QUEUE_SEL, 0);
-        driver.set(VIRTIO_MMIO_QUEUE_READY, 0);
-        assert_eq!(driver.get(VIRTIO_MMIO_QUEUE_READY), 0);
+        driver.take_back(0);
         driver.chain(0, &driver.any_chain());
         driver.offer(0);
         driver.notify();
@@ -591,7 +589,7 @@ fn a_queue_can_be_taken_back() {
         // It cannot be given again while the device runs, nor changed.
         for (register, value) in [(VIRTIO_MMIO_QUEUE_READY, 1), (VIRTIO_MMIO_QUEUE_NUM, 8)] {
             driver.start(0);
-            driver.set(VIRTIO_MMIO_QUEUE_READY, 0);
+            driver.take_back(0);
             driver.set(register, value);
             assert_eq!(driver.get(VIRTIO_MMIO_QUEUE_READY), 0, "{kind}");
             driver.expect_needs_reset(kind);
@@ -613,7 +611,7 @@ fn a_reset_with_requests_in_flight_ends_them() {
             if round % 2 == 0 {
                 driver.wait_used();
             }
-            driver.set_status(0);
+            driver.reset();
             // From here on the memory is the driver's again.
             let before = driver.read(USED, 0x100);
             driver.pulses.take();
@@ -629,8 +627,10 @@ fn a_reset_with_requests_in_flight_ends_them() {
 #[test]
 fn stopping_is_idempotent_and_says_where_the_queues_stand() {
     each(|mut device, kind| {
-        assert!(device.stop().is_empty(), "{kind}");
-        assert!(device.stop().is_empty(), "{kind}");
+        for mode in [StopMode::Cancel, StopMode::Drain] {
+            let queues = device.stop(mode, Duration::ZERO);
+            assert!(queues.is_some_and(|queues| queues.is_empty()), "{kind}");
+        }
     });
     each(|device, _| drop(Driver::started(device, 0)));
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -13,10 +14,10 @@ use super::queue::Virtqueue;
 /// A virtio device. The transport calls it, with status, features and queue parameters checked:
 ///
 /// ```text
-///            start                 stop (a reset, a fault, the end)
-/// stopped ----------> running -------------------------------------> stopped
-///    ^ |                 | ^
-///    +-+ stop            +-+ notify, write_config
+///            start             stop (a reset, a fault, the end)          stop gives the queues
+/// stopped ----------> running ----------------------------------> stopping ---------------> stopped
+///    ^ |                 | ^                                        | ^
+///    +-+ stop            +-+ notify, write_config                   +-+ stop
 /// ```
 ///
 /// Whatever the state, the transport may ask for the type, features, queue sizes and configuration. Dropping a device
@@ -49,9 +50,19 @@ pub trait VirtioDevice: Send {
         &[]
     }
 
-    /// Stops all work, waits until the last request has been completed or dropped, and hands the queues back, which say
-    /// where they stand. In the stopped state it does nothing and gives nothing.
-    fn stop(&mut self) -> Vec<Virtqueue>;
+    /// Stops all work, in this way. Once the last request has been completed or dropped, it hands the queues back, which say
+    /// where they stand; in the stopped state there are none. `None` says that the host has not let go of a request, and of
+    /// guest memory, within `wait`: the transport calls again, perhaps with another mode.
+    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>>;
+}
+
+/// What becomes of the requests that a device has taken from its queues when it stops. It takes no others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopMode {
+    /// They are carried out to their end: the device is to go on from where it stands.
+    Drain,
+    /// They end as soon as the host lets go of them, with an error if need be.
+    Cancel,
 }
 
 /// What a device works with while it runs.
@@ -72,6 +83,8 @@ pub trait InterruptTarget: Send + Sync {
     fn used_buffers(&self, queue: u16);
     /// The configuration or the device status has changed.
     fn config_changed(&self);
+    /// The device has been reset: nothing that it has told is of interest any more.
+    fn reset(&self);
 }
 
 /// The device's way to its driver. Clones are one and the same.
@@ -140,8 +153,9 @@ impl Interrupt {
     }
 
     /// The device has been reset.
-    pub(super) fn clear_needs_reset(&self) {
+    pub(super) fn reset(&self) {
         self.0.needs_reset.store(false, Ordering::Release);
+        self.0.target.reset();
     }
 }
 

@@ -1,11 +1,12 @@
 //! The entropy device (§ 5.4): fills buffers with the host's random numbers.
 
 use std::io;
+use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::device::{Resources, VirtioDevice};
+use super::device::{Resources, StopMode, VirtioDevice};
 use super::queue::{Chain, QueueError, Virtqueue};
 use super::worker::Worker;
 
@@ -21,7 +22,7 @@ const MAX_BYTES: usize = 4096;
 /// The device. It has neither features nor configuration.
 #[derive(Default)]
 pub struct Rng {
-    worker: Option<Worker>,
+    workers: Vec<Worker>,
 }
 
 impl VirtioDevice for Rng {
@@ -51,18 +52,17 @@ impl VirtioDevice for Rng {
             let worker = Worker::start(name, event, queue, mem, interrupt, |serving| {
                 serving.run(give_entropy)
             });
-            self.worker = Some(worker?);
+            self.workers = vec![worker?];
         }
         Ok(())
     }
 
     fn notify(&mut self, _queue: u16) {
-        self.worker.iter().for_each(Worker::notify);
+        self.workers.iter().for_each(Worker::notify);
     }
 
-    fn stop(&mut self) -> Vec<Virtqueue> {
-        let stopped = self.worker.take().and_then(Worker::stop);
-        stopped.into_iter().collect()
+    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
+        Worker::stop_all(&mut self.workers, mode, wait)
     }
 }
 

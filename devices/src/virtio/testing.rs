@@ -122,6 +122,21 @@ impl Driver {
         self.set(VIRTIO_MMIO_STATUS, status);
     }
 
+    /// A reset, to its end: from then on the memory is the driver's.
+    pub fn reset(&mut self) {
+        self.set_status(0);
+        wait("the end of a reset", || self.status() == 0);
+    }
+
+    /// Takes a queue back.
+    pub fn take_back(&mut self, queue: u16) {
+        self.set(VIRTIO_MMIO_QUEUE_SEL, queue.into());
+        self.set(VIRTIO_MMIO_QUEUE_READY, 0);
+        wait("a queue's return", || {
+            self.get(VIRTIO_MMIO_QUEUE_READY) == 0
+        });
+    }
+
     pub fn offered(&mut self) -> u64 {
         self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 0);
         let low = self.get(VIRTIO_MMIO_DEVICE_FEATURES);
@@ -138,8 +153,7 @@ impl Driver {
 
     /// Reset, up to FEATURES_OK.
     pub fn negotiate(&mut self, without: u64) {
-        self.set_status(0);
-        assert_eq!(self.status(), 0);
+        self.reset();
         (self.avail, self.used) = ([0; 16], [0; 16]);
         for queue in self.queues.clone() {
             self.queue = queue;

@@ -1,15 +1,18 @@
 //! A thread that runs the requests of one queue, so that no vCPU waits for them.
 
+use std::convert::Infallible;
 use std::io;
 use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::Interrupt;
+use super::device::{Interrupt, StopMode};
 use super::queue::{Chain, QueueError, Virtqueue};
 use crate::THREAD_STACK;
 
@@ -17,10 +20,12 @@ use crate::THREAD_STACK;
 /// in a long burst this often, so that it can go on in parallel.
 const BATCH: u32 = 16;
 
-/// A running worker. Dropping it stops it.
+/// A running worker. Dropping it stops it, and waits for what the host still does for it.
 pub struct Worker {
     queue: u16,
     signal: Arc<Signal>,
+    /// Its other end goes with the thread: that is how to wait for it no longer than so long.
+    alive: Receiver<Infallible>,
     /// `None` only while it is being stopped.
     thread: Option<JoinHandle<Virtqueue>>,
 }
@@ -28,8 +33,13 @@ pub struct Worker {
 /// How a worker is told that there is something to do.
 struct Signal {
     event: EventFd,
-    stop: AtomicBool,
+    stop: AtomicU8,
 }
+
+/// Values of [`Signal::stop`].
+const RUN: u8 = 0;
+const DRAIN: u8 = 1;
+const CANCEL: u8 = 2;
 
 impl Worker {
     /// Starts a thread that works on the queue as `work` does, which returns once [`Serving::must_stop`] says so.
@@ -45,13 +55,15 @@ impl Worker {
         let index = queue.index();
         let signal = Arc::new(Signal {
             event,
-            stop: AtomicBool::new(false),
+            stop: AtomicU8::new(RUN),
         });
         let signalled = Arc::clone(&signal);
+        let (alive_until_drop, alive) = channel();
         let thread = thread::Builder::new()
             .name(name)
             .stack_size(THREAD_STACK)
             .spawn(move || {
+                let _alive = alive_until_drop;
                 let mut serving = Serving {
                     queue: &mut queue,
                     mem: &mem,
@@ -67,6 +79,7 @@ impl Worker {
         Ok(Self {
             queue: index,
             signal,
+            alive,
             thread: Some(thread),
         })
     }
@@ -82,19 +95,37 @@ impl Worker {
         let _ = self.signal.event.write(1);
     }
 
-    /// Has the worker end after the requests in hand.
-    pub fn ask_to_stop(&self) {
-        self.signal.stop.store(true, Ordering::Release);
-        self.notify();
+    /// Stops all of a device's workers at once, so that it waits for one request and not for one of each queue. When they
+    /// have ended within `wait`, it takes the queues back; the workers stay, and end, if they have not.
+    pub fn stop_all(
+        workers: &mut Vec<Self>,
+        mode: StopMode,
+        wait: Duration,
+    ) -> Option<Vec<Virtqueue>> {
+        workers.iter().for_each(|worker| worker.ask_to_stop(mode));
+        let limit = Instant::now() + wait;
+        let ended = |worker: &Self| {
+            let left = limit.saturating_duration_since(Instant::now());
+            worker.alive.recv_timeout(left) != Err(RecvTimeoutError::Timeout)
+        };
+        workers
+            .iter()
+            .all(ended)
+            .then(|| workers.drain(..).filter_map(|mut w| w.join()).collect())
     }
 
-    /// Waits for the requests in hand and takes the queue back.
-    pub fn stop(mut self) -> Option<Virtqueue> {
-        self.join()
+    /// A worker that was told to cancel does not drain its queue any more.
+    fn ask_to_stop(&self, mode: StopMode) {
+        let stop = match mode {
+            StopMode::Drain => DRAIN,
+            StopMode::Cancel => CANCEL,
+        };
+        if self.signal.stop.fetch_max(stop, Ordering::AcqRel) < stop {
+            self.notify();
+        }
     }
 
     fn join(&mut self) -> Option<Virtqueue> {
-        self.ask_to_stop();
         let thread = self.thread.take()?;
         match thread.join() {
             Ok(queue) => Some(queue),
@@ -107,6 +138,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        self.ask_to_stop(StopMode::Cancel);
         self.join();
     }
 }
@@ -146,7 +178,18 @@ impl<'m> Serving<'m> {
 
     /// Whether the worker is to end, or the driver has broken the rules, in another queue perhaps.
     pub fn must_stop(&self) -> bool {
-        self.signal.stop.load(Ordering::Acquire) || self.interrupt.is_reset_needed()
+        self.signal.stop.load(Ordering::Acquire) != RUN || self.interrupt.is_reset_needed()
+    }
+
+    /// Whether requests in hand are to be cut short: [`StopMode::Cancel`].
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled()()
+    }
+
+    /// The same for whoever carries out a request.
+    pub fn cancelled(&self) -> impl Fn() -> bool + use<'m> {
+        let (signal, interrupt) = (self.signal, self.interrupt);
+        move || signal.stop.load(Ordering::Acquire) == CANCEL || interrupt.is_reset_needed()
     }
 
     /// Entries of the queue: more requests than that cannot be in flight.

@@ -16,7 +16,20 @@ use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
 use crate::virtio::queue::Buffers;
 
 /// iovecs that the kernel takes in one call (UIO_MAXIOV).
-pub(super) const MAX_IOVECS: usize = 1024;
+const MAX_IOVECS: usize = 1024;
+
+/// Room for an iovec.
+pub(super) const NO_IOVEC: libc::iovec = libc::iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
+
+/// Longest piece of a read or write, in bytes: what the host may do before it is asked again whether to go on. It is as long as
+/// the requests that Linux makes.
+pub(super) const PIECE: u64 = 1 << 20;
+
+/// Longest piece, in bytes, of a range that is given back to the host or made zeroes, which costs the host less.
+const CLEAR_PIECE: u64 = 64 << 20;
 
 /// Zeroes to write where the host has no faster way.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -121,6 +134,17 @@ pub(super) enum Direction {
     Read,
     /// From the guest to the disk.
     Write,
+}
+
+/// Says that a request is to be cut short. Long ones are carried out in pieces, and it is asked between them.
+pub(super) type Cancelled<'a> = &'a dyn Fn() -> bool;
+
+/// An error if a request is to be cut short.
+fn go_on(cancelled: Cancelled<'_>) -> io::Result<()> {
+    if cancelled() {
+        return Err(Errno::CANCELED.into());
+    }
+    Ok(())
 }
 
 /// An open and locked disk. The lock goes with it.
@@ -273,29 +297,28 @@ impl Disk {
         buffers: &Buffers<'_>,
         offset: u64,
         iovecs: &mut Vec<libc::iovec>,
+        cancelled: Cancelled<'_>,
     ) -> io::Result<()> {
         describe(buffers, iovecs);
-        let (mut rest, len) = (iovecs.as_mut_slice(), buffers.len());
-        match &self.overlay {
-            Some(overlay) if direction == Direction::Write => {
-                overlay.change(&self.file, offset, len, |top| {
-                    transfer(top, direction, rest, offset, len).map(drop)
-                })
-            }
-            overlay => {
-                let mut done = 0;
-                while done < len {
-                    let (at, left) = (offset + done, len - done);
-                    let (file, count) = match overlay {
-                        Some(overlay) => overlay.place(&self.file, at, left),
-                        None => (&self.file, left),
-                    };
-                    rest = transfer(file, direction, rest, at, count)?;
-                    done += count;
+        let (mut rest, len, mut done) = (iovecs.as_mut_slice(), buffers.len(), 0);
+        while done < len {
+            go_on(cancelled)?;
+            let (at, piece) = (offset + done, PIECE.min(len - done));
+            let (file, count) = match &self.overlay {
+                Some(overlay) if direction == Direction::Write => {
+                    rest = overlay.change(&self.file, at, piece, |top| {
+                        transfer(top, direction, rest, at, piece)
+                    })?;
+                    done += piece;
+                    continue;
                 }
-                Ok(())
-            }
+                Some(overlay) => overlay.place(&self.file, at, piece),
+                None => (&self.file, piece),
+            };
+            rest = transfer(file, direction, rest, at, count)?;
+            done += count;
         }
+        Ok(())
     }
 
     /// Makes durable what was written (§ 5.2.6.2), where that is to last.
@@ -320,26 +343,52 @@ impl Disk {
     }
 
     /// Gives a range back to the host. That is a hint: a host that cannot has nothing to do.
-    pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub(super) fn discard(
+        &self,
+        offset: u64,
+        len: u64,
+        cancelled: Cancelled<'_>,
+    ) -> io::Result<()> {
         if self.overlay.is_some() {
-            return self.write_zeroes(offset, len, true);
+            return self.write_zeroes(offset, len, true, cancelled);
         }
-        match punch_hole(&self.file, offset, len) {
-            Err(Errno::OPNOTSUPP) => Ok(()),
-            result => Ok(result?),
-        }
+        in_pieces(offset, len, |offset, len| {
+            go_on(cancelled)?;
+            match punch_hole(&self.file, offset, len) {
+                Err(Errno::OPNOTSUPP) => Ok(()),
+                result => Ok(result?),
+            }
+        })
     }
 
     /// Makes a range read as zeroes; with `unmap`, its room may be given back to the host.
-    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        match &self.overlay {
+    pub(super) fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        unmap: bool,
+        cancelled: Cancelled<'_>,
+    ) -> io::Result<()> {
+        in_pieces(offset, len, |offset, len| match &self.overlay {
             // No file system hands its room out in advance.
             Some(overlay) => overlay.change(&self.file, offset, len, |top| {
-                write_zeroes(top, offset, len, true)
+                write_zeroes(top, offset, len, true, cancelled)
             }),
-            None => write_zeroes(&self.file, offset, len, unmap),
-        }
+            None => write_zeroes(&self.file, offset, len, unmap, cancelled),
+        })
     }
+}
+
+/// Does something with each piece of a range that is to be cleared.
+fn in_pieces(
+    offset: u64,
+    len: u64,
+    mut clear: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    (0..len.div_ceil(CLEAR_PIECE)).try_for_each(|piece| {
+        let done = piece * CLEAR_PIECE;
+        clear(offset + done, CLEAR_PIECE.min(len - done))
+    })
 }
 
 /// Makes `iovecs` those of `buffers`.
@@ -382,34 +431,18 @@ fn transfer_some(
     offset: u64,
     len: u64,
 ) -> io::Result<usize> {
-    // As many whole iovecs as there is room for, or the beginning of one.
-    let mut room = len;
-    let fitting = iovecs.iter().take(MAX_IOVECS).take_while(|iovec| {
-        let fits = iovec.iov_len as u64 <= room;
-        room = room.saturating_sub(iovec.iov_len as u64);
-        fits
-    });
-    let (ptr, count, part);
-    match (fitting.count(), iovecs.first()) {
-        (0, Some(first)) => {
-            part = libc::iovec {
-                iov_len: first.iov_len.min(len as usize),
-                ..*first
-            };
-            (ptr, count) = (&raw const part, 1);
-        }
-        (fitting, _) => (ptr, count) = (iovecs.as_ptr(), fitting as libc::c_int),
-    }
+    let mut part = NO_IOVEC;
+    let (ptr, count, _) = front(iovecs, len, &mut part);
     let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
     let fd = file.as_raw_fd();
     loop {
-        // SAFETY: `ptr` points to at least `count` iovecs. Each lies within a `VolatileSlice` that `Disk::transfer`'s
+        // SAFETY: `ptr` points to at least `count` iovecs, in `iovecs` or in `part`. Each lies within a `VolatileSlice` that `Disk::transfer`'s
         // caller holds, a piece of a live mapping, readable and writable, which the kernel checks besides; nothing in this
         // process keeps references to guest memory. The file descriptor is open as long as `file` is there.
         let result = unsafe {
             match direction {
-                Direction::Read => libc::preadv(fd, ptr, count, offset),
-                Direction::Write => libc::pwritev(fd, ptr, count, offset),
+                Direction::Read => libc::preadv(fd, ptr, count as libc::c_int, offset),
+                Direction::Write => libc::pwritev(fd, ptr, count as libc::c_int, offset),
             }
         };
         match usize::try_from(result) {
@@ -426,7 +459,41 @@ fn transfer_some(
     }
 }
 
-fn write_zeroes(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+/// The beginning of `iovecs`, at most `len` bytes: where, how many iovecs, and how many bytes. It is as many whole iovecs as there
+/// is room for, or the beginning of one, which then is in `part`.
+pub(super) fn front(
+    iovecs: &[libc::iovec],
+    len: u64,
+    part: &mut libc::iovec,
+) -> (*const libc::iovec, u32, u64) {
+    let (mut count, mut bytes) = (0, 0);
+    for iovec in iovecs.iter().take(MAX_IOVECS) {
+        let more = bytes + iovec.iov_len as u64;
+        if more > len {
+            break;
+        }
+        (count, bytes) = (count + 1, more);
+    }
+    match iovecs.first() {
+        Some(first) if count == 0 => {
+            *part = libc::iovec {
+                iov_len: len as usize,
+                ..*first
+            };
+            (part, 1, len)
+        }
+        _ => (iovecs.as_ptr(), count, bytes),
+    }
+}
+
+fn write_zeroes(
+    file: &File,
+    offset: u64,
+    len: u64,
+    unmap: bool,
+    cancelled: Cancelled<'_>,
+) -> io::Result<()> {
+    go_on(cancelled)?;
     let fast = if unmap {
         punch_hole(file, offset, len)
     } else {
@@ -439,6 +506,7 @@ fn write_zeroes(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<(
     }
     let (mut offset, mut left) = (offset, len);
     while left > 0 {
+        go_on(cancelled)?;
         let count = left.min(ZEROES.len() as u64);
         let zeroes = ZEROES.get(..count as usize).unwrap_or_default();
         file.write_all_at(zeroes, offset)?;

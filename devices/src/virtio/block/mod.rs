@@ -9,6 +9,7 @@ mod uring;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
@@ -22,7 +23,7 @@ pub use disk::{Access, Disk, DiskError};
 use request::Requests;
 use uring::Uring;
 
-use super::device::{Resources, VirtioDevice, read_config_bytes};
+use super::device::{Resources, StopMode, VirtioDevice, read_config_bytes};
 use super::queue::{QueueError, Virtqueue};
 use super::worker::{Serving, Worker};
 
@@ -47,7 +48,7 @@ const SEG_MAX: u32 = 254;
 const PHYSICAL_BLOCK_SIZE: u32 = 4096;
 
 /// Longest discard in sectors, 2 GiB, and longest write of zeroes, 64 MiB: on a host that must write these itself a
-/// request should still end soon, since a reset waits for it.
+/// request should still end soon, since the others of its queue wait for it.
 const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 17;
 
@@ -139,10 +140,11 @@ fn serve(requests: Requests, engine: Engine, serving: &mut Serving<'_>) -> Resul
             ),
         }
     }
-    let mut iovecs = Vec::new();
+    let (mut iovecs, cancelled) = (Vec::new(), serving.cancelled());
     serving.run(|chain| {
         let (status, operation) = requests.parse(chain)?;
-        let result = operation.and_then(|op| requests.carry_out(op, chain, &mut iovecs));
+        let result =
+            operation.and_then(|op| requests.carry_out(op, chain, &mut iovecs, &cancelled));
         Ok(status.answer(result))
     })
 }
@@ -208,9 +210,7 @@ impl VirtioDevice for Block {
         &self.notifiers
     }
 
-    fn stop(&mut self) -> Vec<Virtqueue> {
-        // All at once, so that a reset waits for one request and not for one of each queue.
-        self.workers.iter().for_each(Worker::ask_to_stop);
-        self.workers.drain(..).filter_map(Worker::stop).collect()
+    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
+        Worker::stop_all(&mut self.workers, mode, wait)
     }
 }

@@ -52,13 +52,13 @@ impl Overlay {
 
     /// Has `change` write all of this range, which is not empty, in the temporary file. What lies around it in its
     /// clusters is there before. If that fails, the disk may have changed in the range, and nowhere else.
-    pub(super) fn change(
+    pub(super) fn change<T>(
         &self,
         base: &File,
         offset: u64,
         len: u64,
-        change: impl FnOnce(&File) -> io::Result<()>,
-    ) -> io::Result<()> {
+        change: impl FnOnce(&File) -> io::Result<T>,
+    ) -> io::Result<T> {
         let clusters = offset / CLUSTER..=(offset + len - 1) / CLUSTER;
         if self.are(true, clusters.clone()) {
             return change(&self.top);
@@ -76,9 +76,9 @@ impl Overlay {
                 self.add(cluster..=cluster);
             }
         }
-        change(&self.top)?;
+        let changed = change(&self.top)?;
         self.add(clusters);
-        Ok(())
+        Ok(changed)
     }
 
     /// Whether each of these clusters is in the temporary file, or none of them is.

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_blk::{
 
 use vm_memory::VolatileSlice;
 
-use super::disk::{Direction, Disk};
+use super::disk::{Cancelled, Direction, Disk};
 use super::{MAX_DISCARD_SECTORS, MAX_ID_LEN, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE};
 use crate::virtio::queue::{Buffers, Chain, QueueError};
 
@@ -118,23 +118,26 @@ impl Requests {
         operation: Operation,
         chain: &Chain<'_>,
         iovecs: &mut Vec<libc::iovec>,
+        cancelled: Cancelled<'_>,
     ) -> Result<u64, Failure> {
         let disk = &self.disk;
         match operation {
             Operation::Transfer(Direction::Read, offset) => {
-                disk.transfer(Direction::Read, &chain.writable, offset, iovecs)?;
+                disk.transfer(Direction::Read, &chain.writable, offset, iovecs, cancelled)?;
                 return Ok(chain.writable.len());
             }
             Operation::Transfer(Direction::Write, offset) => {
-                disk.transfer(Direction::Write, &chain.readable, offset, iovecs)?;
+                disk.transfer(Direction::Write, &chain.readable, offset, iovecs, cancelled)?;
             }
             Operation::GetId => return Ok(chain.writable.write_front(&self.id) as u64),
             Operation::Flush => {
                 disk.flush()?;
                 return Ok(0);
             }
-            Operation::Discard(offset, len) => disk.discard(offset, len)?,
-            Operation::WriteZeroes(offset, len, unmap) => disk.write_zeroes(offset, len, unmap)?,
+            Operation::Discard(offset, len) => disk.discard(offset, len, cancelled)?,
+            Operation::WriteZeroes(offset, len, unmap) => {
+                disk.write_zeroes(offset, len, unmap, cancelled)?;
+            }
         }
         if self.write_through {
             disk.flush()?;

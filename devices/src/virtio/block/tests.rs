@@ -493,8 +493,7 @@ fn every_queue_works_alone_and_with_the_others() {
             round(&mut driver, &all);
         }
         // One is taken back; the others go on from where they stand.
-        driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_SEL, 3);
-        driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_READY, 0);
+        driver.take_back(3);
         let others: Vec<u16> = all.iter().copied().filter(|queue| *queue != 3).collect();
         for _ in 0..20 {
             round(&mut driver, &others);
@@ -514,7 +513,7 @@ fn every_queue_works_alone_and_with_the_others() {
             driver.queue = queue;
             submit(&mut driver, VIRTIO_BLK_T_IN, 0, (BUFFER, 512, WRITE));
         }
-        driver.set_status(0);
+        driver.reset();
         let before: Vec<u16> = (0..MAX_QUEUES)
             .map(|queue| used_of(&mut driver, queue))
             .collect();
@@ -846,7 +845,7 @@ fn after_a_reset_the_memory_is_the_drivers_again() {
             if round % 2 == 0 {
                 driver.wait_used();
             }
-            driver.set_status(0);
+            driver.reset();
             driver.write(HIGH, &[0x5a; 0x40_0000]);
             std::thread::sleep(std::time::Duration::from_millis(5));
             assert!(
@@ -881,8 +880,7 @@ fn a_stop_loses_no_request_and_does_none_twice() {
             }
             driver.notify();
             // Taking one queue back stops the device and starts it again with the other.
-            driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_SEL, 1);
-            driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_READY, 0);
+            driver.take_back(1);
             let mut heads: Vec<u32> = (0..4).map(|_| driver.wait_used().0).collect();
             heads.sort_unstable();
             assert_eq!(heads, [0, 4, 8, 12]);

@@ -13,10 +13,11 @@ pub(super) mod tests;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::device::{Interrupt, Resources, VirtioDevice, read_config_bytes};
+use super::device::{Interrupt, Resources, StopMode, VirtioDevice, read_config_bytes};
 use super::queue::{Chain, QueueError, Virtqueue};
 use crate::console::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
 
@@ -127,15 +128,12 @@ impl VirtioDevice for Console {
         }
     }
 
-    fn stop(&mut self) -> Vec<Virtqueue> {
+    fn stop(&mut self, _: StopMode, _: Duration) -> Option<Vec<Virtqueue>> {
         let mut port = self.lock();
         port.sent = 0;
-        let stopped = port.running.take();
-        stopped
-            .into_iter()
-            .flat_map(|running| [running.receive, running.transmit])
-            .flatten()
-            .collect()
+        let stopped = port.running.take().into_iter();
+        let queues = stopped.flat_map(|running| [running.receive, running.transmit]);
+        Some(queues.flatten().collect())
     }
 }
 

@@ -5,6 +5,7 @@
 //! finds out how many queues there are, and a notification that nobody waits for.
 
 use std::fmt;
+use std::time::Duration;
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
@@ -12,7 +13,7 @@ use virtio_bindings::virtio_config::{
 };
 use vm_memory::GuestMemoryMmap;
 
-use super::super::device::{Interrupt, Resources, VirtioDevice};
+use super::super::device::{Interrupt, Resources, StopMode, VirtioDevice};
 use super::super::queue::{QueueError, QueueState, Virtqueue, check_rings};
 use super::super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 
@@ -23,6 +24,11 @@ const STATUS_STEPS: [u32; 4] = [
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_CONFIG_S_DRIVER_OK,
 ];
+
+/// Longest that a driver's access waits for a device to stop. A host that is well lets go of all requests within that time, so that
+/// the access is over when it returns, which is what Linux relies on: it does not poll (drivers/virtio/virtio_mmio.c). Where
+/// it is not, the vCPU goes on, and the driver can see in the device status, or in QueueReady, that it must wait.
+const STOP_WAIT: Duration = Duration::from_millis(20);
 
 /// What every transport offers beside the device's own features.
 const TRANSPORT_FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC;
@@ -63,6 +69,27 @@ enum Fault {
     Start(#[source] std::io::Error),
 }
 
+/// What the device does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Stopped,
+    Running,
+    /// The host has not let go of every request. Until then, nothing but a reset has an effect.
+    Stopping(StopMode, Then),
+}
+
+/// What follows when the device has stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Nothing,
+    Reset,
+    /// The driver has this queue back, and a device that was running goes on with the others.
+    ReturnQueue {
+        queue: u32,
+        go_on: bool,
+    },
+}
+
 /// A device with its status, features and queue parameters.
 pub struct Core {
     device: Box<dyn VirtioDevice>,
@@ -70,7 +97,7 @@ pub struct Core {
     interrupt: Interrupt,
     /// As the driver wrote it; DEVICE_NEEDS_RESET is the interrupt's to know.
     status: u32,
-    running: bool,
+    state: State,
     /// Which 32 of the offered feature bits the driver reads.
     pub device_features_select: u32,
     /// Which 32 feature bits the driver writes.
@@ -89,14 +116,14 @@ impl Core {
             mem,
             interrupt,
             status: 0,
-            running: false,
+            state: State::Stopped,
             device_features_select: 0,
             driver_features_select: 0,
             driver_features: 0,
             queue_select: 0,
             queues: Vec::new(),
         };
-        core.reset();
+        core.stop(StopMode::Cancel, Then::Reset);
         core
     }
 
@@ -114,10 +141,19 @@ impl Core {
         }
     }
 
-    /// The driver writes the device status. Zero is a reset, which is over when this returns: no request is in flight.
+    /// Whether the device is still to stop; what the driver writes is lost meanwhile, but for the device status.
+    pub fn is_stopping(&self) -> bool {
+        matches!(self.state, State::Stopping(..))
+    }
+
+    /// The driver writes the device status. Zero is a reset, which is over when the status reads as zero: then no request is
+    /// in flight.
     pub fn set_status(&mut self, new: u32) {
         if new == 0 {
-            return self.reset();
+            return self.stop(StopMode::Cancel, Then::Reset);
+        }
+        if self.is_stopping() {
+            return;
         }
         let old = self.status;
         // A bit once set goes only in a reset (§ 2.1.1). DEVICE_NEEDS_RESET is not the driver's.
@@ -132,7 +168,7 @@ impl Core {
         if given & VIRTIO_CONFIG_S_FAILED != 0 {
             // The driver has given up.
             self.status |= VIRTIO_CONFIG_S_FAILED;
-            return self.stop();
+            return self.stop(StopMode::Cancel, Then::Nothing);
         }
         let mut before = true;
         for step in STATUS_STEPS {
@@ -217,7 +253,8 @@ impl Core {
         });
     }
 
-    /// The driver makes the selected queue ready, or takes it back, which it may do at any time (§ 4.2.2.2).
+    /// The driver makes the selected queue ready, or takes it back, which it may do at any time (§ 4.2.2.2) and which is over
+    /// when QueueReady reads as zero.
     pub fn set_queue_ready(&mut self, ready: bool) {
         if ready {
             return self.change_queue(|queue, mem| {
@@ -229,16 +266,11 @@ impl Core {
         if !self.queue().is_some_and(|queue| queue.ready) {
             return;
         }
-        let was_running = self.running;
-        self.stop();
-        if let Some(queue) = self.selected_queue() {
-            queue.ready = false;
-            (queue.next_avail, queue.next_used) = (0, 0);
-        }
-        // The other queues go on from where they stand.
-        if was_running {
-            self.start();
-        }
+        let then = Then::ReturnQueue {
+            queue: self.queue_select,
+            go_on: self.state == State::Running,
+        };
+        self.stop(StopMode::Drain, then);
     }
 
     /// Changes the selected queue, which must be one that is not in use yet.
@@ -264,7 +296,7 @@ impl Core {
     /// The driver notifies the device of available buffers in this queue (§ 2.9).
     pub fn notify(&mut self, queue: u32) {
         if let Ok(queue) = u16::try_from(queue)
-            && self.running
+            && self.state == State::Running
             && self
                 .queues
                 .get(usize::from(queue))
@@ -317,25 +349,63 @@ impl Core {
             self.device.start(resources).map_err(Fault::Start)
         });
         match started {
-            Ok(()) => self.running = true,
+            Ok(()) => self.state = State::Running,
             Err(fault) => self.fail(fault),
         }
     }
 
-    /// Stops the device and notes where its queues stand.
-    fn stop(&mut self) {
-        for queue in self.device.stop() {
+    /// Stops the device, now or, if that takes longer, by and by.
+    fn stop(&mut self, mode: StopMode, then: Then) {
+        // Who waits for a reset already does not hold the vCPU once more.
+        let wait = if self.is_stopping() {
+            Duration::ZERO
+        } else {
+            STOP_WAIT
+        };
+        self.state = State::Stopping(mode, then);
+        self.finish_stop(wait);
+    }
+
+    /// Looks whether a device that was to stop has done so: to be called before each access.
+    pub fn poll_stop(&mut self) {
+        if self.is_stopping() {
+            self.finish_stop(Duration::ZERO);
+        }
+    }
+
+    /// Notes where the queues of a device that has stopped stand, and does what follows.
+    fn finish_stop(&mut self, wait: Duration) {
+        let State::Stopping(mode, then) = self.state else {
+            return;
+        };
+        let Some(queues) = self.device.stop(mode, wait) else {
+            return;
+        };
+        for queue in queues {
             if let Some(state) = self.queues.get_mut(usize::from(queue.index())) {
                 *state = queue.state();
             }
         }
-        self.running = false;
+        self.state = State::Stopped;
+        match then {
+            Then::Nothing => {}
+            Then::Reset => self.reset(),
+            Then::ReturnQueue { queue, go_on } => {
+                if let Some(queue) = self.queues.get_mut(queue as usize) {
+                    queue.ready = false;
+                    (queue.next_avail, queue.next_used) = (0, 0);
+                }
+                // The others stand where they stood.
+                if go_on {
+                    self.start();
+                }
+            }
+        }
     }
 
     fn reset(&mut self) {
-        self.stop();
-        // Behind the stop: nothing can set it now.
-        self.interrupt.clear_needs_reset();
+        // Nothing can set it now.
+        self.interrupt.reset();
         self.status = 0;
         self.device_features_select = 0;
         self.driver_features_select = 0;
@@ -354,7 +424,7 @@ impl Core {
     }
 
     fn fail(&mut self, fault: impl fmt::Display) {
-        self.stop();
+        self.stop(StopMode::Cancel, Then::Nothing);
         if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             self.interrupt.needs_reset(&fault);
         } else {
@@ -365,7 +435,8 @@ impl Core {
 
 impl Drop for Core {
     fn drop(&mut self) {
-        self.stop();
+        // Without a wait: dropping the device waits.
+        self.device.stop(StopMode::Cancel, Duration::ZERO);
     }
 }
 

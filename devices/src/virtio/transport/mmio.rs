@@ -70,6 +70,11 @@ impl MmioTransport {
         use Ring::{Available, Descriptors, Used};
         let core = &mut self.core;
         match offset {
+            VIRTIO_MMIO_INTERRUPT_ACK => {
+                self.interrupt_status.fetch_and(!value, Ordering::AcqRel);
+            }
+            VIRTIO_MMIO_STATUS => core.set_status(value),
+            _ if core.is_stopping() => {}
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => core.device_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES => core.set_driver_features(value),
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => core.driver_features_select = value,
@@ -77,15 +82,6 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_NUM => core.set_queue_size(value),
             VIRTIO_MMIO_QUEUE_READY => core.set_queue_ready(value & 1 != 0),
             VIRTIO_MMIO_QUEUE_NOTIFY => core.notify(value),
-            VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.interrupt_status.fetch_and(!value, Ordering::AcqRel);
-            }
-            VIRTIO_MMIO_STATUS => {
-                core.set_status(value);
-                if value == 0 {
-                    self.interrupt_status.store(0, Ordering::Release);
-                }
-            }
             VIRTIO_MMIO_QUEUE_DESC_LOW => core.set_queue_address(Descriptors, Low, value),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => core.set_queue_address(Descriptors, High, value),
             VIRTIO_MMIO_QUEUE_AVAIL_LOW => core.set_queue_address(Available, Low, value),
@@ -110,6 +106,7 @@ fn register(offset: u64, len: usize) -> Option<u32> {
 
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.core.poll_stop();
         if let Some(offset) = config_offset(offset) {
             return self.core.read_config(offset, data);
         }
@@ -121,6 +118,7 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        self.core.poll_stop();
         if let Some(offset) = config_offset(offset) {
             return self.core.write_config(offset, data);
         }
@@ -152,5 +150,9 @@ impl InterruptTarget for MmioInterrupt {
 
     fn config_changed(&self) {
         self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    fn reset(&self) {
+        self.status.store(0, Ordering::Release);
     }
 }
