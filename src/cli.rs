@@ -151,13 +151,15 @@ pub struct VmArgs {
     #[command(flatten)]
     pub guest: GuestArgs,
     /// Disk, a raw image or a block device:
-    /// path=FILE[,ro][,ephemeral][,id=SERIAL][,queues=N][,engine=io_uring|sync], as in --disk path=root.img,id=root; may be
-    /// given again, and the guest finds them in this order (/dev/vda, /dev/vdb, ...). What may be written is locked against
-    /// other processes; ro disks can be shared. A kernel without ACPI is told of its disks if acpi=off is on its command
-    /// line
+    /// path=FILE[,ro][,ephemeral][,format=raw][,sector=512|4096][,id=SERIAL][,queues=N][,engine=io_uring|sync], as in
+    /// --disk path=root.img,id=root; may be given again, and the guest finds them in this order (/dev/vda, /dev/vdb, ...).
+    /// What may be written is locked against other processes; ro disks can be shared. A kernel without ACPI is told of its
+    /// disks if acpi=off is on its command line
     ///
     /// ephemeral: what the guest writes goes to a temporary file in $TMPDIR or /tmp and ends with the VM; FILE stays as it
-    /// is, and any number of VMs can have it so. queues: 1 to 8, without it one a vCPU. engine: io_uring, or without it
+    /// is, and any number of VMs can have it so. format: a file that looks like qcow2, VMDK and the like, or is compressed, is
+    /// refused, but not with format=raw. sector: bytes in a logical block, if not the block device's own or 512: 4096 for the
+    /// image of a disk with such sectors. queues: 1 to 8, without it one a vCPU. engine: io_uring, or without it
     /// where the host has none or the disk is ephemeral, sync: one request of a queue after the other
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,

@@ -217,7 +217,19 @@ impl From<Span> for String {
     }
 }
 
-/// A disk. Written `path=FILE[,ro][,ephemeral][,id=SERIAL][,queues=N][,engine=io_uring|sync]`.
+/// How a disk is written on the command line.
+const DISK_SYNTAX: &str = "path=FILE[,ro][,ephemeral][,format=raw][,sector=512|4096][,id=SERIAL][,queues=N]\
+                           [,engine=io_uring|sync]";
+
+/// The format of a disk's file. There is only one, which need not be named but for a file that looks like another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// Its bytes are the disk's.
+    Raw,
+}
+
+/// A disk. Written as its help says.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DiskConfig {
@@ -228,6 +240,10 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Whether what the guest writes goes to a temporary file and not to [`DiskConfig::path`].
     pub ephemeral: bool,
+    /// Its format, if that must be said.
+    pub format: Option<DiskFormat>,
+    /// Bytes in a logical block, 512 or 4096; without it, the block device's own, and 512 in a file.
+    pub sector: Option<u32>,
     /// Serial number, by which a guest may find it.
     pub id: Option<String>,
     /// Number of queues; without it, one a vCPU up to [`MAX_QUEUES`].
@@ -248,6 +264,13 @@ impl DiskConfig {
             return Err(
                 "ephemeral and engine=io_uring: an ephemeral disk has engine=sync alone".into(),
             );
+        }
+        if let Some(sector) = self.sector
+            && ![512, 4096].contains(&sector)
+        {
+            return Err(format!(
+                "sector={sector}: a disk has sectors of 512 or 4096 bytes"
+            ));
         }
         if let Some(queues) = self.queues
             && !(1..=MAX_QUEUES).contains(&queues)
@@ -285,6 +308,16 @@ impl FromStr for DiskConfig {
                 ("path", Some(value)) => config.path = value.into(),
                 ("ro", None) => config.read_only = true,
                 ("ephemeral", None) => config.ephemeral = true,
+                ("format", Some("raw")) => config.format = Some(DiskFormat::Raw),
+                ("format", _) => {
+                    return Err(format!(
+                        "'{part}': disks are raw; convert others (qemu-img convert -O raw), or write format=raw"
+                    ));
+                }
+                ("sector", Some(value)) => {
+                    let sector = value.parse().map_err(|e| format!("'{part}': {e}"))?;
+                    config.sector = Some(sector);
+                }
                 ("id", Some(value)) => config.id = Some(value.into()),
                 ("queues", Some(value)) => {
                     let queues = value.parse().map_err(|e| format!("'{part}': {e}"))?;
@@ -297,9 +330,8 @@ impl FromStr for DiskConfig {
                 }
                 _ => {
                     return Err(format!(
-                        "'{part}' is not known; write \
-                         path=FILE[,ro][,ephemeral][,id=SERIAL][,queues=N][,engine=io_uring|sync] (a path with a comma can \
-                         be given in a file, with --config)"
+                        "'{part}' is not known; write {DISK_SYNTAX} (a path with a comma can be given in a file, with \
+                         --config)"
                     ));
                 }
             }
@@ -547,6 +579,11 @@ mod tests {
             })
         );
         assert!(!disk("path=x").unwrap().read_only);
+        let raw = disk("path=x,format=raw,sector=4096").unwrap();
+        assert_eq!(
+            (raw.format, raw.sector),
+            (Some(DiskFormat::Raw), Some(4096))
+        );
         let all = disk("engine=sync,queues=8,ephemeral,path=x").unwrap();
         assert!(all.ephemeral);
         assert_eq!((all.queues, all.engine), (Some(8), Some(Engine::Sync)));
@@ -560,6 +597,11 @@ mod tests {
             ("path=x,", "not known"),
             ("path=x,rw", "'rw'"),
             ("path=x,ro=1", "'ro=1'"),
+            ("path=x,format=qcow2", "qemu-img convert"),
+            ("path=x,format", "format=raw"),
+            ("path=x,sector=1024", "512 or 4096"),
+            ("path=x,sector=4k", "'sector=4k'"),
+            ("path=x,sector", "'sector'"),
             ("path=x,queues=0", "1 to 8"),
             ("path=x,queues=9", "1 to 8"),
             ("path=x,queues=", "'queues='"),
@@ -582,13 +624,15 @@ mod tests {
         }
         let config = parse(
             r#"{"kernel": "k", "rng": true, "mergeable": true, "disks": [{"path": "a,b", "engine": "io_uring", "queues": 2},
-                {"path": "c", "ro": true, "id": "x"}]}"#,
+                {"path": "c", "ro": true, "id": "x", "format": "raw", "sector": 512}]}"#,
         )
         .unwrap();
         config.validate().unwrap();
         assert_eq!(config.disks[0].path, PathBuf::from("a,b"));
         assert!(config.rng && config.mergeable && config.disks[1].read_only);
         assert_eq!(config.disks[0].engine, Some(Engine::IoUring));
+        assert_eq!(config.disks[1].format, Some(DiskFormat::Raw));
+        assert_eq!(config.disks[1].sector, Some(512));
         for field in [
             r#""format": "qcow2""#,
             r#""engine": "aio""#,

@@ -9,7 +9,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use minivmm_devices::console::{ConsoleDevice, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::legacy::serial::Serial;
-use minivmm_devices::virtio::block::{Access, Block, Disk, DiskError};
+use minivmm_devices::virtio::block::{Access, Block, Disk, DiskError, DiskOptions};
 use minivmm_devices::virtio::console::Console as VirtioConsole;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -477,7 +477,12 @@ fn open_resources(config: &VmConfig) -> Result<HostResources, VmError> {
                 (false, true) => Access::Ephemeral,
                 (false, false) => Access::ReadWrite,
             };
-            let opened = Disk::open(&disk.path, access)?;
+            let options = DiskOptions {
+                access,
+                force_raw: disk.format.is_some(),
+                block_size: disk.sector,
+            };
+            let opened = Disk::open(&disk.path, options)?;
             let id = disk.id.as_deref().unwrap_or_default();
             let engine = disk.engine.unwrap_or_default();
             Block::new(opened, id, queues, engine).map_err(host("an eventfd"))

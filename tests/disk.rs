@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::linux::{Debian, debian_disk, virtio, virtio_command};
-use common::{PATIENCE, wait};
+use common::{Ended, PATIENCE, boot_tiny, run, wait};
 use tempfile::NamedTempFile;
 
 /// Runs a script with these as $0, $1, ..., and expects it to succeed.
@@ -114,18 +114,76 @@ fn a_file_system_is_clean_after_the_guest() {
     disk.as_file().set_len(32 << 20).unwrap();
     sh(
         "head -c 3000000 /dev/urandom >$0/data; (cd $0; sha256sum data >sums)
-        sed -i s,data,/mnt/data, $0/sums; mkfs.ext4 -q -d $0 $1",
-        &[tree.path(), disk.path()],
+        sed -i s,data,/mnt/data, $0/sums",
+        &[tree.path()],
     );
-    virtio(
-        "file-system",
-        &["--disk", &format!("path={}", disk.path().display())],
-        &["/mnt/data: OK"],
-    );
-    sh(
-        "e2fsck -fn $0; debugfs -R 'cat /note' $0 | grep 'from the guest'",
-        &[disk.path()],
-    );
+    for (options, sector) in [("", 512), (",sector=4096", 4096)] {
+        sh(
+            "mkfs.ext4 -qF -b 4096 -d $0 $1",
+            &[tree.path(), disk.path()],
+        );
+        let option = format!("path={}{options}", disk.path().display());
+        let sector = format!("65536 sectors, logical blocks of {sector}");
+        virtio(
+            "file-system",
+            &["--disk", &option],
+            &[&sector, "/mnt/data: OK"],
+        );
+        sh(
+            "e2fsck -fn $0; debugfs -R 'cat /note' $0 | grep 'from the guest'",
+            &[disk.path()],
+        );
+    }
+}
+
+/// A block device on a file.
+struct Loop(String);
+
+impl Loop {
+    fn new(options: &str, file: &Path) -> Self {
+        let output = Command::new("sh")
+            .args(["-ec", &format!("losetup {options} --find --show $0")])
+            .arg(file)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "losetup needs root: {output:?}");
+        Self(String::from_utf8(output.stdout).unwrap().trim().into())
+    }
+
+    fn boot(&self, options: &str) -> Ended {
+        let disk = format!("path={}{options}", self.0);
+        run(&mut boot_tiny("hello", "", &["--disk", &disk]))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_has_its_own_sectors_and_may_be_read_only() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let device = Loop::new("--read-only", file.path());
+    let ended = device.boot("");
+    ended.assert_code(125);
+    let wanted = format!("{} is read-only: add ro", device.0);
+    assert!(ended.stderr.contains(&wanted), "{}", ended.stderr);
+    for options in [",ro", ",ephemeral", ",sector=4096,ro"] {
+        device.boot(options).assert_code(0);
+    }
+    drop(device);
+
+    let device = Loop::new("--sector-size 4096", file.path());
+    for options in ["", ",sector=4096"] {
+        device.boot(options).assert_code(0);
+    }
+    let ended = device.boot(",sector=512");
+    ended.assert_code(125);
+    let wanted = format!("{} has logical blocks of 4096", device.0);
+    assert!(ended.stderr.contains(&wanted), "{}", ended.stderr);
 }
 
 /// A copy of Debian's disk.

@@ -243,6 +243,7 @@ fn a_disk_that_cannot_be_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let place = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     fs::write(place("short"), "short").unwrap();
+    fs::write(place("odd"), [0; 10240]).unwrap();
     for (disk, status, wanted) in [
         (
             format!("path={}", place("missing")),
@@ -256,9 +257,15 @@ fn a_disk_that_cannot_be_is_named() {
             "neither a regular file",
         ),
         ("path=/dev/null".into(), 125, "neither a regular file"),
-        ("x.img".into(), 2, "path=FILE[,ro][,ephemeral][,id=SERIAL]"),
+        ("x.img".into(), 2, "path=FILE[,ro][,ephemeral][,format=raw]"),
         ("path=x,queues=99".into(), 2, "1 to 8 queues"),
-        ("path=x,format=raw".into(), 2, "'format=raw' is not known"),
+        ("path=x,format=qcow2".into(), 2, "qemu-img convert -O raw"),
+        ("path=x,sector=1024".into(), 2, "512 or 4096"),
+        (
+            format!("path={},sector=4096", place("odd")),
+            125,
+            "10240 bytes",
+        ),
         ("path=x,ro,ephemeral".into(), 2, "ephemeral and ro"),
         ("path=x,id=123456789012345678901".into(), 2, "1 to 20"),
     ] {
@@ -266,4 +273,33 @@ fn a_disk_that_cannot_be_is_named() {
         ended.assert_code(status);
         assert!(ended.stderr.contains(wanted), "{disk}: {}", ended.stderr);
     }
+}
+
+#[test]
+fn an_image_that_is_not_raw_is_refused_whatever_a_guest_may_do_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("root.qcow2");
+    let image = [b"QFI\xfb\0\0\0\x03", &[0; 65528][..]].concat();
+    fs::write(&path, &image).unwrap();
+    let path = path.to_str().unwrap();
+    let boot = |options: &str| {
+        let disk = format!("path={path}{options}");
+        run(&mut boot_tiny("hello", "", &["--disk", &disk]))
+    };
+    let convert = format!("qemu-img convert -f qcow2 -O raw {path} {path}.raw");
+    for options in ["", ",ro", ",ephemeral"] {
+        says(&boot(options), &["a qcow2 image", &convert, "format=raw"]);
+        boot(&format!("{options},format=raw")).assert_code(0);
+    }
+    let config = dir.path().join("vm.json");
+    let boot = |fields: &str| {
+        let disks = format!(r#"{{"disks": [{{"path": "{path}"{fields}}}]}}"#);
+        fs::write(&config, disks).unwrap();
+        let config = config.to_str().unwrap();
+        run(&mut boot_tiny("hello", "", &["--config", config]))
+    };
+    says(&boot(""), &["a qcow2 image"]);
+    says(&boot(r#", "format": "qcow2""#), &["qcow2", "raw"]);
+    boot(r#", "format": "raw""#).assert_code(0);
+    assert!(fs::read(path).unwrap() == image);
 }

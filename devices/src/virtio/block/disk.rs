@@ -1,17 +1,20 @@
-//! The file behind a disk: opened, locked, read and written in place. Its format is raw, never probed.
+//! The file behind a disk: opened, locked, read and written in place. Its format is raw; a file that is seen to have another one
+//! is refused.
 
 use std::env;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock, ioctl_blksszget};
+use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use rustix::io::{Errno, retry_on_intr};
 
 use super::SECTOR_SIZE;
+use super::format;
+use super::open::{Access, DiskError, DiskOptions, block_size, failed, open_and_lock};
 use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
 use crate::virtio::queue::Buffers;
 
@@ -33,99 +36,6 @@ const CLEAR_PIECE: u64 = 64 << 20;
 
 /// Zeroes to write where the host has no faster way.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-
-/// Why a disk cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// The file cannot be opened.
-    #[error("cannot open the disk {}{}", path.display(), how(*for_writing, source))]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Whether it was to be written.
-        for_writing: bool,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// Neither a regular file nor a block device.
-    #[error("the disk {} is neither a regular file nor a block device", path.display())]
-    Kind {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Another process has it.
-    #[error(
-        "the disk {} is in use by another process or by another disk of this VM; a disk can be shared when none of them \
-         writes to it (ro or ephemeral)",
-        path.display()
-    )]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The host refused to tell or do something.
-    #[error("cannot {what} the disk {}", path.display())]
-    Host {
-        /// What it refused.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// An ephemeral disk has no place for what is written.
-    #[error("cannot make a file in {} (set TMPDIR) for what is written to the disk {}", dir.display(), path.display())]
-    Temporary {
-        /// The disk's file.
-        path: PathBuf,
-        /// Where the file was to be.
-        dir: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// Longer than an ephemeral disk can be.
-    #[error("the disk {} has {len} bytes: an ephemeral disk has {MAX_EPHEMERAL_LEN} (16 TiB) at most", path.display())]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-        /// Its length in bytes.
-        len: u64,
-    },
-    /// Not one sector long.
-    #[error("the disk {} has {len} bytes: less than one sector of 512", path.display())]
-    Empty {
-        /// The file.
-        path: PathBuf,
-        /// Its length in bytes.
-        len: u64,
-    },
-}
-
-/// What it was to be opened for, and the mend where there may be one.
-fn how(for_writing: bool, error: &io::Error) -> &'static str {
-    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
-    match error.kind() {
-        _ if !for_writing => "",
-        PermissionDenied | ReadOnlyFilesystem => {
-            " for writing (with ro or ephemeral, it would be opened for reading alone)"
-        }
-        _ => " for writing",
-    }
-}
-
-/// What a guest's writes do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
-    /// They fail.
-    ReadOnly,
-    /// They go to the disk.
-    ReadWrite,
-    /// They go to a temporary file and are gone with the VM.
-    Ephemeral,
-}
 
 /// Direction of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,70 +72,33 @@ pub struct Disk {
 
 impl Disk {
     /// Opens and locks `path`: for itself alone if it may write there, together with other readers if not.
-    pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
-        let for_writing = access == Access::ReadWrite;
-        let host = |what| {
-            move |source| DiskError::Host {
-                what,
-                path: path.to_owned(),
-                source,
-            }
-        };
-        let open = |flags| {
-            OpenOptions::new()
-                .read(true)
-                .write(for_writing)
-                .custom_flags(flags)
-                .open(path)
-                .map_err(|source| DiskError::Open {
-                    path: path.to_owned(),
-                    for_writing,
-                    source,
-                })
-        };
-        // A FIFO that is named by mistake must not hang.
-        let lock = open(libc::O_NONBLOCK)?;
-        let metadata = lock.metadata().map_err(host("read the metadata of"))?;
-        let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(DiskError::Kind {
-                path: path.to_owned(),
-            });
-        }
-        // flock and not fcntl: it belongs to the open file, so that no other open and close of this process drops it,
-        // and udev keeps off a block device that is locked so.
-        let operation = if for_writing {
-            FlockOperation::NonBlockingLockExclusive
-        } else {
-            FlockOperation::NonBlockingLockShared
-        };
-        flock(&lock, operation).map_err(|errno| match errno {
-            Errno::WOULDBLOCK => DiskError::InUse {
-                path: path.to_owned(),
-            },
-            errno => host("lock")(errno.into()),
-        })?;
-        // Not the file that is locked: io_uring lets go of a file some 20 ms after the end of a process that was killed.
-        let mut file = open(0)?;
-        let same = file.metadata().map_err(host("read the metadata of"))?;
-        if (same.dev(), same.ino()) != (metadata.dev(), metadata.ino()) {
-            return Err(host("open")(io::Error::other(
-                "it was just replaced by another",
-            )));
-        }
-        let len = file
+    pub fn open(path: &Path, options: impl Into<DiskOptions>) -> Result<Self, DiskError> {
+        let options = options.into();
+        let access = options.access;
+        let (file, lock) = open_and_lock(path, access == Access::ReadWrite)?;
+        let len = (&file)
             .seek(SeekFrom::End(0))
-            .map_err(host("find the size of"))?;
-        let block_size = if kind.is_block_device() {
-            ioctl_blksszget(&file).map_err(|e| host("find the block size of")(e.into()))?
-        } else {
-            SECTOR_SIZE as u32
-        };
-        let sectors = len / SECTOR_SIZE;
-        if sectors == 0 {
+            .map_err(failed("find the size of", path))?;
+        if len < SECTOR_SIZE {
             return Err(DiskError::Empty {
                 path: path.to_owned(),
                 len,
+            });
+        }
+        if !options.force_raw
+            && let Some(format) = format::identify(&file, len).map_err(failed("read", path))?
+        {
+            return Err(DiskError::NotRaw {
+                path: path.to_owned(),
+                format,
+            });
+        }
+        let block_size = block_size(path, &file, options.block_size)?;
+        if block_size != SECTOR_SIZE as u32 && !len.is_multiple_of(block_size.into()) {
+            return Err(DiskError::Uneven {
+                path: path.to_owned(),
+                len,
+                block_size,
             });
         }
         if !len.is_multiple_of(SECTOR_SIZE) {
@@ -235,6 +108,7 @@ impl Disk {
                 len % SECTOR_SIZE
             );
         }
+        let sectors = len / SECTOR_SIZE;
         let overlay = match access {
             Access::Ephemeral if len > MAX_EPHEMERAL_LEN => {
                 return Err(DiskError::TooLong {

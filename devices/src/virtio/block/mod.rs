@@ -1,6 +1,8 @@
 //! The block device (§ 5.2): a raw file or host block device as a disk.
 
 mod disk;
+mod format;
+mod open;
 mod overlay;
 mod request;
 #[cfg(test)]
@@ -19,7 +21,9 @@ use virtio_bindings::virtio_blk::{
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-pub use disk::{Access, Disk, DiskError};
+pub use disk::Disk;
+pub use format::Format;
+pub use open::{Access, DiskError, DiskOptions};
 use request::Requests;
 use uring::Uring;
 

@@ -1,0 +1,299 @@
+//! What is asked of a disk's file before a guest gets it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock, ioctl_blksszget};
+use rustix::io::Errno;
+
+use super::SECTOR_SIZE;
+use super::format::Format;
+use super::overlay::MAX_LEN as MAX_EPHEMERAL_LEN;
+
+/// Why a disk cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The file cannot be opened.
+    #[error("cannot open the disk {}{}", path.display(), how(*for_writing, source))]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Whether it was to be written.
+        for_writing: bool,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("the disk {} is neither a regular file nor a block device", path.display())]
+    Kind {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another process has it.
+    #[error(
+        "the disk {} is in use by another process or by another disk of this VM; a disk can be shared when none of them \
+         writes to it (ro or ephemeral)",
+        path.display()
+    )]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The host refused to tell or do something.
+    #[error("cannot {what} the disk {}", path.display())]
+    Host {
+        /// What it refused.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// An ephemeral disk has no place for what is written.
+    #[error("cannot make a file in {} (set TMPDIR) for what is written to the disk {}", dir.display(), path.display())]
+    Temporary {
+        /// The disk's file.
+        path: PathBuf,
+        /// Where the file was to be.
+        dir: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// Longer than an ephemeral disk can be.
+    #[error("the disk {} has {len} bytes: an ephemeral disk has {MAX_EPHEMERAL_LEN} (16 TiB) at most", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Not raw.
+    #[error(
+        "the disk {path} is {what}, and a disk is raw: {command} makes one of it; if these bytes are a disk's own, add \
+         format=raw",
+        path = path.display(),
+        what = format.name,
+        command = format.command(path)
+    )]
+    NotRaw {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        format: Format,
+    },
+    /// A block device that takes no writes.
+    #[error("the block device {} is read-only: add ro, or ephemeral for a guest that has to write", path.display())]
+    ReadOnlyDevice {
+        /// The device.
+        path: PathBuf,
+    },
+    /// Smaller logical blocks than the host's.
+    #[error("the block device {} has logical blocks of {host} bytes: sector={asked} is too small", path.display())]
+    BlockSize {
+        /// The device.
+        path: PathBuf,
+        /// What the configuration says.
+        asked: u32,
+        /// What the host says.
+        host: u32,
+    },
+    /// No whole number of its blocks long.
+    #[error("the disk {} has {len} bytes, which is no multiple of its sectors of {block_size}", path.display())]
+    Uneven {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+        /// Bytes in a logical block.
+        block_size: u32,
+    },
+    /// Not one sector long.
+    #[error("the disk {} has {len} bytes: less than one sector of 512", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+    },
+}
+
+/// The error about what the host refused, from its own.
+pub(super) fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
+    let path = path.to_owned();
+    move |source| DiskError::Host { what, path, source }
+}
+
+/// What it was to be opened for, and the mend where there may be one.
+fn how(for_writing: bool, error: &io::Error) -> &'static str {
+    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    match error.kind() {
+        _ if !for_writing => "",
+        PermissionDenied | ReadOnlyFilesystem => {
+            " for writing (with ro or ephemeral, it would be opened for reading alone)"
+        }
+        _ => " for writing",
+    }
+}
+
+/// What a guest's writes do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// They fail.
+    ReadOnly,
+    /// They go to the disk.
+    ReadWrite,
+    /// They go to a temporary file and are gone with the VM.
+    Ephemeral,
+}
+
+/// How to open a disk.
+#[derive(Debug, Clone, Copy)]
+pub struct DiskOptions {
+    /// What a guest's writes do.
+    pub access: Access,
+    /// Whether what looks like another format is taken for raw all the same.
+    pub force_raw: bool,
+    /// Bytes in a logical block, a power of two; without it, the block device's own, and 512 in a file.
+    pub block_size: Option<u32>,
+}
+
+impl From<Access> for DiskOptions {
+    fn from(access: Access) -> Self {
+        Self {
+            access,
+            force_raw: false,
+            block_size: None,
+        }
+    }
+}
+
+/// Opens the file twice, and locks the second.
+pub(super) fn open_and_lock(path: &Path, for_writing: bool) -> Result<(File, File), DiskError> {
+    let open = |flags| {
+        OpenOptions::new()
+            .read(true)
+            .write(for_writing)
+            .custom_flags(flags)
+            .open(path)
+            .map_err(|source| DiskError::Open {
+                path: path.to_owned(),
+                for_writing,
+                source,
+            })
+    };
+    // A FIFO that is named by mistake must not hang.
+    let lock = open(libc::O_NONBLOCK)?;
+    let metadata = lock
+        .metadata()
+        .map_err(failed("read the metadata of", path))?;
+    let kind = metadata.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(DiskError::Kind {
+            path: path.to_owned(),
+        });
+    }
+    // flock and not fcntl: it belongs to the open file, so that no other open and close of this process drops it,
+    // and udev keeps off a block device that is locked so.
+    let operation = if for_writing {
+        FlockOperation::NonBlockingLockExclusive
+    } else {
+        FlockOperation::NonBlockingLockShared
+    };
+    flock(&lock, operation).map_err(|errno| match errno {
+        Errno::WOULDBLOCK => DiskError::InUse {
+            path: path.to_owned(),
+        },
+        errno => failed("lock", path)(errno.into()),
+    })?;
+    // Not the file that is locked: io_uring lets go of a file some 20 ms after the end of a process that was killed.
+    let file = open(0)?;
+    let same = file
+        .metadata()
+        .map_err(failed("read the metadata of", path))?;
+    if (same.dev(), same.ino()) != (metadata.dev(), metadata.ino()) {
+        return Err(failed("open", path)(io::Error::other(
+            "it was just replaced by another",
+        )));
+    }
+    // The host opens such a device for writing, and fails the writes.
+    if for_writing
+        && kind.is_block_device()
+        && is_read_only(&file).map_err(failed("ask about", path))?
+    {
+        return Err(DiskError::ReadOnlyDevice {
+            path: path.to_owned(),
+        });
+    }
+    Ok((file, lock))
+}
+
+/// Bytes in a logical block: what was asked for, or what is the file's own.
+pub(super) fn block_size(path: &Path, file: &File, asked: Option<u32>) -> Result<u32, DiskError> {
+    let metadata = file
+        .metadata()
+        .map_err(failed("read the metadata of", path))?;
+    if !metadata.file_type().is_block_device() {
+        return Ok(asked.unwrap_or(SECTOR_SIZE as u32));
+    }
+    let own =
+        ioctl_blksszget(file).map_err(|e| failed("find the block size of", path)(e.into()))?;
+    match asked {
+        Some(asked) if asked < own => Err(DiskError::BlockSize {
+            path: path.to_owned(),
+            asked,
+            host: own,
+        }),
+        asked => Ok(asked.unwrap_or(own)),
+    }
+}
+
+/// Whether a block device takes no writes.
+#[allow(unsafe_code, reason = "no safe interface has this ioctl")]
+fn is_read_only(device: &File) -> io::Result<bool> {
+    /// <linux/fs.h>
+    const BLKROGET: libc::Ioctl = 0x125e;
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: the descriptor is open, and the ioctl writes one int, for which there is room.
+    match unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut read_only) } {
+        0 => Ok(read_only != 0),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::NamedTempFile;
+
+    use super::super::Disk;
+    use super::*;
+
+    fn open(len: u64, block_size: Option<u32>) -> Result<Disk, String> {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(len).unwrap();
+        let options = DiskOptions {
+            block_size,
+            ..Access::Ephemeral.into()
+        };
+        Disk::open(file.path(), options).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_disk_with_larger_sectors_is_a_whole_number_of_them() {
+        let disk = open(3 * 4096, Some(4096)).unwrap();
+        assert_eq!((disk.sectors(), disk.block_size()), (24, 4096));
+        assert_eq!(open(3 * 4096, None).unwrap().block_size(), 512);
+        for len in [512, 4095, 4097, 5 * 512, 1 << 20 | 512] {
+            let error = open(len, Some(4096)).err().unwrap();
+            for part in [&format!("{len} bytes"), "sectors of 4096"] {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+            assert_eq!(open(len.max(512), Some(512)).unwrap().block_size(), 512);
+        }
+    }
+}
