@@ -5,6 +5,7 @@ use std::fmt::Write;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use crate::arch::x86_64::regs;
 use crate::boot::{Entry, LoadedKernel};
 use crate::config::ConsoleKind;
 use crate::exit_status::Outcome;
@@ -80,7 +81,7 @@ impl Scene<'_> {
     }
 
     fn registers(&self, out: &mut String, regs: &kvm_regs, sregs: &kvm_sregs) {
-        if regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000 {
+        if regs::are_at_reset_vector(regs, sregs) {
             let _ = writeln!(
                 out,
                 "  registers: those after a reset (AMD processors do not keep the others at a triple fault)"
@@ -146,8 +147,7 @@ impl Scene<'_> {
                  file; `--append earlyprintk=ttyS0` may show more"
             }
             Outcome::VcpuFailed(VcpuFailure::TripleFault) => {
-                "a fault with no handler left, or a kernel told to reboot by triple fault (reboot=t); the last lines on \
-                 the console tell more"
+                "a fault with no handler left; the last lines on the console tell more"
             }
             Outcome::VcpuFailed(
                 VcpuFailure::InternalError { .. } | VcpuFailure::EntryFailed { .. },

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use kvm_bindings::{CpuId, Msrs, kvm_run};
+use kvm_bindings::{CpuId, Msrs, kvm_run, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::THREAD_STACK;
 use minivmm_devices::bus::Bus;
@@ -316,6 +316,21 @@ impl Vcpu {
         }
     }
 
+    fn is_at_reset_vector(&self) -> bool {
+        let registers = self
+            .fd
+            .get_regs()
+            .and_then(|r| Ok((r, self.fd.get_sregs()?)));
+        registers.is_ok_and(|(regs, sregs)| regs::are_at_reset_vector(&regs, &sregs))
+    }
+
+    /// Whether a triple fault was how Linux reboots by `reboot=t`: with an interrupt descriptor table of no size
+    /// (arch/x86/kernel/idt.c, idt_invalidate). AMD processors forget that, so that there any triple fault passes.
+    pub fn may_have_reset_by_triple_fault(&self) -> bool {
+        let invalidated = |sregs: kvm_sregs| sregs.idt.limit == 0;
+        self.is_at_reset_vector() || self.fd.get_sregs().is_ok_and(invalidated)
+    }
+
     /// Enters the guest once and handles the exit.
     fn step(&mut self, buses: &Buses) -> Result<Option<Outcome>, VcpuFailure> {
         // The exit borrows the shared page that says how wide a port access is; it is there once KVM_RUN has returned.
@@ -357,6 +372,10 @@ impl Vcpu {
                 #[allow(unsafe_code, reason = "kvm-ioctls does not decode this exit")]
                 // SAFETY: as above; after this exit reason the union holds `internal`.
                 let suberror = unsafe { (*run).__bindgen_anon_1.internal.suberror };
+                // An INIT to the boot vCPU: it would start again from the firmware, and KVM finds no memory there.
+                if self.is_at_reset_vector() {
+                    return Ok(Some(Outcome::Reset));
+                }
                 return Err(VcpuFailure::InternalError { suberror });
             }
             exit => return handle_exit(&exit),

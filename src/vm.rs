@@ -27,7 +27,7 @@ use crate::interrupts::Interrupts;
 use crate::memory::{self, MemoryError};
 use crate::post_mortem::{self, Scene};
 use crate::timeline::{BootMarks, Point, Timeline};
-use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError};
+use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError, VcpuFailure};
 
 /// The log's target for what the user has to know to go on, which is no warning.
 pub const NOTICE: &str = "minivmm::notice";
@@ -423,6 +423,13 @@ impl BootedVm {
         looped.map_err(host("the event loop"))?;
 
         let (mut outcome, culprit) = self.control.outcome().unwrap_or((Outcome::Quit, None));
+        let culprit_vcpu = vcpus.get(usize::from(culprit.unwrap_or(0)));
+        if outcome == Outcome::VcpuFailed(VcpuFailure::TripleFault)
+            && boot::reboots_by_triple_fault(&self.vm.cmdline)
+            && culprit_vcpu.is_some_and(Vcpu::may_have_reset_by_triple_fault)
+        {
+            outcome = Outcome::Reset;
+        }
         // Early in its boot a kernel cannot tell pvpanic: the panic is a line on the console, then a reset.
         if outcome == Outcome::Reset && self.console.saw_panic() {
             outcome = Outcome::Panicked;
@@ -448,7 +455,7 @@ impl BootedVm {
         let console_bytes = self.console.bytes_out();
         if let Some(level) = post_mortem::level(&outcome, console_bytes)
             && log::log_enabled!(level)
-            && let Some(vcpu) = vcpus.get(usize::from(culprit.unwrap_or(0)))
+            && let Some(vcpu) = culprit_vcpu
         {
             let scene = Scene {
                 outcome: &outcome,

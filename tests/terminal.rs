@@ -40,7 +40,7 @@ fn the_terminal_is_as_before_when_the_guest_has_ended() {
         ("k", 0),
         ("eA", 65),
         ("c", 134),
-        ("L", 134),
+        ("Pr", 134),
         ("t", 139),
     ] {
         way_out(&after_a_key(letters), status, |terminal, _| {
@@ -128,7 +128,7 @@ fn the_shells_prompt_begins_a_line() {
     });
     assert_eq!(text, format!("{PROMPT}\r\n"));
     // An orderly end adds nothing.
-    let text = way_out(&after_a_key("L"), 134, |terminal, _| terminal.type_in("."));
+    let text = way_out(&after_a_key("Pr"), 134, |terminal, _| terminal.type_in("."));
     assert_eq!(text, "[    0.123456] Kernel panic - not syncing: tiny\r\n");
 }
 

@@ -154,7 +154,7 @@ fn a_bad_end_is_told_as_well() {
     // The last exit is the guest's own, and not the kick that ends its spinning.
     assert!(at(&timeline, "last_exit") < at(&timeline, "main") + 2_000_000_000);
     // The kernel's log is no output of userspace.
-    let (_, timeline) = timeline_of("ends", "L", &[]);
+    let (_, timeline) = timeline_of("ends", "Pr", &[]);
     assert!(names(&timeline).contains(&"first_console_byte"));
     assert!(!names(&timeline).contains(&"first_user_output"));
 }

@@ -41,14 +41,33 @@ fn every_end_has_its_status() {
         ("r", 0),
         ("k", 0),
         ("c", 134),
-        ("L", 134),
+        ("Pr", 134),
         ("e*", 42),
         ("eA", 65),
         ("t", 139),
+        ("t reboot=k", 139),
+        // As asked for: a reset.
+        ("t reboot=t", 0),
+        ("t reboot=pci", 0),
+        // But what resets itself in a panic has panicked.
+        ("Pt reboot=t", 134),
     ] {
         let ended = run(&mut boot_tiny("ends", cmdline, &[]));
         assert_eq!(ended.code(), status, "{cmdline}: {}", ended.stderr);
     }
+}
+
+#[test]
+fn an_init_to_the_boot_processor_is_a_reset() {
+    for (cmdline, by) in [("l", "its local APIC"), ("i", "the I/O APIC")] {
+        let args = ["--deadline", "60s"];
+        let ended = run(&mut boot_tiny("init-ipi", cmdline, &args));
+        assert_eq!(ended.code(), 0, "by {by}: {}", ended.stderr);
+    }
+    let args = ["--on-reboot", "restart", "--deadline", "1s", "-v"];
+    let ended = run(&mut boot_tiny("init-ipi", "l", &args));
+    ended.assert_code(124);
+    assert!(ended.stderr.contains("booting again"), "{}", ended.stderr);
 }
 
 #[test]

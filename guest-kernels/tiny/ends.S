@@ -23,8 +23,10 @@ next_letter:
     je   pvpanic
     cmp  $'e', %al
     je   exit_status
-    cmp  $'L', %al
+    cmp  $'P', %al
     je   panic_line
+    cmp  $'E', %al
+    je   panic_end
     cmp  $'t', %al
     je   triple_fault
     cmp  $'h', %al
@@ -64,11 +66,14 @@ pvpanic:
 exit_status:                    # "eN": the status is the character N itself
     mov  1(%rbx), %al
     exit_al
-panic_line:                     # an early panic: the line, then the reset that panic=-1 makes
+panic_line:                     # "Pr" is an early panic: the line, then the reset that panic=-1 makes
     lea  line(%rip), %rsi
     puts_rsi
-    outb 1, RESET_PORT
-    hlt
+    jmp  next_letter
+panic_end:                      # "PEs" is a panic without panic=: the last line, then nothing any more
+    lea  end_line(%rip), %rsi
+    puts_rsi
+    jmp  next_letter
 triple_fault:
     lidt no_idt(%rip)
     ud2
@@ -83,6 +88,8 @@ words:
     .asciz "tiny# "
 line:
     .asciz "[    0.123456] Kernel panic - not syncing: tiny\r\n"
+end_line:
+    .asciz "[    0.123789] ---[ end Kernel panic - not syncing: tiny ]---\r\n"
 no_idt:
     .word 0
     .quad 0

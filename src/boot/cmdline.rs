@@ -9,6 +9,23 @@ use crate::arch::x86_64::layout;
 /// Longest command line of a kernel that does not say, without the NUL: x86 Linux has COMMAND_LINE_SIZE 2048.
 pub(crate) const DEFAULT_MAX: usize = 2047;
 
+/// The words that are the kernel's: those before "--" (kernel/params.c, parse_args).
+pub(crate) fn words(cmdline: &str) -> impl Iterator<Item = &str> {
+    cmdline.split_whitespace().take_while(|word| *word != "--")
+}
+
+/// Whether a Linux with this command line resets the machine by a triple fault: `reboot=t`, and `reboot=p`, which first
+/// tries a port that is not there (kernel/reboot.c, reboot_setup; arch/x86/kernel/reboot.c).
+pub(crate) fn reboots_by_triple_fault(cmdline: &str) -> bool {
+    words(cmdline)
+        .filter_map(|word| word.strip_prefix("reboot="))
+        .flat_map(|value| value.split(','))
+        .filter_map(|part| part.strip_prefix("panic_").unwrap_or(part).chars().next())
+        .filter(|letter| "baktep".contains(*letter))
+        .last()
+        .is_some_and(|letter| "tp".contains(letter))
+}
+
 /// Checks `cmdline` against the kernel's limit and writes it to its place.
 pub(crate) fn write(mem: &GuestMemory, cmdline: &str, kernel_max: usize) -> Result<(), BootError> {
     let room = usize::try_from(layout::CMDLINE_MAX_SIZE).unwrap_or(usize::MAX) - 1;
@@ -34,4 +51,33 @@ pub(crate) fn write(mem: &GuestMemory, cmdline: &str, kernel_max: usize) -> Resu
             gpa: layout::CMDLINE_START,
             source,
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_way_to_reboot_counts() {
+        for cmdline in [
+            "reboot=t",
+            "a reboot=w,t b",
+            "reboot=k reboot=p",
+            "reboot=pci,force -- reboot=k",
+        ] {
+            assert!(reboots_by_triple_fault(cmdline), "{cmdline}");
+        }
+        for cmdline in [
+            "",
+            "reboot=k",
+            "reboot=t,k",
+            "reboot=t reboot=acpi",
+            "reboot=",
+            "xreboot=t",
+            "-- reboot=t",
+            "reboot=panic_warm",
+        ] {
+            assert!(!reboots_by_triple_fault(cmdline), "{cmdline}");
+        }
+    }
 }

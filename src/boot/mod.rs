@@ -43,7 +43,7 @@ use crate::arch::x86_64::layout;
 use crate::error_chain;
 use bzimage::BzImage;
 pub use cache::default_dir as default_cache_dir;
-pub(crate) use cmdline::DEFAULT_MAX as CMDLINE_DEFAULT_MAX;
+pub(crate) use cmdline::{DEFAULT_MAX as CMDLINE_DEFAULT_MAX, reboots_by_triple_fault};
 use direct::DirectKernel;
 use elf::{Class, ElfKernel};
 pub use error::{BootError, Role};
