@@ -8,7 +8,7 @@
 //! The other way, from the guest to a device's thread, KVM has eventfds.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -16,8 +16,17 @@ use minivmm_devices::interrupt::{InterruptSink, IrqLine};
 use minivmm_devices::legacy::ioapic::{self, Ioapic, Msi, MsiRouter};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What the guest has programmed for each I/O APIC pin; `None` for a masked one.
-type PinTable = Arc<[Mutex<Option<Msi>>]>;
+/// What the guest has programmed for each I/O APIC pin.
+type PinTable = Arc<[Mutex<PinState>]>;
+
+/// An I/O APIC pin.
+#[derive(Default)]
+struct PinState {
+    /// What a pulse sends; `None` while the pin is masked.
+    msi: Option<Msi>,
+    /// A pulse came while it was masked.
+    pending: bool,
+}
 
 /// The I/O APIC and the wires that lead to it.
 pub struct Interrupts {
@@ -38,8 +47,11 @@ impl Interrupts {
         cap.args[0] = u64::from(ioapic::PINS);
         vm.enable_cap(&cap)?;
 
-        let pins: PinTable = (0..ioapic::PINS).map(|_| Mutex::new(None)).collect();
-        let ioapic = Ioapic::new(Box::new(Router(Arc::clone(&pins))));
+        let pins: PinTable = (0..ioapic::PINS).map(|_| Mutex::default()).collect();
+        let ioapic = Ioapic::new(Box::new(Router {
+            vm: Arc::clone(&vm),
+            pins: Arc::clone(&pins),
+        }));
         Ok(Self {
             ioapic: Arc::new(Mutex::new(ioapic)),
             vm,
@@ -70,18 +82,30 @@ impl Interrupts {
 }
 
 /// Takes what the guest programs from the register model.
-struct Router(PinTable);
+struct Router {
+    vm: Arc<VmFd>,
+    pins: PinTable,
+}
 
 impl MsiRouter for Router {
     fn set_route(&mut self, pin: u32, msi: Option<Msi>) {
         log::debug!("I/O APIC pin {pin}: {msi:x?}");
-        if let Some(slot) = self.0.get(pin as usize) {
-            *slot.lock().unwrap_or_else(PoisonError::into_inner) = msi;
+        let Some(slot) = self.pins.get(pin as usize) else {
+            return;
+        };
+        let mut state = lock(slot);
+        state.msi = msi;
+        if let Some(msi) = msi
+            && std::mem::take(&mut state.pending)
+            && let Err(e) = send(&self.vm, msi)
+        {
+            log::debug!("I/O APIC pin {pin}: {e}");
         }
     }
 }
 
-/// An edge-triggered I/O APIC input. A pulse at a masked pin is lost, as it is in the 82093AA.
+/// An I/O APIC input. A pulse at a masked pin is sent when it is unmasked. The 82093AA forgets an edge there, but it would see a
+/// level that is still high, and a pulse stands for either: one interrupt too many does no harm, a lost one hangs a driver.
 struct Pin {
     vm: Arc<VmFd>,
     pins: PinTable,
@@ -93,16 +117,26 @@ impl InterruptSink for Pin {
         let Some(slot) = self.pins.get(self.gsi as usize) else {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         };
-        let Some(msi) = *slot.lock().unwrap_or_else(PoisonError::into_inner) else {
-            return Ok(());
+        let msi = {
+            let mut state = lock(slot);
+            state.pending |= state.msi.is_none();
+            state.msi
         };
-        // Zero means that a guest's local APIC refused the vector: the guest's affair.
-        self.vm.signal_msi(kvm_msi {
-            address_lo: msi.address as u32,
-            address_hi: (msi.address >> 32) as u32,
-            data: msi.data,
-            ..Default::default()
-        })?;
-        Ok(())
+        Ok(msi.map_or(Ok(()), |msi| send(&self.vm, msi))?)
     }
+}
+
+fn lock(slot: &Mutex<PinState>) -> MutexGuard<'_, PinState> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn send(vm: &VmFd, msi: Msi) -> Result<(), kvm_ioctls::Error> {
+    // Zero means that a guest's local APIC refused the vector: the guest's affair.
+    vm.signal_msi(kvm_msi {
+        address_lo: msi.address as u32,
+        address_hi: (msi.address >> 32) as u32,
+        data: msi.data,
+        ..Default::default()
+    })?;
+    Ok(())
 }

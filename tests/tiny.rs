@@ -197,8 +197,10 @@ fn one_string_instruction_may_be_longer_than_a_page() {
 }
 
 #[test]
-fn an_interrupt_wakes_a_halted_vcpu() {
-    run(&mut boot_tiny("irq", "", &["--deadline", "20s"])).assert_code(0x42);
+fn an_interrupt_wakes_a_halted_vcpu_even_if_its_pin_was_masked() {
+    for cmdline in ["", "m"] {
+        run(&mut boot_tiny("irq", cmdline, &["--deadline", "20s"])).assert_code(0x42);
+    }
 }
 
 #[test]

@@ -1,4 +1,5 @@
-# Programs I/O APIC pin 4, turns the transmitter-empty interrupt of COM1 on and waits for it, halted. Ends with the vector.
+# Programs I/O APIC pin 4, turns the transmitter-empty interrupt of COM1 on and waits for it, halted. Ends with the vector. With 'm'
+# on its command line, the pin is masked until the interrupt has come.
 .include "tiny.inc"
 .set VECTOR, 0x42
 .set LAPIC,  0xfee00000
@@ -6,6 +7,7 @@
 .globl _start
 _start:
     lea  stack_top(%rip), %rsp
+    mov  CMDLINE_PTR(%rsi), %ebx
     set_gate VECTOR, handler
     mov  $LAPIC, %edi
     movl $0x1ff, 0xf0(%rdi)     # spurious vector 0xff, APIC on
@@ -13,9 +15,12 @@ _start:
     movl $0x10 + 2 * 4 + 1, (%rdi)
     movl $0, 0x10(%rdi)         # to APIC 0
     movl $0x10 + 2 * 4, (%rdi)
+    cmpb $'m', (%rbx)
+    je   2f
     movl $VECTOR, 0x10(%rdi)    # fixed, physical, edge, unmasked
-    outb 0x0b, COM1 + 4         # DTR, RTS, OUT2
+2:  outb 0x0b, COM1 + 4         # DTR, RTS, OUT2
     outb 2, COM1_IER
+    movl $VECTOR, 0x10(%rdi)
 1:  sti
     hlt
     jmp  1b

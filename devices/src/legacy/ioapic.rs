@@ -80,7 +80,7 @@ impl Msi {
 
 /// Takes the routes that the guest programs.
 pub trait MsiRouter: Send {
-    /// From now on, a pulse on the wire at `pin` sends `msi`; `None`: it is lost, the pin being masked. Only called when
+    /// From now on, a pulse on the wire at `pin` sends `msi`; `None`: it waits, the pin being masked. Only called when
     /// the route changes; all pins start without one. It is called with the IOAPIC locked.
     fn set_route(&mut self, pin: u32, msi: Option<Msi>);
 }
