@@ -110,8 +110,8 @@ pub struct GuestArgs {
     /// Initial RAM file system (cpio, compressed as the kernel can read it)
     #[arg(short, long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 quiet pci=off noreplace-smp
-    /// cryptomgr.notests"; with --console virtio console=hvc0, and earlycon=uart,io,0x3f8 behind it]
+    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 quiet pci=conf1,noearly
+    /// noreplace-smp cryptomgr.notests"; with --console virtio console=hvc0, and earlycon=uart,io,0x3f8 behind it]
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// Add to the kernel command line, as in --append 'loglevel=7 -- /bin/sh'; may be given again

@@ -7,6 +7,7 @@ use minivmm_devices::event::EventSink;
 use minivmm_devices::legacy::control::{self, BootMarkPort, ExitPort};
 use minivmm_devices::legacy::i8042::{self, I8042};
 use minivmm_devices::legacy::ioapic;
+use minivmm_devices::legacy::pci::{self, PciConfig};
 use minivmm_devices::legacy::power::{self, AcpiPower};
 use minivmm_devices::legacy::pvpanic::{self, Pvpanic};
 use minivmm_devices::legacy::serial::{self, Serial};
@@ -71,13 +72,14 @@ pub fn virtio_parameters(count: usize) -> String {
 
 /// What people call the device at `place`.
 pub fn device_name(place: Place) -> String {
-    const PORTS: [(u16, &str); 6] = [
+    const PORTS: [(u16, &str); 7] = [
         (layout::EXIT_PORT, "exit port"),
         (layout::BOOT_MARK_PORT, "boot-mark port"),
         (layout::I8042_PORT, "i8042"),
         (layout::COM1_PORT, "COM1"),
         (layout::PVPANIC_PORT, "pvpanic"),
         (layout::ACPI_POWER_PORT, "ACPI power"),
+        (layout::PCI_CONFIG_PORT, "PCI"),
     ];
     match (place.is_port, place.base) {
         (true, None) => "ports without a device".into(),
@@ -143,6 +145,11 @@ impl DeviceManager {
             layout::ACPI_POWER_PORT,
             power::LEN,
             AcpiPower::new(events.clone()),
+        )?;
+        devices.attach_port(
+            layout::PCI_CONFIG_PORT,
+            pci::LEN,
+            PciConfig::new(events.clone()),
         )?;
         devices.attach_pvpanic(events)?;
         devices.attach_serial()?;

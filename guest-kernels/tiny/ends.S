@@ -19,6 +19,8 @@ next_letter:
     je   acpi_reset
     cmp  $'k', %al
     je   keyboard_reset
+    cmp  $'9', %al
+    je   pci_reset
     cmp  $'c', %al
     je   pvpanic
     cmp  $'e', %al
@@ -59,6 +61,9 @@ acpi_reset:
     hlt
 keyboard_reset:
     outb 0xfe, 0x64
+    hlt
+pci_reset:
+    outb 6, 0xcf9
     hlt
 pvpanic:
     outb 1, PVPANIC_PORT

@@ -10,7 +10,7 @@ next_port:
     mov  %ebx, %edx
     call is_way_out
     jc   skip_port
-    # 0x3f8 to 0x3ff, 0x60 to 0x64 are devices: they may answer anything.
+    # 0x3f8 to 0x3ff, 0x60 to 0x64, 0xcf8 to 0xcff are devices: they may answer anything.
     in   %dx, %al
     in   %dx, %ax
     in   %dx, %eax
@@ -103,7 +103,7 @@ is_way_out:
     ret
 
 ways_out:
-    .word EXIT_PORT, 0x64, PVPANIC_PORT, SLEEP_PORT, RESET_PORT, 0
+    .word EXIT_PORT, 0x64, PVPANIC_PORT, SLEEP_PORT, RESET_PORT, 0xcf9, 0
 holes:
     .quad 0xbffff000, 0xc0000000, 0xd0000000, 0xfebffff8, 0xfec01000, 0xfed00000, 0xfff00000, 0xfffffff8, 0
     .align 16

@@ -3,6 +3,7 @@
 pub mod control;
 pub mod i8042;
 pub mod ioapic;
+pub mod pci;
 pub mod power;
 pub mod pvpanic;
 pub mod serial;

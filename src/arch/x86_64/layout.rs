@@ -70,6 +70,8 @@ pub const COM1_PORT: u16 = 0x3f8;
 pub const PVPANIC_PORT: u16 = 0x505;
 /// I/O ports of the ACPI sleep control, sleep status and reset registers, in this order (ACPI 6.5 § 4.8.3.7, 4.8.3.6).
 pub const ACPI_POWER_PORT: u16 = 0x600;
+/// First I/O port of the PCI configuration mechanism.
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 
 /// GSI of COM1, as on a PC.
 pub const COM1_GSI: u32 = 4;

@@ -120,7 +120,7 @@ impl Other {
                  reset, or give --stop-at-marker"
             }
             Self::CloudHypervisor => {
-                "takes a PVH vmlinux, newer versions a bzImage; PCI, which pci=off hides; serial on stdio"
+                "takes a PVH vmlinux, newer versions a bzImage; PCI; serial on stdio"
             }
             Self::Kvmtool => {
                 "puts words of its own before the command line (noapic noacpi pci=conf1 reboot=k panic=1 ...); writes of itself \
