@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -184,6 +184,13 @@ pub enum OnReboot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Span(pub Duration);
+
+impl Span {
+    /// So long after `start`; `None`, which is never, beyond what the clock can say.
+    pub fn after(self, start: Instant) -> Option<Instant> {
+        start.checked_add(self.0)
+    }
+}
 
 impl FromStr for Span {
     type Err = String;

@@ -19,6 +19,7 @@ pub mod timeline;
 pub mod tools;
 pub mod vcpu;
 pub mod vm;
+pub mod watch;
 
 /// An error and its causes on one line. A cause that the message ends with already, as some libraries make it, is not
 /// repeated.

@@ -4,13 +4,15 @@ use std::error::Error;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::exit;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs};
-use minivmm::config::{ConfigError, VmConfig};
+use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs, VmArgs};
+use minivmm::config::ConfigError;
 use minivmm::timeline::{Point, Timeline, TimelineFile};
 use minivmm::tools::{bench, compare, doctor};
+use minivmm::watch::Watch;
 use minivmm::{console, error_chain, exit_status, vm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -31,33 +33,42 @@ fn main() {
                 e.exit_status()
             })
         }
-        None => match cli.vm.into_config() {
-            Ok(config) => run_vm(&config, started, cli.timeline),
-            Err(e) => usage_error(&e),
-        },
+        None => run_vm(cli.vm, started, cli.timeline),
     };
     console::restore_terminal();
     exit(status.into())
 }
 
 /// Runs the VM. Where a timeline is asked for, it is given however the VM ends, but not if the command line was wrong.
-fn run_vm(config: &VmConfig, started: Instant, wanted: Option<Option<PathBuf>>) -> u8 {
+fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8 {
     let mut timeline = match wanted {
         Some(_) => Timeline::start(started),
         None => Timeline::default(),
+    };
+    // Before any file is opened: each of them may be where nobody answers.
+    let deadline = args.deadline.and_then(|span| span.after(started));
+    let watch = match vm::watch(deadline) {
+        Ok(watch) => watch,
+        Err(e) => return failure(&e),
+    };
+    let signals = Arc::clone(watch.signals());
+    let config = match args.into_config() {
+        Ok(config) => config,
+        Err(e) => return usage_error(&e),
     };
     timeline.note(Point::ConfigRead);
     let file = match wanted.flatten().map(TimelineFile::open).transpose() {
         Ok(file) => file,
         Err(e) => return failure(&e),
     };
-    let status = match vm::run(config, started, &mut timeline) {
+    let status = match vm::run(&config, started, watch, &mut timeline) {
         Ok(outcome) => outcome.exit_status(),
         Err(vm::VmError::Config(e)) => return usage_error(&e),
         Err(e) => failure(&e),
     };
     match (timeline.finish(status), file) {
         (Some(report), Some(file)) => {
+            let _watch = Watch::start(signals, None);
             if let Err(e) = file.write(&report) {
                 failure(&e);
             }

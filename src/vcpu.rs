@@ -17,6 +17,7 @@ use crate::arch::x86_64::{cpuid, msrs, regs};
 use crate::boot::Entry;
 use crate::exit_status::Outcome;
 use crate::timeline::{ExitProfile, Place};
+use crate::watch::Watch;
 
 /// Why a vCPU could not be made or started.
 #[derive(Debug, thiserror::Error)]
@@ -269,11 +270,12 @@ impl Vcpu {
         })
     }
 
-    /// Runs the vCPU on a thread of its own until the VM ends.
+    /// Runs the vCPU on a thread of its own until the VM ends: on that of `watch`, if there is one.
     pub fn start(
         mut self,
         buses: Arc<Buses>,
         control: Arc<Control>,
+        watch: Option<Watch>,
     ) -> Result<RunningVcpu, VcpuError> {
         let index = self.index;
         let immediate_exit: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
@@ -282,21 +284,25 @@ impl Vcpu {
         // thread, which hands it back, even after a panic, through the join handle that `RunningVcpu` keeps beside this
         // reference. An atomic has the layout of its integer, and the kernel reads the byte only.
         let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
-        let thread = thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .stack_size(THREAD_STACK)
-            .spawn(move || {
-                // Whoever started minivmm may have blocked the signal, and a process inherits that.
-                if let Err(e) = unblock_signal(SIGRTMIN()) {
-                    log::debug!("vCPU {index} cannot be kicked out of a guest that spins: {e:?}");
-                }
-                let ran = catch_unwind(AssertUnwindSafe(|| self.run(&buses, &control)));
-                if ran.is_err() {
-                    control.end_by(Outcome::VcpuFailed(VcpuFailure::Bug), Some(index));
-                }
-                self
-            })
-            .map_err(|source| VcpuError::Thread { index, source })?;
+        let run = move || {
+            // Whoever started minivmm may have blocked the signal, and a process inherits that.
+            if let Err(e) = unblock_signal(SIGRTMIN()) {
+                log::debug!("vCPU {index} cannot be kicked out of a guest that spins: {e:?}");
+            }
+            let ran = catch_unwind(AssertUnwindSafe(|| self.run(&buses, &control)));
+            if ran.is_err() {
+                control.end_by(Outcome::VcpuFailed(VcpuFailure::Bug), Some(index));
+            }
+            self
+        };
+        let thread = match watch {
+            Some(watch) => watch.hand_over(Box::new(run)),
+            None => thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(THREAD_STACK)
+                .spawn(move || Some(run()))
+                .map_err(|source| VcpuError::Thread { index, source })?,
+        };
         Ok(RunningVcpu {
             thread,
             immediate_exit,
@@ -398,7 +404,7 @@ impl Vcpu {
 
 /// A vCPU on its thread.
 pub struct RunningVcpu {
-    thread: JoinHandle<Vcpu>,
+    thread: JoinHandle<Option<Vcpu>>,
     immediate_exit: &'static AtomicU8,
 }
 
@@ -413,7 +419,7 @@ impl RunningVcpu {
 
     /// Waits for the thread and gives the vCPU back.
     pub fn join(self) -> Option<Vcpu> {
-        self.thread.join().ok()
+        self.thread.join().ok().flatten()
     }
 }
 

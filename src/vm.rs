@@ -28,6 +28,7 @@ use crate::memory::{self, MemoryError};
 use crate::post_mortem::{self, Scene};
 use crate::timeline::{BootMarks, Point, Timeline};
 use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError, VcpuFailure};
+use crate::watch::Watch;
 
 /// The log's target for what the user has to know to go on, which is no warning.
 pub const NOTICE: &str = "minivmm::notice";
@@ -145,20 +146,33 @@ fn refused(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
     move |source| VmError::Kvm { step, source }
 }
 
-/// Builds the VM that `config` describes and runs it to its end, again after every reset if the configuration wants it.
-/// `started` is where the deadline counts from; what happens when goes to `timeline`.
+/// From now on, signals that ask minivmm to end, and the deadline, end the process.
 ///
 /// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
+pub fn watch(deadline: Option<Instant>) -> Result<Watch, VmError> {
+    let signals = Signals::block().map_err(host("signal handling"))?;
+    start_watch(&Arc::new(signals), deadline)
+}
+
+fn start_watch(signals: &Arc<Signals>, deadline: Option<Instant>) -> Result<Watch, VmError> {
+    Watch::start(Arc::clone(signals), deadline)
+        .map_err(|source| VcpuError::Thread { index: 0, source }.into())
+}
+
+/// Builds the VM that `config` describes and runs it to its end, again after every reset if the configuration wants it.
+/// `started` is where the deadline counts from; what happens when goes to `timeline`. While the VM is not ready for signals
+/// and deadline, `watch` is.
 pub fn run(
     config: &VmConfig,
     started: Instant,
+    mut watch: Watch,
     timeline: &mut Timeline,
 ) -> Result<Outcome, VmError> {
     config.validate()?;
-    let signals = Signals::block().map_err(host("signal handling"))?;
+    let signals = Arc::clone(watch.signals());
     vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
-    // A deadline beyond what the clock can say is none.
-    let deadline = config.deadline.and_then(|span| started.checked_add(span.0));
+    let deadline = config.deadline.and_then(|span| span.after(started));
+    watch.set_deadline(deadline);
 
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
     if config.mergeable {
@@ -177,12 +191,13 @@ pub fn run(
         console.start_of_vm(timeline.watches_boot());
         let (outcome, last_words) = vm
             .boot(&console, input.terminal_size(), timeline)?
-            .run(&signals, &mut input, deadline, timeline)?;
+            .run(watch, &mut input, deadline, timeline)?;
         if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
             break (outcome, last_words);
         }
         say(last_words);
         log::info!("the guest reset the machine: booting again");
+        watch = start_watch(&signals, deadline)?;
         vm = Vm::prepare(config, timeline)?;
     };
     // A guest that ended by itself has its last words delivered however slow the reader is. Whoever stops a VM does not
@@ -390,19 +405,21 @@ impl BootedVm {
     /// Runs the VM to its end and stops all of its threads.
     fn run(
         self,
-        signals: &Signals,
+        watch: Watch,
         input: &mut ConsoleInput,
         deadline: Option<Instant>,
         timeline: &mut Timeline,
     ) -> Result<(Outcome, LastWords), VmError> {
-        let events = EventLoop::new(&self.control, signals, input, self.guest_ready, deadline)
+        let signals = Arc::clone(watch.signals());
+        let events = EventLoop::new(&self.control, &signals, input, self.guest_ready, deadline)
             .map_err(host("the event loop"))?;
         let buses = Arc::new(self.devices.buses);
         let mut running: Vec<RunningVcpu> = Vec::with_capacity(self.vcpus.len());
         let mut started = Ok(());
+        let mut watch = Some(watch);
         for mut vcpu in self.vcpus {
             vcpu.profile = timeline.exit_profile();
-            match vcpu.start(Arc::clone(&buses), Arc::clone(&self.control)) {
+            match vcpu.start(Arc::clone(&buses), Arc::clone(&self.control), watch.take()) {
                 Ok(vcpu) => running.push(vcpu),
                 Err(e) => {
                     started = Err(e);

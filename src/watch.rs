@@ -1,0 +1,155 @@
+//! Signals and the deadline while a VM is prepared: the event loop, which looks at them later, is not there yet.
+//!
+//! To prepare a VM can take long, or for ever: KVM makes tables for terabytes of memory, a kernel lies on a file server that
+//! does not answer. Whoever waits in the host's kernel for such a thing sees no signal but a fatal one, so a thread of its
+//! own has to watch. It is the boot vCPU's, which has nothing else to do before there is a VM.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::process;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use minivmm_devices::THREAD_STACK;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use crate::console;
+use crate::event_loop::Signals;
+use crate::exit_status::Outcome;
+use crate::vcpu::Vcpu;
+
+/// What the boot vCPU's thread does once there is a vCPU.
+type Job = Box<dyn FnOnce() -> Vcpu + Send>;
+
+/// The boot vCPU's thread before it has its vCPU. It ends the process at a signal that asks for it, or when the deadline
+/// passes. Dropping this ends the watch.
+pub struct Watch {
+    signals: Arc<Signals>,
+    remote: Remote,
+    thread: JoinHandle<Option<Vcpu>>,
+}
+
+/// What the thread is told by. Dropping it ends the watch.
+struct Remote(Arc<Shared>);
+
+struct Shared {
+    /// Written when `orders` have changed.
+    changed: OwnedFd,
+    orders: Mutex<Orders>,
+}
+
+struct Orders {
+    deadline: Option<Instant>,
+    job: Option<Job>,
+    over: bool,
+}
+
+impl Watch {
+    /// Starts to watch.
+    pub fn start(signals: Arc<Signals>, deadline: Option<Instant>) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            changed: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            orders: Mutex::new(Orders {
+                deadline,
+                job: None,
+                over: false,
+            }),
+        });
+        let (watched, watcher) = (Arc::clone(&signals), Arc::clone(&shared));
+        let thread = thread::Builder::new()
+            .name("vcpu0".to_owned())
+            .stack_size(THREAD_STACK)
+            .spawn(move || watcher.run(&watched))?;
+        Ok(Self {
+            signals,
+            remote: Remote(shared),
+            thread,
+        })
+    }
+
+    /// The signals that are watched.
+    pub fn signals(&self) -> &Arc<Signals> {
+        &self.signals
+    }
+
+    /// Moves the deadline.
+    pub fn set_deadline(&self, deadline: Option<Instant>) {
+        if self.remote.0.orders().deadline != deadline {
+            self.remote.give(|orders| orders.deadline = deadline);
+        }
+    }
+
+    /// Ends the watch: the thread does this instead. Whoever calls it looks at signals and deadline from now on.
+    pub fn hand_over(self, job: Job) -> JoinHandle<Option<Vcpu>> {
+        self.remote.give(|orders| orders.job = Some(job));
+        self.thread
+    }
+}
+
+impl Remote {
+    fn give(&self, change: impl FnOnce(&mut Orders)) {
+        change(&mut self.0.orders());
+        // An eventfd refuses a write only when its counter is full; then the thread is awake.
+        let _ = rustix::io::write(&self.0.changed, &1u64.to_ne_bytes());
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        self.give(|orders| orders.over = true);
+    }
+}
+
+impl Shared {
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, signals: &Signals) -> Option<Vcpu> {
+        loop {
+            let mut orders = self.orders();
+            if let Some(job) = orders.job.take() {
+                drop(orders);
+                return Some(job());
+            }
+            if orders.over {
+                return None;
+            }
+            let left = orders
+                .deadline
+                .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            drop(orders);
+            if left.is_some_and(|left| left.is_zero()) {
+                leave(&Outcome::Deadline);
+            }
+            self.wait(signals, left);
+            if let Some(signal) = signals.stop_requested() {
+                leave(&Outcome::Signal(signal));
+            }
+        }
+    }
+
+    /// Waits for a signal or a change of orders.
+    fn wait(&self, signals: &Signals, limit: Option<Duration>) {
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        let mut sources = [
+            PollFd::new(signals, PollFlags::IN),
+            PollFd::new(&self.changed, PollFlags::IN),
+        ];
+        // It fails for EINTR, or for want of memory: then it is tried again.
+        let _ = poll(&mut sources, limit.as_ref());
+        // Nothing to read is no error: it does not block.
+        let _ = rustix::io::read(&self.changed, &mut [0u8; 8]);
+    }
+}
+
+/// Ends the process wherever its main thread is: what it waits for may never come.
+fn leave(outcome: &Outcome) -> ! {
+    console::restore_terminal();
+    match outcome {
+        Outcome::Deadline => log::error!("the deadline passed before the guest could be started"),
+        outcome => log::info!("stopped: {outcome:?}"),
+    }
+    process::exit(outcome.exit_status().into())
+}
