@@ -15,6 +15,9 @@ pub mod host;
 pub mod interrupts;
 pub mod memory;
 pub mod post_mortem;
+#[cfg(test)]
+#[path = "../tests/common/skip.rs"]
+mod skip;
 pub mod timeline;
 pub mod tools;
 pub mod vcpu;

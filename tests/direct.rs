@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::linux::{initramfs, kernel};
+use common::skip::skip;
 use common::{boot_tiny, minivmm, run};
 use tempfile::{NamedTempFile, TempDir};
 
@@ -284,9 +285,10 @@ impl Drop for Guest {
 
 #[test]
 fn two_guests_that_may_be_merged_share_their_kernels_text() {
-    if !fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains("lab.job=")) {
-        eprintln!("SKIPPED: outside the lab it would change how the host merges memory");
-        return;
+    let in_lab = fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains("lab.job="));
+    // A host of CI has no other guests.
+    if !in_lab && std::env::var_os("CI").is_none() {
+        return skip("outside the lab it would change how the host merges memory");
     }
     let cache = TempDir::new().unwrap();
     let kernel = PathBuf::from(kernel("cloud", "bzImage"));

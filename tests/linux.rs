@@ -479,8 +479,7 @@ fn compare_runs_one_root_in_containers_and_in_a_guest() {
     let container = |row: &&serde_json::Value| row["name"] == "crun" || row["name"] == "runc";
     let containers: Vec<_> = rows.iter().filter(container).collect();
     if containers.is_empty() {
-        println!("skipped: neither crun nor runc is installed to compare with");
-        return;
+        return common::skip::skip("neither crun nor runc is installed to compare with");
     }
     let host = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     for row in containers {

@@ -22,6 +22,9 @@ pub mod console;
 pub mod event;
 pub mod interrupt;
 pub mod legacy;
+#[cfg(test)]
+#[path = "../../tests/common/skip.rs"]
+mod skip;
 pub mod virtio;
 
 /// Bytes of stack that a thread gets: 256 KiB. Of std's 2 MiB, a host that gives huge pages to everybody

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub(crate) mod linux;
+pub(crate) mod skip;
 pub(crate) mod terminal;
 
 use std::io::{Read, Write};

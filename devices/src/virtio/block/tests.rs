@@ -973,6 +973,15 @@ fn after_a_flush_that_failed_none_succeeds() {
     }
 }
 
+#[test]
+fn io_uring_is_tested_here() {
+    if let Err(e) = io_uring::IoUring::new(1) {
+        crate::skip::skip(&format!(
+            "no io_uring ({e}): the tests of its engine ran with the other one"
+        ));
+    }
+}
+
 /// Whether this is the process of its own that a test needs. If not, runs the test once more in one, which the shell
 /// script `start` starts by `exec "$0" "$@"`.
 fn is_own_process(test: &str, start: &str) -> bool {
@@ -1033,7 +1042,7 @@ fn a_full_host_gives_an_error_and_no_more() {
         .args(["-c", &format!("{UNSHARE} true")])
         .status();
     if !can.is_ok_and(|status| status.success()) {
-        return eprintln!("skipped: this host has no user namespaces for {UNSHARE}");
+        return crate::skip::skip(&format!("this host has no user namespaces for {UNSHARE}"));
     }
     let start = format!(
         r#"TMPDIR=$(mktemp -d); export TMPDIR; trap 'rmdir "$TMPDIR"' EXIT
