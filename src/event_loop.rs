@@ -211,7 +211,6 @@ impl<'a> EventLoop<'a> {
                     d => {
                         if d == Source::GuestReady as u64 {
                             let _ = self.guest_ready.read();
-                            lock(console).output_ready();
                         }
                         self.pump(console);
                     }

@@ -482,6 +482,38 @@ fn a_virtio_device_works_and_survives_its_driver() {
     run(&mut boot_tiny("virtio", "o", &[])).assert_code(99);
 }
 
+/// Seconds of CPU time that a process has used so far.
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Behind the name, which may have anything in it: utime and stime (proc(5), fields 14 and 15).
+    let (_, rest) = stat.rsplit_once(") ").unwrap();
+    let ticks: u64 = rest
+        .split(' ')
+        .skip(11)
+        .take(2)
+        .map(|ticks| ticks.parse::<u64>().unwrap())
+        .sum();
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+}
+
+#[test]
+fn a_halted_guest_costs_the_host_no_time_however_much_it_has_queued() {
+    let args = ["--console", "virtio"];
+    let mut command = boot_tiny("console-flood", "", &args);
+    let child = command.stdout(Stdio::null()).spawn().unwrap();
+    // Past the start, which takes some, also on a busy host.
+    thread::sleep(Duration::from_secs(1));
+    let at_start = cpu_seconds(child.id());
+    thread::sleep(Duration::from_secs(3));
+    let used = cpu_seconds(child.id()) - at_start;
+    signal(&child, "TERM");
+    let output = wait(child, PATIENCE);
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(143), "{log}");
+    assert!(log.contains("until its driver resets it"), "{log}");
+    assert!(used < 0.2, "{used} s of CPU time in 3 s");
+}
+
 #[test]
 fn a_disk_is_reset_with_requests_in_flight() {
     const WRITTEN: usize = 64 << 10;

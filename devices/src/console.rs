@@ -9,6 +9,9 @@ pub trait ConsoleOutput: Send {
     /// Whether [`MIN_ROOM`] bytes fit now. After an answer of `false`, [`ConsoleDevice::output_ready`] must be called once
     /// there is room.
     fn has_room(&self) -> bool;
+
+    /// Has [`ConsoleDevice::output_ready`] called soon, on a thread of the host's.
+    fn call_back(&self);
 }
 
 /// What fits, in bytes, when [`ConsoleOutput::has_room`] says so: the FIFO of a UART, because a guest that saw the
@@ -16,8 +19,7 @@ pub trait ConsoleOutput: Send {
 pub const MIN_ROOM: usize = 16;
 
 /// A console device as the host sees it. A device is given a kick, which it calls when [`ConsoleDevice::wants_input`] may
-/// have changed from 0, or when it wants [`ConsoleDevice::output_ready`] called. It is called with the device locked, so
-/// it may only wake the thread that will do that.
+/// have changed from 0. It is called with the device locked, so it may only wake the thread that will look.
 pub trait ConsoleDevice: Send {
     /// How many bytes the guest is ready for. An answer of 0 arms the kick.
     fn wants_input(&mut self) -> usize;
@@ -25,7 +27,7 @@ pub trait ConsoleDevice: Send {
     /// Hands bytes to the guest, and returns how many it took. The kick is armed if it did not take all.
     fn receive(&mut self, bytes: &[u8]) -> usize;
 
-    /// The host has room for output again, or was kicked.
+    /// The host has room for output again, or was asked to call back.
     fn output_ready(&mut self);
 
     /// The user's terminal has this size now.

@@ -69,6 +69,8 @@ impl ConsoleOutput for Host {
     fn has_room(&self) -> bool {
         *self.0.lock().unwrap() >= minivmm_devices::console::MIN_ROOM
     }
+
+    fn call_back(&self) {}
 }
 
 /// A console, its host's side and its host's room.

@@ -33,7 +33,6 @@ pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_term
 
 use crate::timeline::Phases;
 use output::{Destination, Shared, Sink};
-use transcript::Transcript;
 
 /// Why the console cannot be opened.
 #[derive(Debug, Error)]
@@ -132,24 +131,22 @@ impl Console {
     /// Forgets the output of the VM before: its panic and byte count. On a terminal, the next begins a line. With
     /// `watch_phases`, the output is searched for what [`Console::phases`] tells.
     pub fn start_of_vm(&self, watch_phases: bool) {
-        let mut state = self.0.shared.state();
-        state.end_line();
-        state.transcript = Transcript::new(watch_phases);
+        self.0.shared.start_of_vm(watch_phases);
     }
 
     /// When the guest's output told how far its boot was, if that is watched.
     pub fn phases(&self) -> Phases {
-        self.0.shared.state().transcript.phases()
+        self.0.shared.transcript().phases()
     }
 
     /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.
     pub fn saw_panic(&self) -> bool {
-        self.0.shared.state().transcript.saw_panic()
+        self.0.shared.transcript().saw_panic()
     }
 
     /// How many bytes the guest has sent.
     pub fn bytes_out(&self) -> u64 {
-        self.0.shared.state().transcript.bytes
+        self.0.shared.state().bytes
     }
 
     /// How many bytes went nowhere, because nobody was attached to the pty, the reader had gone, or there was no

@@ -1,10 +1,11 @@
-//! Output of the guest: a bounded buffer that the vCPU thread fills and a thread of its own drains.
+//! Output of the guest: a bounded buffer that the vCPU thread fills and a thread of its own reads and drains.
 //!
-//! The vCPU thread never waits here. When the buffer is full, a UART shows a busy transmitter, a virtio console leaves what
-//! comes in its queue, and the guest waits; when half of it is free again, the device is told.
+//! The vCPU thread never waits here, nor does it look at what it copies. When the buffer is full, a UART shows a busy
+//! transmitter, a virtio console leaves what comes in its queue, and the guest waits; when half of it is free again, the
+//! device is told.
 //!
-//! Locks: `ready` and `state` are each taken alone. The device's lock is held by callers of [`Sink`], so the callback in
-//! `ready`, which takes that lock, is called with neither held.
+//! Locks: `transcript` comes before `state`; `ready` is taken alone. The device's lock is held by callers of [`Sink`], so
+//! the callback in `ready`, which takes that lock, is called with none held.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use minivmm_devices::THREAD_STACK;
 use minivmm_devices::console::{ConsoleOutput, MIN_ROOM};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vmm_sys_util::signal::block_signal;
 
@@ -30,6 +31,13 @@ const LOW_WATER: usize = CAPACITY / 2;
 const CHUNK: usize = 4096;
 /// How long the rest of a line is awaited, so that a line is one write(2) and not one for each byte.
 const LINGER: Duration = Duration::from_micros(500);
+/// How long the thread waits for its reader until it looks again at what has come meanwhile.
+const READER_STEP: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
+/// Bytes that came within this time of each other may count as having come at once.
+const SAME_TIME: Duration = Duration::from_micros(10);
 /// How long [`Shared::finish`] waits between two looks at whether to give up.
 const FINISH_STEP: Duration = Duration::from_millis(20);
 /// How long a cancelled thread may take to end. It takes longer only if it is stuck in a write(2).
@@ -67,6 +75,7 @@ type Callback = Arc<dyn Fn() + Send + Sync>;
 
 /// What the sinks, the thread and the [`super::Console`] share.
 pub(super) struct Shared {
+    transcript: Mutex<Transcript>,
     state: Mutex<State>,
     /// The thread has something to do.
     work: Condvar,
@@ -81,15 +90,22 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct State {
     pending: VecDeque<u8>,
+    /// Bytes at the front of `pending` that the transcript has.
+    read: usize,
+    /// When the bytes that it has not came, and how many at a time. Empty if nobody wants to know.
+    arrivals: VecDeque<(Instant, usize)>,
+    watch_arrivals: bool,
+    /// Bytes of this run of the VM.
+    pub(super) bytes: u64,
+    last: Option<u8>,
     /// The output goes to a terminal.
     on_terminal: bool,
-    pub(super) transcript: Transcript,
     pub(super) dropped: u64,
-    /// The thread has not ended: pending bytes go somewhere.
+    /// The thread has not ended.
     running: bool,
     /// The thread waits, for any byte or for a line's end.
     waiting: Waiting,
-    /// A device was told that there is no room.
+    /// A device was told that there is no room, or wants to be called back.
     starved: bool,
     /// The thread ends when nothing is pending.
     closing: bool,
@@ -97,15 +113,55 @@ pub(super) struct State {
 
 impl State {
     /// Ends the line that the guest has left unfinished on a terminal.
-    pub(super) fn end_line(&mut self) {
-        if self.on_terminal && self.transcript.is_mid_line() {
+    fn end_line(&mut self) {
+        if self.on_terminal && self.last.is_some_and(|byte| byte != b'\n') {
             self.pending.extend(b"\r\n");
         }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        self.bytes += bytes.len() as u64;
+        self.last = bytes.last().copied().or(self.last);
+        self.pending.extend(bytes);
+        if self.watch_arrivals {
+            let now = Instant::now();
+            match self.arrivals.back_mut() {
+                Some((at, len)) if now.duration_since(*at) < SAME_TIME => *len += bytes.len(),
+                _ => self.arrivals.push_back((now, bytes.len())),
+            }
+        }
+    }
+
+    /// Copies the next bytes that the transcript does not have, and says when they came.
+    fn read(&mut self, bytes: &mut Vec<u8>) -> Instant {
+        let mut len = CHUNK.min(self.pending.len() - self.read);
+        let mut came = Instant::now();
+        if let Some((at, left)) = self.arrivals.front_mut() {
+            (came, len) = (*at, len.min(*left));
+            *left -= len;
+            if *left == 0 {
+                self.arrivals.pop_front();
+            }
+        }
+        bytes.clear();
+        bytes.extend(self.pending.range(self.read..self.read + len));
+        self.read += len;
+        came
+    }
+
+    /// The device is to be told that there is room.
+    fn owes_call(&self) -> bool {
+        self.starved && self.pending.len() <= LOW_WATER
     }
 
     #[cfg(test)]
     pub(super) fn is_running(&self) -> bool {
         self.running
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_read(&self) -> bool {
+        self.read == self.pending.len()
     }
 }
 
@@ -118,14 +174,15 @@ enum Waiting {
 }
 
 impl Shared {
-    /// Starts the output. Without a destination, it is only remembered.
+    /// Starts the output. Without a destination, it is only read.
     pub(super) fn start(
         destination: Option<Destination>,
         on_terminal: bool,
     ) -> io::Result<Arc<Self>> {
         let shared = Arc::new(Self {
+            transcript: Mutex::default(),
             state: Mutex::new(State {
-                running: destination.is_some(),
+                running: true,
                 on_terminal,
                 ..State::default()
             }),
@@ -138,14 +195,43 @@ impl Shared {
                 _ => None,
             },
         });
-        if let Some(destination) = destination {
-            let shared = shared.clone();
-            thread::Builder::new()
-                .name("console".to_owned())
-                .stack_size(THREAD_STACK)
-                .spawn(move || shared.run(&destination))?;
-        }
+        let of_thread = shared.clone();
+        thread::Builder::new()
+            .name("console".to_owned())
+            .stack_size(THREAD_STACK)
+            .spawn(move || of_thread.run(destination))?;
         Ok(shared)
+    }
+
+    /// Forgets the output of the VM before: see [`super::Console::start_of_vm`].
+    pub(super) fn start_of_vm(&self, watch_phases: bool) {
+        let mut transcript = self.lock_transcript();
+        *transcript = Transcript::new(watch_phases);
+        let mut state = self.state();
+        state.end_line();
+        state.read = state.pending.len();
+        state.arrivals.clear();
+        state.watch_arrivals = watch_phases;
+        (state.bytes, state.last) = (0, None);
+    }
+
+    /// The transcript of all that has come.
+    pub(super) fn transcript(&self) -> MutexGuard<'_, Transcript> {
+        let mut transcript = self.lock_transcript();
+        let mut piece = Vec::new();
+        loop {
+            let came = self.state().read(&mut piece);
+            if piece.is_empty() {
+                return transcript;
+            }
+            transcript.push(&piece, came);
+        }
+    }
+
+    fn lock_transcript(&self) -> MutexGuard<'_, Transcript> {
+        self.transcript
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -217,26 +303,30 @@ impl Shared {
         state.running
     }
 
-    fn run(&self, destination: &Destination) {
+    fn run(&self, mut destination: Option<Destination>) {
         for signal in BLOCKED {
             let _ = block_signal(signal);
         }
         let mut chunk = Vec::with_capacity(CHUNK);
         while self.next_chunk(&mut chunk) {
-            match write_some(destination, &chunk, &self.cancel) {
+            if chunk.is_empty() {
+                continue;
+            }
+            match write_some(destination.as_ref(), &chunk, &self.cancel) {
                 Written::Bytes(len) => self.consumed(len, 0),
                 Written::Nobody => self.consumed(chunk.len(), chunk.len()),
+                Written::NotYet => {}
                 Written::Cancelled => break,
                 Written::Failed(e) => {
-                    let name = match destination {
-                        Destination::Stream(_, name) => name,
-                        Destination::Pty(_) => "the pty",
+                    let name = match &destination {
+                        Some(Destination::Stream(_, name)) => name,
+                        _ => "the pty",
                     };
                     log::warn!(
                         "cannot write the console to {name}: {}; the guest's output is discarded from here on",
                         io::Error::from(e)
                     );
-                    break;
+                    destination = None;
                 }
             }
         }
@@ -244,47 +334,55 @@ impl Shared {
         state.running = false;
         state.dropped += state.pending.len() as u64;
         state.pending = VecDeque::new();
+        state.read = 0;
         drop(state);
         self.ended.notify_all();
         self.tell_ready();
     }
 
-    /// Waits for output and copies the next piece of it; `false` when all is written and no more will come.
+    /// Waits for something to do: calls the devices that wait for that, reads what has come, and copies the next piece to be
+    /// written, if there is one. `false` when all is written and no more will come. How fast that is written makes no
+    /// difference to the reading.
     fn next_chunk(&self, chunk: &mut Vec<u8>) -> bool {
+        let idle =
+            |state: &mut State| state.pending.is_empty() && !state.closing && !state.owes_call();
+        let unfinished = |state: &mut State| {
+            !state.closing && state.pending.len() < CHUNK && state.pending.back() != Some(&b'\n')
+        };
         let mut state = self.state();
-        if state.pending.is_empty() && !state.closing {
+        if idle(&mut state) {
             state.waiting = Waiting::ForByte;
             state = self
                 .work
-                .wait_while(state, |state| state.pending.is_empty() && !state.closing)
+                .wait_while(state, idle)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        let unfinished = |state: &State| {
-            !state.closing && state.pending.len() < CHUNK && state.pending.back() != Some(&b'\n')
-        };
-        if unfinished(&state) {
+        if !state.pending.is_empty() && unfinished(&mut state) {
             state.waiting = Waiting::ForLine;
             (state, _) = self
                 .work
-                .wait_timeout_while(state, LINGER, |state| unfinished(state))
+                .wait_timeout_while(state, LINGER, unfinished)
                 .unwrap_or_else(PoisonError::into_inner);
         }
         state.waiting = Waiting::No;
+        let owes_call = state.owes_call();
+        drop(state);
+        if owes_call {
+            self.tell_ready();
+        }
+        drop(self.transcript());
+        let state = self.state();
         chunk.clear();
-        chunk.extend(state.pending.iter().take(CHUNK));
-        !chunk.is_empty()
+        chunk.extend(state.pending.iter().take(CHUNK.min(state.read)));
+        !(state.closing && state.pending.is_empty())
     }
 
     /// `len` bytes have left the buffer, and `dropped` of them went nowhere.
     fn consumed(&self, len: usize, dropped: usize) {
         let mut state = self.state();
         state.pending.drain(..len);
+        state.read -= len;
         state.dropped += dropped as u64;
-        let tell = state.starved && state.pending.len() <= LOW_WATER;
-        drop(state);
-        if tell {
-            self.tell_ready();
-        }
     }
 
     fn tell_ready(&self) {
@@ -308,8 +406,6 @@ impl ConsoleOutput for Sink {
     fn write(&mut self, bytes: &[u8]) -> usize {
         let mut state = self.0.state();
         if !state.running {
-            // Discarded is taken, too: the guest shall not wait for a reader that is gone.
-            state.transcript.push(bytes);
             state.dropped += bytes.len() as u64;
             return bytes.len();
         }
@@ -317,8 +413,7 @@ impl ConsoleOutput for Sink {
             .len()
             .min(CAPACITY.saturating_sub(state.pending.len()));
         let taken = &bytes[..accepted];
-        state.transcript.push(taken);
-        state.pending.extend(taken);
+        state.push(taken);
         let wake = match state.waiting {
             Waiting::No => false,
             Waiting::ForByte => accepted > 0,
@@ -340,31 +435,45 @@ impl ConsoleOutput for Sink {
         state.starved |= !room;
         room
     }
+
+    fn call_back(&self) {
+        let mut state = self.0.state();
+        state.starved = true;
+        let wake = std::mem::take(&mut state.waiting) != Waiting::No;
+        drop(state);
+        if wake {
+            self.0.work.notify_all();
+        }
+    }
 }
 
 enum Written {
     Bytes(usize),
-    /// Nobody is attached to the pty.
+    /// There is no destination, or nobody is attached to the pty.
     Nobody,
+    /// The reader takes its time.
+    NotYet,
     Cancelled,
     Failed(Errno),
 }
 
 /// Writes a part of `chunk`, waiting for the reader. The file description of stdout is shared with the shell, so it
 /// stays as it is, blocking or not; poll makes both wait in the same place, where the wait can be cancelled.
-fn write_some(destination: &Destination, chunk: &[u8], cancel: &OwnedFd) -> Written {
+fn write_some(destination: Option<&Destination>, chunk: &[u8], cancel: &OwnedFd) -> Written {
     let (fd, is_pty) = match destination {
-        Destination::Stream(fd, _) => (fd.as_fd(), false),
-        Destination::Pty(fd) => (fd.as_fd(), true),
+        Some(Destination::Stream(fd, _)) => (fd.as_fd(), false),
+        Some(Destination::Pty(fd)) => (fd.as_fd(), true),
+        None => return Written::Nobody,
     };
     loop {
         let mut fds = [
             PollFd::new(&fd, PollFlags::OUT),
             PollFd::new(cancel, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, Some(&READER_STEP)) {
             Err(Errno::INTR) => continue,
             Err(e) => return Written::Failed(e),
+            Ok(0) => return Written::NotYet,
             Ok(_) => {}
         }
         let (ready, cancelled) = (fds[0].revents(), !fds[1].revents().is_empty());

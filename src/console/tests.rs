@@ -149,6 +149,42 @@ fn output_arrives_whole_and_is_counted() {
 }
 
 #[test]
+fn what_nobody_reads_is_read_for_a_panic() {
+    let (reader, writer) = io::pipe().unwrap();
+    let console = to(writer);
+    let guest = Guest::opened(&console);
+    guest.write(&text(200_000));
+    guest.write(b"\n[    0.1] Kernel panic - not syncing: x\n");
+    assert!(console.saw_panic());
+    // The thread comes to it by itself, too.
+    console.start_of_vm(false);
+    guest.write(b"[    0.1] Kernel panic - not syncing: x\n");
+    eventually("the thread reads what it cannot write", || {
+        console.0.shared.state().is_read()
+    });
+    drop(reader);
+}
+
+#[test]
+fn phases_are_dated_by_when_their_bytes_came() {
+    let console = nowhere();
+    console.start_of_vm(true);
+    let reading = console.0.shared.transcript();
+    let guest = Guest::opened(&console);
+    let before = Instant::now();
+    guest.write(b"\n");
+    let between = Instant::now();
+    thread::sleep(Duration::from_millis(1));
+    guest.write(b"hello\n");
+    let after = Instant::now();
+    drop(reading);
+    let phases = console.phases();
+    let (first, user) = (phases.first_byte.unwrap(), phases.user_output.unwrap());
+    assert!(before <= first && first <= between);
+    assert!(between < user && user <= after);
+}
+
+#[test]
 fn a_prompt_without_a_newline_does_not_wait() {
     let (mut reader, writer) = io::pipe().unwrap();
     let console = to(writer);

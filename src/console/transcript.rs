@@ -1,5 +1,4 @@
-//! What is remembered of the guest's output: how much, whether its last line is whole, whether the kernel panicked, and
-//! when the boot's phases were.
+//! What is read in the guest's output: whether the kernel panicked, and when the boot's phases were.
 
 use std::time::Instant;
 
@@ -9,8 +8,6 @@ use crate::timeline::Phases;
 /// What is known about the output of one run of a VM.
 #[derive(Debug, Default)]
 pub(super) struct Transcript {
-    pub(super) bytes: u64,
-    last: Option<u8>,
     panic: PanicScanner,
     phases: Option<PhaseScanner>,
 }
@@ -23,14 +20,13 @@ impl Transcript {
         }
     }
 
-    pub(super) fn push(&mut self, bytes: &[u8]) {
-        self.bytes += bytes.len() as u64;
-        self.last = bytes.last().copied().or(self.last);
+    /// Bytes that came at this time.
+    pub(super) fn push(&mut self, bytes: &[u8], came: Instant) {
         for byte in bytes {
             self.panic.push(*byte);
         }
         if let Some(phases) = &mut self.phases {
-            phases.push(bytes, Instant::now());
+            phases.push(bytes, came);
         }
     }
 
@@ -39,10 +35,6 @@ impl Transcript {
             .as_ref()
             .map(PhaseScanner::phases)
             .unwrap_or_default()
-    }
-
-    pub(super) fn is_mid_line(&self) -> bool {
-        self.last.is_some_and(|byte| byte != b'\n')
     }
 
     pub(super) fn saw_panic(&self) -> bool {
@@ -124,7 +116,7 @@ mod tests {
 
     fn seen(text: &str) -> bool {
         let mut transcript = Transcript::default();
-        transcript.push(text.as_bytes());
+        transcript.push(text.as_bytes(), Instant::now());
         transcript.saw_panic()
     }
 
@@ -172,18 +164,6 @@ mod tests {
         assert!(seen(&format!("[    9.1] reboot: Power down\r\n{panic}")));
     }
 
-    #[test]
-    fn a_line_is_whole_or_not() {
-        let mut transcript = Transcript::default();
-        assert!(!transcript.is_mid_line());
-        transcript.push(b"a\nb");
-        transcript.push(b"");
-        assert!(transcript.is_mid_line());
-        transcript.push(b"c\n");
-        assert!(!transcript.is_mid_line());
-        assert_eq!(transcript.bytes, 5);
-    }
-
     proptest! {
         /// How the output is cut into pieces makes no difference, and memory stays bounded.
         #[test]
@@ -203,7 +183,7 @@ mod tests {
             let (mut rest, mut cuts) = (text.as_bytes(), cuts.iter().cycle());
             while !rest.is_empty() {
                 let (chunk, later) = rest.split_at((*cuts.next().unwrap()).min(rest.len()));
-                transcript.push(chunk);
+                transcript.push(chunk, Instant::now());
                 rest = later;
             }
             prop_assert_eq!(transcript.saw_panic(), seen(&text));

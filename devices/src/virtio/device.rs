@@ -75,6 +75,9 @@ pub struct Resources {
     pub queues: Vec<Virtqueue>,
     /// How the device tells the driver, and the transport.
     pub interrupt: Interrupt,
+    /// The driver is the one that the device was stopped under, without a reset since: it has taken another queue back. The
+    /// device goes on where it was.
+    pub resumed: bool,
 }
 
 /// Where the interrupts of a device go: what differs between transports.

@@ -28,6 +28,8 @@ impl ConsoleOutput for Host {
     fn has_room(&self) -> bool {
         self.sent.lock().unwrap().len() + FIFO_LEN <= self.capacity.load(Ordering::Relaxed)
     }
+
+    fn call_back(&self) {}
 }
 
 struct Bench {

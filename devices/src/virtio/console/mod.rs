@@ -18,7 +18,7 @@ use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 use super::device::{Interrupt, Resources, StopMode, VirtioDevice, read_config_bytes};
-use super::queue::{Chain, QueueError, Virtqueue};
+use super::queue::{Buffers, Chain, QueueError, Virtqueue};
 use crate::console::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
 
 /// Device ID (§ 5).
@@ -34,9 +34,13 @@ const RECEIVE: u16 = 0;
 /// Bytes that are copied at once. Linux sends and receives as many at most.
 const PIECE: usize = 4096;
 
-/// Pieces that are sent in one go. A driver that adds more all the time, or a chain of 4 GiB, must not hold its vCPU in
-/// here: from then on the host's thread asks for each further go.
+/// Pieces and chains that are sent in one go. A driver that adds more all the time must not hold its vCPU in here: the
+/// host's thread asks for each further go.
 const BURST: usize = 64;
+
+/// Longest chain that is sent. Each notification may stand for a full queue of chains, which the host works off while the
+/// guest sleeps; without a limit, that would be 256 GiB of the same few pages. Drivers send a page at most.
+const MAX_CHAIN_BYTES: u64 = 1 << 20;
 
 /// The device.
 pub struct Console {
@@ -53,6 +57,7 @@ impl Console {
             kick,
             size,
             sent: 0,
+            takes_input: false,
             // The host may have had input before this device existed.
             input_held_back: true,
         };
@@ -91,9 +96,7 @@ impl VirtioDevice for Console {
         let [c0, c1] = size.columns.to_le_bytes();
         let [r0, r1] = size.rows.to_le_bytes();
         read_config_bytes(&[c0, c1, r0, r1], offset, data);
-        if let Some(running) = &mut port.running
-            && !std::mem::replace(&mut running.takes_input, true)
-        {
+        if port.running.is_some() && !std::mem::replace(&mut port.takes_input, true) {
             port.input_wanted();
         }
     }
@@ -103,7 +106,6 @@ impl VirtioDevice for Console {
             mem: resources.mem,
             interrupt: resources.interrupt,
             has_size: resources.features & F_SIZE != 0,
-            takes_input: resources.features & F_SIZE == 0,
             receive: None,
             transmit: None,
         };
@@ -114,7 +116,11 @@ impl VirtioDevice for Console {
             }
         }
         let mut port = self.lock();
-        running.tell_size();
+        if !resources.resumed {
+            port.sent = 0;
+            port.takes_input = !running.has_size;
+            running.tell_size();
+        }
         port.running = Some(running);
         port.output_ready();
         port.input_wanted();
@@ -129,9 +135,7 @@ impl VirtioDevice for Console {
     }
 
     fn stop(&mut self, _: StopMode, _: Duration) -> Option<Vec<Virtqueue>> {
-        let mut port = self.lock();
-        port.sent = 0;
-        let stopped = port.running.take().into_iter();
+        let stopped = self.lock().running.take().into_iter();
         let queues = stopped.flat_map(|running| [running.receive, running.transmit]);
         Some(queues.flatten().collect())
     }
@@ -146,6 +150,8 @@ struct Port {
     size: Option<TerminalSize>,
     /// Bytes of the next chain in `transmitq` that have been sent: the host had no room for the rest.
     sent: u64,
+    /// Whether the driver has read the size, or knows of none.
+    takes_input: bool,
     /// The host holds input that did not fit; it wants a kick when there is room.
     input_held_back: bool,
 }
@@ -154,8 +160,6 @@ struct Running {
     mem: GuestMemoryMmap,
     interrupt: Interrupt,
     has_size: bool,
-    /// Whether the driver has read the size, or knows of none.
-    takes_input: bool,
     receive: Option<Virtqueue>,
     transmit: Option<Virtqueue>,
 }
@@ -207,26 +211,24 @@ impl Port {
             return Ok(());
         };
         let mut chain = Chain::default();
-        let mut piece = [0; PIECE];
-        for _ in 0..BURST {
-            if !self.output.has_room() {
-                return Ok(());
+        let mut left = BURST;
+        while self.output.has_room() {
+            if left == 0 {
+                self.output.call_back();
+                break;
             }
+            left -= 1;
             if !queue.pop(mem, &mut chain)? {
                 if queue.enable_notifications(mem)? {
                     continue;
                 }
-                return Ok(());
+                break;
             }
-            let text = &mut chain.readable;
-            // A driver that has made the chain shorter meanwhile is done with it.
-            text.skip(self.sent);
-            let len = usize::try_from(text.len()).unwrap_or(PIECE).min(PIECE);
-            let piece = piece.get_mut(..len).unwrap_or_default();
-            text.read_front(piece);
-            let taken = self.output.write(piece);
-            if taken < len || !text.is_empty() {
-                self.sent += taken as u64;
+            if chain.readable.len() > MAX_CHAIN_BYTES {
+                let why = "more than 1 MiB of console output in one chain";
+                return Err(QueueError::Unanswerable(why));
+            }
+            if !self.send(&mut chain.readable, &mut left) {
                 queue.put_back();
                 continue;
             }
@@ -236,15 +238,33 @@ impl Port {
                 interrupt.used_buffers(queue.index());
             }
         }
-        (self.kick)();
         Ok(())
+    }
+
+    /// Sends what has not been sent of a chain, `left` pieces at most; `false` if something is left of it.
+    fn send(&mut self, text: &mut Buffers<'_>, left: &mut usize) -> bool {
+        let mut piece = [0; PIECE];
+        // A driver that has made the chain shorter meanwhile is done with it.
+        text.skip(self.sent);
+        while !text.is_empty() {
+            let len = usize::try_from(text.len()).unwrap_or(PIECE).min(PIECE);
+            let piece = piece.get_mut(..len).unwrap_or_default();
+            text.read_front(piece);
+            let taken = self.output.write(piece);
+            self.sent += taken as u64;
+            *left = left.saturating_sub(1);
+            if taken < len || (*left == 0 && !text.is_empty()) {
+                return false;
+            }
+        }
+        true
     }
 }
 
 impl ConsoleDevice for Port {
     fn wants_input(&mut self) -> usize {
-        let has_buffers = self.run(|_, running| match &mut running.receive {
-            Some(queue) if running.takes_input => queue.enable_notifications(&running.mem),
+        let has_buffers = self.run(|port, running| match &mut running.receive {
+            Some(queue) if port.takes_input => queue.enable_notifications(&running.mem),
             _ => Ok(false),
         });
         self.input_held_back |= !has_buffers;
@@ -253,8 +273,8 @@ impl ConsoleDevice for Port {
 
     fn receive(&mut self, bytes: &[u8]) -> usize {
         let mut taken = 0;
-        self.run(|_, running| {
-            let (Some(queue), true) = (&mut running.receive, running.takes_input) else {
+        self.run(|port, running| {
+            let (Some(queue), true) = (&mut running.receive, port.takes_input) else {
                 return Ok(());
             };
             let mem = &running.mem;

@@ -179,7 +179,7 @@ impl Core {
                 match step {
                     // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is a fault.
                     VIRTIO_CONFIG_S_FEATURES_OK if !self.are_features_possible() => {}
-                    VIRTIO_CONFIG_S_DRIVER_OK => return self.start(),
+                    VIRTIO_CONFIG_S_DRIVER_OK => return self.start(false),
                     _ => self.status |= step,
                 }
             }
@@ -322,8 +322,8 @@ impl Core {
         self.device.write_config(offset, data);
     }
 
-    /// DRIVER_OK: hands the ready queues to the device.
-    fn start(&mut self) {
+    /// DRIVER_OK, or the driver goes on without a queue: hands the ready queues to the device.
+    fn start(&mut self, resumed: bool) {
         self.status |= VIRTIO_CONFIG_S_DRIVER_OK;
         if self.interrupt.is_reset_needed() {
             // What was broken before is told now (§ 2.1.2).
@@ -345,6 +345,7 @@ impl Core {
                 features: self.driver_features,
                 queues,
                 interrupt: self.interrupt.clone(),
+                resumed,
             };
             self.device.start(resources).map_err(Fault::Start)
         });
@@ -397,7 +398,7 @@ impl Core {
                 }
                 // The others stand where they stood.
                 if go_on {
-                    self.start();
+                    self.start(true);
                 }
             }
         }
