@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use serde::de::value::StrDeserializer;
+use serde::de::{DeserializeOwned, IntoDeserializer};
 
-use crate::boot::BootProtocol;
 use crate::config::{
-    ConfigError, ConsoleKind, DiskConfig, MAX_CPUS, MemorySize, OnReboot, Span, VmConfig,
+    BootProtocol, ConfigError, ConsoleKind, ConsoleTarget, DiskConfig, MAX_CPUS, MemorySize,
+    OnReboot, Span, VmConfig,
 };
-use crate::console::SerialMode;
 use crate::tools::bench::BenchArgs;
 use crate::tools::compare::CompareArgs;
 
@@ -101,6 +103,17 @@ pub struct LogArgs {
     pub quiet: bool,
 }
 
+/// A parser of the words that a configuration file has for `T`, one of `names`.
+fn one_of<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(names).try_map(|name| {
+        let name: StrDeserializer<'_, serde::de::value::Error> = name.as_str().into_deserializer();
+        T::deserialize(name)
+    })
+}
+
 /// A guest, whatever runs it.
 #[derive(Debug, Clone, Args)]
 pub struct GuestArgs {
@@ -175,19 +188,19 @@ pub struct VmArgs {
     /// Which device is the console: serial is COM1 (ttyS0); virtio (hvc0) costs the guest far fewer exits and knows the
     /// terminal's size, but its driver (virtio_console) is a module in many kernels, which the initrd must load then, and
     /// --append 'console=ttyS0 console=hvc0' gives it a console until then; COM1 stays, for output alone [default: serial]
-    #[arg(long, value_name = "DEVICE")]
+    #[arg(long, value_name = "DEVICE", value_parser = one_of::<ConsoleKind>(&["serial", "virtio"]))]
     pub console: Option<ConsoleKind>,
     /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only), none [default: stdio]
     #[arg(long, value_name = "WHERE")]
-    pub serial: Option<SerialMode>,
+    pub serial: Option<ConsoleTarget>,
     /// When the guest resets the machine: end with status 0, or boot again [default: exit]
-    #[arg(long, value_name = "WHAT")]
+    #[arg(long, value_name = "WHAT", value_parser = one_of::<OnReboot>(&["exit", "restart"]))]
     pub on_reboot: Option<OnReboot>,
     /// End with status 124 after this time, as in 500ms, 10s or 2min
     #[arg(long, value_name = "TIME")]
     pub deadline: Option<Span>,
     /// How the kernel is entered; auto takes PVH where an ELF file offers it [default: auto]
-    #[arg(long, value_name = "HOW")]
+    #[arg(long, value_name = "HOW", value_parser = one_of::<BootProtocol>(&["auto", "linux64", "pvh"]))]
     pub boot_protocol: Option<BootProtocol>,
     /// Neither keep what was in a bzImage below ~/.cache/minivmm (or $XDG_CACHE_HOME) nor look for it there
     #[arg(long)]

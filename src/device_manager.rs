@@ -20,6 +20,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::acpi::{AcpiDevice, Hid};
 use crate::arch::x86_64::layout;
+use crate::config::{VmConfig, join_words};
 use crate::interrupts::Interrupts;
 use crate::timeline::Place;
 use crate::vcpu::Buses;
@@ -53,9 +54,33 @@ impl VirtioSlot {
     }
 }
 
+/// The kernel's command line: the configuration's; one with `acpi=off` also tells of the virtio devices, which a kernel finds
+/// through ACPI otherwise.
+pub fn cmdline_with_devices(config: &VmConfig) -> String {
+    let line = config.kernel_cmdline();
+    // What comes behind "--" is init's.
+    let (kernel, init) = match line.find(" -- ") {
+        Some(at) => line.split_at(at),
+        None => (line.as_str(), ""),
+    };
+    if !kernel.split_whitespace().any(|word| word == "acpi=off") {
+        return line;
+    }
+    let devices = virtio_parameters(config.virtio_devices());
+    join_words([kernel, &devices, init])
+}
+
+/// Refuses a configuration with more virtio devices than there are addresses and interrupts for.
+pub fn check_capacity(config: &VmConfig) -> Result<(), VmError> {
+    match config.virtio_devices() {
+        count if count > layout::MAX_VIRTIO_DEVICES => Err(VmError::TooManyDevices(count)),
+        _ => Ok(()),
+    }
+}
+
 /// The parameters that tell a kernel without ACPI of `count` virtio devices, which it cannot find by itself
 /// (Documentation/admin-guide/kernel-parameters.txt).
-pub fn virtio_parameters(count: usize) -> String {
+fn virtio_parameters(count: usize) -> String {
     let parameters: Vec<String> = (0..count)
         .map(VirtioSlot)
         .map(|slot| {
@@ -249,6 +274,7 @@ impl DeviceManager {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{DEFAULT_CMDLINE, DiskConfig};
 
     #[test]
     fn devices_have_names() {
@@ -272,5 +298,43 @@ mod tests {
         assert_eq!(layout::VIRTIO_GSI_LAST + 1, ioapic::PINS);
         assert!(last.base() + layout::VIRTIO_MMIO_SIZE <= layout::IOAPIC_START);
         assert_eq!(mmio::LEN, layout::VIRTIO_MMIO_SIZE);
+    }
+
+    fn with_disks(count: usize) -> VmConfig {
+        VmConfig {
+            disks: vec![DiskConfig::default(); count],
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn a_machine_has_room_for_so_many_devices() {
+        let full = VmConfig {
+            rng: true,
+            ..with_disks(18)
+        };
+        check_capacity(&full).unwrap();
+        let error = check_capacity(&with_disks(20)).unwrap_err().to_string();
+        assert!(error.contains("20") && error.contains("19"), "{error}");
+    }
+
+    #[test]
+    fn a_kernel_without_acpi_is_told_of_its_virtio_devices() {
+        let line = |append: &str, disks: usize| {
+            let config = VmConfig {
+                append: Some(append.into()),
+                ..with_disks(disks)
+            };
+            cmdline_with_devices(&config)
+        };
+        assert!(!line("-- acpi=off", 1).contains("virtio_mmio"));
+        assert!(!line("noacpi=off", 1).contains("virtio_mmio"));
+        assert!(!line("acpi=off", 0).contains("virtio_mmio"));
+        assert_eq!(
+            line("acpi=off -- sh -c 'a  b'", 1),
+            format!(
+                "{DEFAULT_CMDLINE} acpi=off virtio_mmio.device=4K@0xd0000000:5 -- sh -c 'a  b'"
+            )
+        );
     }
 }

@@ -64,6 +64,10 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
     let status = match vm::run(&config, started, watch, &mut timeline) {
         Ok(outcome) => outcome.exit_status(),
         Err(vm::VmError::Config(e)) => return usage_error(&e),
+        Err(e @ vm::VmError::TooManyDevices(_)) => {
+            failure(&e);
+            return exit_status::USAGE;
+        }
         Err(e) => failure(&e),
     };
     match (timeline.finish(status), file) {
@@ -89,7 +93,6 @@ fn usage_error(error: &ConfigError) -> u8 {
         ConfigError::NoKernel
         | ConfigError::Cpus(_)
         | ConfigError::Disk { .. }
-        | ConfigError::TooManyDevices(_)
         | ConfigError::Memory(..) => exit_status::USAGE,
     }
 }

@@ -15,12 +15,6 @@ use vm_memory::{
 use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
 use crate::config::MemorySize;
 
-/// Least guest RAM in bytes: 16 MiB.
-pub const MIN_SIZE: u64 = 16 << 20;
-/// Most guest RAM in bytes: 4 TiB. It keeps every address calculation far from overflow; a host's own limit is lower or
-/// comes later.
-pub const MAX_SIZE: u64 = 4 << 40;
-
 /// Bytes of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
 

@@ -17,9 +17,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi;
 use crate::arch::x86_64::{layout, mptable, regs};
 use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
-use crate::config::{ConfigError, ConsoleKind, MemorySize, OnReboot, VmConfig};
-use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal, SerialMode};
-use crate::device_manager::{DeviceManager, HostResources};
+use crate::config::{ConfigError, ConsoleKind, ConsoleTarget, MemorySize, OnReboot, VmConfig};
+use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal};
+use crate::device_manager::{self, DeviceManager, HostResources};
 use crate::event_loop::{EventLoop, Signals};
 use crate::exit_status::Outcome;
 use crate::host::kvm::{self, API_VERSION as KVM_API_VERSION, DEVICE as KVM_DEVICE};
@@ -49,6 +49,12 @@ pub enum VmError {
     /// The configuration is impossible.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// More devices than the machine has room for.
+    #[error(
+        "{0} disks, entropy devices and consoles: the machine has room for {max}",
+        max = layout::MAX_VIRTIO_DEVICES
+    )]
+    TooManyDevices(usize),
     /// The console cannot be opened.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -169,6 +175,7 @@ pub fn run(
     timeline: &mut Timeline,
 ) -> Result<Outcome, VmError> {
     config.validate()?;
+    device_manager::check_capacity(config)?;
     let signals = Arc::clone(watch.signals());
     vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
     let deadline = config.deadline.and_then(|span| span.after(started));
@@ -181,7 +188,7 @@ pub fn run(
     let mut vm = Vm::prepare(config, timeline)?;
     let (console, mut input) = Console::open(&config.serial)?;
     let terminal = match config.serial {
-        SerialMode::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
+        ConsoleTarget::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
         _ => None,
     };
     if let Some(path) = console.pty_path() {
@@ -253,7 +260,7 @@ struct Vm {
 impl Vm {
     /// Makes the VM and its RAM, and loads the kernel.
     fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Self, VmError> {
-        let cmdline = config.kernel_cmdline();
+        let cmdline = device_manager::cmdline_with_devices(config);
         let resources = open_resources(config)?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {

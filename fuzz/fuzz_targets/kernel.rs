@@ -3,7 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use minivmm::boot::{self, BootProtocol, BootSource};
+use minivmm::boot::{self, BootSource};
+use minivmm::config::BootProtocol;
 use minivmm::memory;
 use minivmm_fuzz::{file, path};
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use vm_memory::GuestMemoryError;
 
-use super::BootProtocol;
+use crate::config::BootProtocol;
 
 /// What a file was given as; it names the file in messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

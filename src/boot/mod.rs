@@ -36,10 +36,12 @@ use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout;
+pub use crate::arch::x86_64::regs::Entry;
+use crate::config::BootProtocol;
 use crate::error_chain;
 use bzimage::BzImage;
 pub use cache::default_dir as default_cache_dir;
@@ -57,48 +59,6 @@ pub(crate) type GuestMemory = GuestMemoryMmap<()>;
 
 /// 1 MiB in bytes.
 pub(crate) const MIB: u64 = 1 << 20;
-
-/// How the first vCPU enters the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Entry {
-    /// 64-bit Linux boot protocol: long mode, interrupts off, memory below 4 GiB mapped one to one.
-    Linux64 {
-        /// First instruction.
-        rip: u64,
-        /// GPA of boot_params, for RSI.
-        boot_params: u64,
-    },
-    /// PVH (Xen HVM direct boot): 32-bit protected mode, paging off.
-    Pvh {
-        /// First instruction.
-        eip: u32,
-        /// GPA of hvm_start_info, for EBX.
-        start_info: u32,
-    },
-}
-
-/// Which protocol starts the kernel.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum BootProtocol {
-    /// A bzImage by the Linux protocol, an ELF kernel by PVH if it has the note and else by the Linux protocol.
-    #[default]
-    Auto,
-    /// The 64-bit Linux boot protocol.
-    Linux64,
-    /// PVH.
-    Pvh,
-}
-
-impl fmt::Display for BootProtocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            BootProtocol::Auto => "auto",
-            BootProtocol::Linux64 => "linux64",
-            BootProtocol::Pvh => "pvh",
-        })
-    }
-}
 
 /// What is to be booted.
 #[derive(Debug, Clone, Copy)]

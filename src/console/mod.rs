@@ -9,7 +9,6 @@
 
 mod escape;
 mod input;
-mod mode;
 mod output;
 mod phases;
 mod pty;
@@ -28,9 +27,9 @@ use minivmm_devices::console::ConsoleOutput;
 use thiserror::Error;
 
 pub use input::{ConsoleInput, InputOutcome};
-pub use mode::{SerialMode, SerialModeError};
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
+use crate::config::ConsoleTarget;
 use crate::timeline::Phases;
 use output::{Destination, Shared, Sink};
 
@@ -73,11 +72,11 @@ impl Drop for Handle {
 impl Console {
     /// Opens the console: its output, with a thread, and its input, for the event loop. The terminal is not touched: see
     /// [`RawTerminal::enter`].
-    pub fn open(mode: &SerialMode) -> Result<(Self, ConsoleInput), ConsoleError> {
+    pub fn open(mode: &ConsoleTarget) -> Result<(Self, ConsoleInput), ConsoleError> {
         let mut pty_path = None;
         let mut on_terminal = false;
         let (destination, input) = match mode {
-            SerialMode::Stdio => {
+            ConsoleTarget::Stdio => {
                 // Without a stdout, the output is only remembered.
                 let stdout = io::stdout().as_fd().try_clone_to_owned().ok();
                 on_terminal = io::stdout().is_terminal();
@@ -85,7 +84,7 @@ impl Console {
                     stdout.map(|fd| Destination::Stream(Arc::new(fd), "stdout".to_owned()));
                 (destination, ConsoleInput::stdin())
             }
-            SerialMode::Pty => {
+            ConsoleTarget::Pty => {
                 let (master, path) = pty::open().map_err(|e| ConsoleError::Pty(e.into()))?;
                 let master = Arc::new(master);
                 pty_path = Some(path);
@@ -94,7 +93,7 @@ impl Console {
                     ConsoleInput::pty(master),
                 )
             }
-            SerialMode::File(path) => {
+            ConsoleTarget::File(path) => {
                 let file = create(path).map_err(|source| ConsoleError::File {
                     path: path.clone(),
                     source,
@@ -103,7 +102,7 @@ impl Console {
                     Destination::Stream(Arc::new(file.into()), path.display().to_string());
                 (Some(destination), ConsoleInput::none())
             }
-            SerialMode::None => (None, ConsoleInput::none()),
+            ConsoleTarget::None => (None, ConsoleInput::none()),
         };
         Ok((Self::start(destination, on_terminal, pty_path)?, input))
     }
@@ -155,7 +154,7 @@ impl Console {
         self.0.shared.state().dropped
     }
 
-    /// The pseudo-terminal to attach to, in mode [`SerialMode::Pty`].
+    /// The pseudo-terminal to attach to, in mode [`ConsoleTarget::Pty`].
     pub fn pty_path(&self) -> Option<PathBuf> {
         self.0.pty_path.clone()
     }

@@ -306,13 +306,15 @@ fn a_file_is_emptied_and_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("console.log");
     std::fs::write(&path, "old old old").unwrap();
-    let (console, input) = Console::open(&SerialMode::File(path.clone())).unwrap();
+    let (console, input) = Console::open(&ConsoleTarget::File(path.clone())).unwrap();
     assert!(input.fd().is_none());
     Guest::opened(&console).write(b"new\n");
     console.finish(NEVER);
     assert_eq!(std::fs::read(&path).unwrap(), b"new\n");
     for bad in [dir.path().to_owned(), dir.path().join("no/such")] {
-        let error = Console::open(&SerialMode::File(bad.clone())).err().unwrap();
+        let error = Console::open(&ConsoleTarget::File(bad.clone()))
+            .err()
+            .unwrap();
         assert!(
             error.to_string().contains(&*bad.to_string_lossy()),
             "{error}"
@@ -322,7 +324,7 @@ fn a_file_is_emptied_and_written() {
 
 #[test]
 fn none_counts_only() {
-    let (console, mut input) = Console::open(&SerialMode::None).unwrap();
+    let (console, mut input) = Console::open(&ConsoleTarget::None).unwrap();
     let guest = Guest::opened(&console);
     guest.write(b"hello");
     console.finish(NEVER);
@@ -454,7 +456,7 @@ fn a_guest_that_never_reads_bounds_the_look_ahead() {
 
 #[test]
 fn a_pty_is_attached_to_and_detached_from_again_and_again() {
-    let (console, mut input) = Console::open(&SerialMode::Pty).unwrap();
+    let (console, mut input) = Console::open(&ConsoleTarget::Pty).unwrap();
     let path = console.pty_path().unwrap();
     let guest = Guest::opened(&console);
     for round in 0..3 {
@@ -489,7 +491,7 @@ fn a_pty_is_attached_to_and_detached_from_again_and_again() {
 
 #[test]
 fn a_pty_reader_gets_the_last_bytes_however_late_it_reads() {
-    let (console, input) = Console::open(&SerialMode::Pty).unwrap();
+    let (console, input) = Console::open(&ConsoleTarget::Pty).unwrap();
     let mut user = attach(&console.pty_path().unwrap());
     Guest::opened(&console).write(b"reboot: Power down\r\n");
     let reader = thread::spawn(move || {
@@ -511,7 +513,7 @@ fn a_pty_reader_gets_the_last_bytes_however_late_it_reads() {
 
 #[test]
 fn a_pty_that_nobody_is_attached_to_is_not_waited_for() {
-    let (console, _input) = Console::open(&SerialMode::Pty).unwrap();
+    let (console, _input) = Console::open(&ConsoleTarget::Pty).unwrap();
     drop(attach(&console.pty_path().unwrap()));
     Guest::opened(&console).write(&text(10_000));
     let start = Instant::now();
@@ -521,7 +523,7 @@ fn a_pty_that_nobody_is_attached_to_is_not_waited_for() {
 
 #[test]
 fn a_pty_reader_that_reads_nothing_is_given_up() {
-    let (console, _input) = Console::open(&SerialMode::Pty).unwrap();
+    let (console, _input) = Console::open(&ConsoleTarget::Pty).unwrap();
     let user = attach(&console.pty_path().unwrap());
     Guest::opened(&console).write(&text(500_000));
     let (done, ended) = mpsc::channel();

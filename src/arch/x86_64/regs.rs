@@ -4,7 +4,25 @@ use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::layout::{GDT_START, IDT_START, PAGE_TABLES_START, RESET_VECTOR};
-use crate::boot::Entry;
+
+/// How the first vCPU enters the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// 64-bit Linux boot protocol: long mode, interrupts off, memory below 4 GiB mapped one to one.
+    Linux64 {
+        /// First instruction.
+        rip: u64,
+        /// GPA of boot_params, for RSI.
+        boot_params: u64,
+    },
+    /// PVH (Xen HVM direct boot): 32-bit protected mode, paging off.
+    Pvh {
+        /// First instruction.
+        eip: u32,
+        /// GPA of hvm_start_info, for EBX.
+        start_info: u32,
+    },
+}
 
 /// Bits of CR0, CR4 and EFER (SDM vol. 3 § 2.5, § 2.2.1).
 const CR0_PE: u64 = 1 << 0;

@@ -10,7 +10,7 @@ use thiserror::Error;
 /// Where the guest's console goes. Written `stdio`, `pty`, `file=F` or `none`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub enum SerialMode {
+pub enum ConsoleTarget {
     /// minivmm's own stdin and stdout.
     #[default]
     Stdio,
@@ -22,13 +22,13 @@ pub enum SerialMode {
     None,
 }
 
-/// A text that names no [`SerialMode`].
+/// A text that names no [`ConsoleTarget`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("unknown place for the console, {0:?}; use stdio, pty, file=PATH or none")]
-pub struct SerialModeError(String);
+pub struct ConsoleTargetError(String);
 
-impl FromStr for SerialMode {
-    type Err = SerialModeError;
+impl FromStr for ConsoleTarget {
+    type Err = ConsoleTargetError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
@@ -37,27 +37,27 @@ impl FromStr for SerialMode {
             "none" => Ok(Self::None),
             _ => match text.strip_prefix("file=") {
                 Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
-                _ => Err(SerialModeError(text.to_owned())),
+                _ => Err(ConsoleTargetError(text.to_owned())),
             },
         }
     }
 }
 
-impl TryFrom<String> for SerialMode {
-    type Error = SerialModeError;
+impl TryFrom<String> for ConsoleTarget {
+    type Error = ConsoleTargetError;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
         text.parse()
     }
 }
 
-impl From<SerialMode> for String {
-    fn from(mode: SerialMode) -> Self {
+impl From<ConsoleTarget> for String {
+    fn from(mode: ConsoleTarget) -> Self {
         mode.to_string()
     }
 }
 
-impl fmt::Display for SerialMode {
+impl fmt::Display for ConsoleTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Stdio => f.write_str("stdio"),
@@ -75,9 +75,9 @@ mod tests {
     #[test]
     fn each_mode_is_read_as_it_is_written() {
         for text in ["stdio", "pty", "none", "file=/tmp/a=b"] {
-            assert_eq!(text.parse::<SerialMode>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<ConsoleTarget>().unwrap().to_string(), text);
             let json = serde_json::to_string(text).unwrap();
-            let mode: SerialMode = serde_json::from_str(&json).unwrap();
+            let mode: ConsoleTarget = serde_json::from_str(&json).unwrap();
             assert_eq!(serde_json::to_string(&mode).unwrap(), json);
         }
     }
@@ -85,9 +85,9 @@ mod tests {
     #[test]
     fn others_are_refused_with_the_choices() {
         for text in ["", "file", "file=", "tty", "Stdio"] {
-            let error = text.parse::<SerialMode>().unwrap_err().to_string();
+            let error = text.parse::<ConsoleTarget>().unwrap_err().to_string();
             assert!(error.contains("stdio, pty, file=PATH or none"), "{error}");
-            assert!(serde_json::from_str::<SerialMode>(&format!("{text:?}")).is_err());
+            assert!(serde_json::from_str::<ConsoleTarget>(&format!("{text:?}")).is_err());
         }
     }
 }
