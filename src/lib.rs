@@ -13,6 +13,7 @@ pub mod event_loop;
 pub mod exit_status;
 pub mod host;
 pub mod interrupts;
+pub mod json_file;
 pub mod memory;
 pub mod post_mortem;
 #[cfg(test)]

@@ -10,7 +10,8 @@ use std::time::Instant;
 use clap::Parser;
 use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs, VmArgs};
 use minivmm::config::ConfigError;
-use minivmm::timeline::{Point, Timeline, TimelineFile};
+use minivmm::json_file::JsonFile;
+use minivmm::timeline::{Point, Timeline};
 use minivmm::tools::{bench, compare, doctor};
 use minivmm::watch::Watch;
 use minivmm::{console, error_chain, exit_status, vm};
@@ -57,7 +58,7 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
         Err(e) => return usage_error(&e),
     };
     timeline.note(Point::ConfigRead);
-    let file = match wanted.flatten().map(TimelineFile::open).transpose() {
+    let file = match wanted.flatten().map(JsonFile::open).transpose() {
         Ok(file) => file,
         Err(e) => return failure(&e),
     };

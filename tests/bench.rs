@@ -337,3 +337,19 @@ fn a_terminal_shows_how_far_it_is() {
         assert!(screen.contains(wanted), "no {wanted}: {screen:?}");
     }
 }
+
+#[test]
+fn results_overwrite_nothing_but_json() {
+    let fakes = Fakes::new(&[]);
+    let file = fakes.file("rootfs.cpio");
+    fs::write(&file, "070701").unwrap();
+    let mut command = fakes.bench(&["--vs", "none", "--json", file.to_str().unwrap()]);
+    let ended = run(&mut command);
+    ended.assert_code(125);
+    assert!(
+        ended.stderr.contains("exists and is not JSON"),
+        "{}",
+        ended.stderr
+    );
+    assert_eq!(fs::read_to_string(file).unwrap(), "070701");
+}

@@ -230,7 +230,7 @@ fn a_file_that_cannot_be_is_refused_before_the_boot() {
         (path(""), "Is a directory"),
         (path("missing/t.json"), "No such file"),
         ("-".to_owned(), "leave the file out for a table on stderr"),
-        (precious.clone(), "is there and is no JSON"),
+        (precious.clone(), "exists and is not JSON"),
     ] {
         let mut command = boot_tiny("hello", "", &[]);
         let ended = run(command.arg(format!("--timeline={file}")));

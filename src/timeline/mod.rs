@@ -7,7 +7,6 @@
 //! It is the timeline of the first boot; a guest that resets the machine and boots again adds to the number of boots.
 
 mod exits;
-mod file;
 mod memory;
 mod process_start;
 mod report;
@@ -19,7 +18,6 @@ use serde::Serialize;
 use vm_memory::GuestMemoryMmap;
 
 pub use exits::{ExitProfile, Place};
-pub use file::{TimelineError, TimelineFile};
 pub use report::Report;
 
 use crate::boot::LoadedKernel;

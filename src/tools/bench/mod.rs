@@ -14,6 +14,7 @@ use crate::cli::GuestArgs;
 use crate::config::{ConfigError, Span, VmConfig};
 use crate::event_loop::Signals;
 use crate::exit_status;
+use crate::json_file::{JsonFile, JsonFileError};
 use crate::tools::measure::{self, GuestShare, HostFacts, Progress, Run, RunError, Summary, Watch};
 
 pub use report::{Report, VmmReport};
@@ -122,6 +123,9 @@ pub enum BenchError {
     /// The earlier run cannot be used.
     #[error(transparent)]
     Baseline(#[from] baseline::BaselineError),
+    /// The results have no place.
+    #[error(transparent)]
+    Output(#[from] JsonFileError),
     /// The host refused something.
     #[error("cannot {what}")]
     Host {
@@ -175,6 +179,9 @@ struct Row {
 pub fn run(args: &BenchArgs, out: &mut dyn Write) -> Result<u8, BenchError> {
     let guest = guest(args)?;
     let baseline = args.baseline.as_deref().map(baseline::read).transpose()?;
+    let to_stdout = args.json.as_deref() == Some(Path::new("-"));
+    let file = args.json.clone().filter(|_| !to_stdout);
+    let file = file.map(JsonFile::open).transpose()?;
     let scratch = tempfile::tempdir().map_err(host("make a directory for temporary files"))?;
     let mut rows: Vec<Row> = find(args, &guest, scratch.path())?
         .into_iter()
@@ -201,9 +208,14 @@ pub fn run(args: &BenchArgs, out: &mut dyn Write) -> Result<u8, BenchError> {
     drop(progress);
 
     let report = Report::new(args, &guest, host_facts, &rows);
-    report
-        .write(args.json.as_deref(), out)
-        .map_err(host("write the results"))?;
+    if to_stdout {
+        report.json(out).map_err(host("write the results"))?;
+    } else {
+        report.table(out).map_err(host("write the results"))?;
+    }
+    if let Some(file) = file {
+        file.write(&report)?;
+    }
     match baseline {
         Some(baseline) if !baseline.holds(&report, args.max_ratio) => Ok(REGRESSION),
         _ => Ok(0),

@@ -1,7 +1,6 @@
 //! What came out: a table for people, JSON for programs.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -120,20 +119,14 @@ impl Report {
         self.vmms.iter().find(|row| row.name == "minivmm")
     }
 
-    /// The table to `out`, or JSON where `json` is `-`; JSON to any other file that it names.
-    pub(super) fn write(&self, json: Option<&Path>, out: &mut dyn Write) -> io::Result<()> {
-        match json {
-            Some(path) if path == Path::new("-") => {
-                serde_json::to_writer_pretty(&mut *out, self)?;
-                return writeln!(out);
-            }
-            Some(path) => serde_json::to_writer_pretty(File::create(path)?, self)?,
-            None => {}
-        }
-        self.table(out)
+    /// As JSON.
+    pub(super) fn json(&self, out: &mut dyn Write) -> io::Result<()> {
+        serde_json::to_writer_pretty(&mut *out, self)?;
+        writeln!(out)
     }
 
-    fn table(&self, out: &mut dyn Write) -> io::Result<()> {
+    /// As a table.
+    pub(super) fn table(&self, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out, "{}", self.guest)?;
         writeln!(
             out,

@@ -9,7 +9,7 @@ mod runtime;
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -18,6 +18,7 @@ use rustix::process::{WaitOptions, getpid, set_child_subreaper};
 use crate::config::{MAX_CPUS, MemorySize, Span};
 use crate::event_loop::Signals;
 use crate::exit_status::{MONITOR_FAILED, Outcome, USAGE};
+use crate::json_file::{JsonFile, JsonFileError};
 use crate::tools::measure::{self, HostFacts, Progress, Run, RunError, Watch};
 use image::{Image, PROBE_STATUS, VmImage};
 use processes::{Seen, daemons_bytes};
@@ -108,6 +109,9 @@ pub enum CompareError {
     /// The root cannot be made ready.
     #[error("cannot make the images: {0}")]
     Image(String),
+    /// The results have no place.
+    #[error(transparent)]
+    Output(#[from] JsonFileError),
     /// The host refused something.
     #[error("cannot {what}")]
     Host {
@@ -190,6 +194,8 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, CompareError> 
         Err(error) => return Err(wrong(error.to_string())),
     }
     let kernel = kernel(args)?;
+    let json = args.json.clone().filter(|path| path != Path::new("-"));
+    let json = json.map(JsonFile::open).transpose()?;
     let scratch = tempfile::Builder::new()
         .prefix("minivmm-compare-")
         .tempdir()
@@ -237,6 +243,9 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, CompareError> 
 
     let report = Report::new(&comparison, host_facts, &rows);
     report.write(args, out).map_err(host("write the results"))?;
+    if let Some(json) = json {
+        json.write(&report)?;
+    }
     Ok(u8::from(rows.iter().any(|row| row.error.is_some())))
 }
 

@@ -1,6 +1,6 @@
 //! What came out: a table for people, JSON for programs.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -159,18 +159,14 @@ impl Report {
         report
     }
 
-    /// The table to `out`, or JSON where `--json` has no file; and the files that are wanted.
+    /// The table to `out`, or JSON where `--json` has no file; and the page that is wanted.
     pub(super) fn write(&self, args: &CompareArgs, out: &mut dyn Write) -> io::Result<()> {
         if let Some(path) = &args.html {
             fs::write(path, html::page(self))?;
         }
-        match args.json.as_deref() {
-            Some(path) if path == Path::new("-") => {
-                serde_json::to_writer_pretty(&mut *out, self)?;
-                return writeln!(out);
-            }
-            Some(path) => serde_json::to_writer_pretty(File::create(path)?, self)?,
-            None => {}
+        if args.json.as_deref() == Some(Path::new("-")) {
+            serde_json::to_writer_pretty(&mut *out, self)?;
+            return writeln!(out);
         }
         self.table(out)
     }
