@@ -140,7 +140,7 @@ fn the_process_starts_after_its_parent_asked_and_before_main() {
 
 #[test]
 fn a_bad_end_is_told_as_well() {
-    for (cmdline, status) in [("mt", 139), ("mL", 134), ("mc", 134), ("me*", 42)] {
+    for (cmdline, status) in [("mt", 139), ("mPr", 134), ("mc", 134), ("me*", 42)] {
         let (ended, timeline) = timeline_of("ends", cmdline, &[]);
         ended.assert_code(status);
         assert_eq!(timeline["status"], status, "{cmdline}");
