@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate, fdatasync};
@@ -67,7 +67,10 @@ pub struct Disk {
     sectors: u64,
     block_size: u32,
     read_only: bool,
+    path: PathBuf,
     flush_failed: AtomicBool,
+    /// Whether a failure was reported.
+    failed: AtomicBool,
 }
 
 impl Disk {
@@ -133,7 +136,9 @@ impl Disk {
             sectors,
             block_size,
             read_only: access == Access::ReadOnly,
+            path: path.to_owned(),
             flush_failed: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
         })
     }
 
@@ -208,12 +213,31 @@ impl Disk {
     pub(super) fn flushed<T>(&self, result: io::Result<T>) -> io::Result<T> {
         if let Err(e) = &result {
             if !self.flush_failed.swap(true, Ordering::AcqRel) {
-                log::warn!("the host cannot make durable what was written to a disk: {e}");
+                self.failed.store(true, Ordering::Release);
+                log::warn!(
+                    "the host cannot make durable what was written to the disk {}: {e}",
+                    self.path.display()
+                );
             }
         } else if self.flush_failed.load(Ordering::Acquire) {
             return Err(io::Error::other("an earlier flush failed"));
         }
         result
+    }
+
+    /// Reports the first failure of the host: a guest, which sees an I/O error for each, has no words for its cause.
+    pub(super) fn report(&self, error: &io::Error) {
+        let is_cancelled = Errno::from_io_error(error) == Some(Errno::CANCELED)
+            || error.kind() == io::ErrorKind::Interrupted;
+        if is_cancelled || self.failed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let path = self.path.display();
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            log::warn!("the disk {path} has become shorter than it was: the guest gets I/O errors");
+        } else {
+            log::warn!("the disk {path} fails: {error}; the guest gets an I/O error");
+        }
     }
 
     /// Gives a range back to the host. That is a hint: a host that cannot has nothing to do.

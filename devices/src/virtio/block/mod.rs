@@ -149,7 +149,7 @@ fn serve(requests: Requests, engine: Engine, serving: &mut Serving<'_>) -> Resul
         let (status, operation) = requests.parse(chain)?;
         let result =
             operation.and_then(|op| requests.carry_out(op, chain, &mut iovecs, &cancelled));
-        Ok(status.answer(result))
+        Ok(status.answer(&requests.disk, result))
     })
 }
 

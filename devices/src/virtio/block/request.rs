@@ -208,12 +208,16 @@ impl Requests {
 pub(super) struct Status<'m>(VolatileSlice<'m>);
 
 impl Status<'_> {
-    /// Answers a request, which has given the driver so many bytes of data. Returns what the device has written in all.
-    pub(super) fn answer(&self, result: Result<u64, Failure>) -> u32 {
+    /// Answers a request of `disk`, which has given the driver so many bytes of data. Returns what the device has written in
+    /// all.
+    pub(super) fn answer(&self, disk: &Disk, result: Result<u64, Failure>) -> u32 {
         let (status, written) = match result {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(failure) => {
                 log::debug!("a block request fails: {failure}");
+                if let Failure::Io(error) = &failure {
+                    disk.report(error);
+                }
                 match failure {
                     Unsupported => (VIRTIO_BLK_S_UNSUPP, 0),
                     _ => (VIRTIO_BLK_S_IOERR, 0),

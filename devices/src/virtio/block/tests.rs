@@ -1,6 +1,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
 
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
@@ -969,6 +970,63 @@ fn after_a_flush_that_failed_none_succeeds() {
             let disk = Arc::into_inner(disk).unwrap();
             let disk = disk.with_file(file.reopen().unwrap());
             assert_eq!(flush(Block::new(disk, "", 1, second).unwrap()), IOERR);
+        }
+    }
+}
+
+/// What was logged.
+struct Messages(Mutex<Vec<String>>);
+
+impl log::Log for Messages {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        self.0.lock().unwrap().push(record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn the_first_failure_of_the_host_is_reported() {
+    static MESSAGES: Messages = Messages(Mutex::new(Vec::new()));
+    log::set_logger(&MESSAGES).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
+    for engine in ENGINES {
+        for (access, is_shorter) in [(ReadWrite, false), (ReadOnly, true), (Ephemeral, true)] {
+            let file = NamedTempFile::new().unwrap();
+            file.as_file().set_len(1 << 20).unwrap();
+            let disk = Disk::open(file.path(), access).unwrap();
+            // Open for reading only, or truncated.
+            let (disk, kind, buffer) = if is_shorter {
+                file.as_file().set_len(512).unwrap();
+                (disk, VIRTIO_BLK_T_IN, (BUFFER, 512, WRITE))
+            } else {
+                let disk = disk.with_file(File::open(file.path()).unwrap());
+                (disk, VIRTIO_BLK_T_OUT, (BUFFER, 512, 0))
+            };
+            let mut driver = Driver::started(Box::new(Block::new(disk, "", 1, engine).unwrap()), 0);
+            for _ in 0..3 {
+                submit(&mut driver, kind, 1024, buffer);
+                assert_eq!(status(&mut driver), IOERR);
+            }
+            // What a guest does wrong is no failure of the host.
+            submit(&mut driver, kind, 1 << 40, buffer);
+            assert_eq!(status(&mut driver), IOERR);
+            let path = file.path().to_str().unwrap();
+            let messages = MESSAGES.0.lock().unwrap();
+            let of_disk: Vec<_> = messages.iter().filter(|m| m.contains(path)).collect();
+            let [message] = of_disk[..] else {
+                panic!("{engine:?} {access:?}: {of_disk:?}");
+            };
+            let wanted = if is_shorter {
+                "has become shorter"
+            } else {
+                "fails: Bad file"
+            };
+            assert!(message.contains(wanted), "{message}");
         }
     }
 }

@@ -193,7 +193,7 @@ impl<'m, 'r> Uring<'m, 'r> {
                 let result = other.and_then(|op| requests.carry_out(op, chain, iovecs, &cancelled));
                 iovecs.clear();
                 iovecs.shrink_to(KEPT_IOVECS);
-                return serving.complete(head, status.answer(result));
+                return serving.complete(head, status.answer(&requests.disk, result));
             }
         };
         disk::describe(data, &mut slot.iovecs);
@@ -321,7 +321,9 @@ impl<'m, 'r> Uring<'m, 'r> {
             Operation::Flush => self.requests.disk.flushed(result),
             _ => result,
         };
-        let written = request.status.answer(result.map_err(Failure::Io));
+        let written = request
+            .status
+            .answer(&self.requests.disk, result.map_err(Failure::Io));
         slot.request = None;
         slot.iovecs.clear();
         slot.iovecs.shrink_to(KEPT_IOVECS);
