@@ -10,8 +10,10 @@ use std::time::Instant;
 use clap::Parser;
 use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs, VmArgs};
 use minivmm::config::ConfigError;
+use minivmm::exit_status::Outcome;
 use minivmm::json_file::JsonFile;
 use minivmm::timeline::{Point, Timeline};
+use minivmm::tools::error::ToolError;
 use minivmm::tools::{bench, compare, doctor};
 use minivmm::watch::Watch;
 use minivmm::{console, error_chain, exit_status, vm};
@@ -24,16 +26,8 @@ fn main() {
     end_in_good_order_on_panic();
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),
-        Some(Command::Bench(args)) => bench::run(&args, &mut io::stdout()).unwrap_or_else(|e| {
-            failure(&e);
-            e.exit_status()
-        }),
-        Some(Command::Compare(args)) => {
-            compare::run(&args, &mut io::stdout()).unwrap_or_else(|e| {
-                failure(&e);
-                e.exit_status()
-            })
-        }
+        Some(Command::Bench(args)) => tool_status(bench::run(&args.into(), &mut io::stdout())),
+        Some(Command::Compare(args)) => tool_status(compare::run(&args.into(), &mut io::stdout())),
         None => run_vm(cli.vm, started, cli.timeline),
     };
     console::restore_terminal();
@@ -103,6 +97,21 @@ fn failure(error: &dyn Error) -> u8 {
     console::restore_terminal();
     log::error!("{}", error_chain(error));
     exit_status::MONITOR_FAILED
+}
+
+/// A tool's exit status: 1 where it says no.
+fn tool_status(result: Result<bool, ToolError>) -> u8 {
+    match result {
+        Ok(good) => u8::from(!good),
+        Err(e) => {
+            let status = failure(&e);
+            match e {
+                ToolError::Usage(_) => exit_status::USAGE,
+                ToolError::Stopped(signal) => Outcome::Signal(signal).exit_status(),
+                ToolError::Failed { .. } | ToolError::Output(_) => status,
+            }
+        }
+    }
 }
 
 fn run_doctor(args: &DoctorArgs) -> u8 {

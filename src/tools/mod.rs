@@ -1,6 +1,8 @@
-//! The subcommands beside running a VM, and what they share.
+//! The subcommands other than running a VM, and what they share.
 
 pub mod bench;
 pub mod compare;
+mod cpio;
 pub mod doctor;
+pub mod error;
 pub mod measure;

@@ -1,131 +1,151 @@
-//! What came out: a table for people, JSON for programs.
+//! What came out: a table for people, JSON for programs; and a comparison with an earlier run.
 
 use std::fmt;
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{BenchArgs, Row};
-use crate::config::VmConfig;
-use crate::tools::measure::{HostFacts, Summary, shown};
+use crate::tools::error::{ToolError, cannot};
+use crate::tools::measure::{HostFacts, Summary, shown, write_times};
+
+/// minivmm's own name in the report.
+pub(super) const MINIVMM: &str = "minivmm";
 
 /// The results, as `--json` writes them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Report {
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Report {
     /// Version of this format: 1.
-    pub format: u32,
+    pub(super) format: u32,
     /// The version of minivmm.
-    pub minivmm: String,
+    pub(super) minivmm: String,
     /// What was booted.
-    pub guest: Guest,
+    pub(super) guest: Guest,
     /// The marker's text.
-    pub until: String,
+    pub(super) until: String,
     /// Rounds measured.
-    pub runs: u32,
+    pub(super) runs: u32,
     /// Rounds before them.
-    pub warmup: u32,
+    pub(super) warmup: u32,
     /// Where.
-    pub host: HostFacts,
-    /// Every monitor, minivmm first.
-    pub vmms: Vec<VmmReport>,
+    pub(super) host: HostFacts,
+    /// Every VMM, minivmm first.
+    pub(super) vmms: Vec<VmmReport>,
 }
 
-/// What every monitor booted.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Guest {
-    /// The kernel's file.
-    pub kernel: PathBuf,
-    /// Its size in bytes.
-    pub kernel_bytes: u64,
-    /// The initrd's file.
-    pub initrd: Option<PathBuf>,
-    /// Its size in bytes.
-    pub initrd_bytes: Option<u64>,
-    /// The kernel command line.
-    pub cmdline: String,
-    /// vCPUs.
-    pub cpus: u8,
-    /// RAM in MiB.
-    pub memory_mib: u64,
+/// What every VMM booted.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Guest {
+    pub(super) kernel: PathBuf,
+    pub(super) kernel_bytes: u64,
+    pub(super) initrd: Option<PathBuf>,
+    pub(super) initrd_bytes: Option<u64>,
+    pub(super) cmdline: String,
+    pub(super) cpus: u8,
+    pub(super) memory_mib: u64,
 }
 
-/// One monitor's results. Times count from just before fork and exec.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct VmmReport {
+/// One VMM's results. Times count from just before fork and exec.
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct VmmReport {
     /// As --vs calls it.
-    pub name: String,
+    pub(super) name: String,
     /// What it says of its version.
-    pub version: String,
+    pub(super) version: String,
     /// The command.
-    pub command: Vec<String>,
+    pub(super) command: Vec<String>,
     /// What differs from the others.
-    pub differs: String,
+    pub(super) differs: String,
     /// To the first byte on the console.
-    pub first_output: Option<Summary>,
+    pub(super) first_output: Option<Summary>,
     /// To the marker.
-    pub marker: Option<Summary>,
+    pub(super) marker: Option<Summary>,
     /// To the end of the process.
-    pub end: Option<Summary>,
+    pub(super) end: Option<Summary>,
     /// Its median to the marker, divided by minivmm's.
-    pub marker_ratio: Option<f64>,
+    pub(super) marker_ratio: Option<f64>,
     /// Its median to the end, divided by minivmm's.
-    pub end_ratio: Option<f64>,
-    /// Private memory outside the guest's RAM when the marker was there, in KiB.
-    pub own_kib: Option<u64>,
+    pub(super) end_ratio: Option<f64>,
+    /// Private memory outside the guest's RAM when the marker appeared, in KiB.
+    pub(super) own_kib: Option<u64>,
     /// Private memory within the guest's RAM, in KiB.
-    pub guest_kib: Option<u64>,
+    pub(super) guest_kib: Option<u64>,
     /// The exit statuses that it ended with, 128 and the number for a signal.
-    pub statuses: Vec<i32>,
+    pub(super) statuses: Vec<i32>,
     /// Why it was not measured, or not to the end.
-    pub error: Option<String>,
+    pub(super) error: Option<String>,
+}
+
+/// How medians compare, where both were measured.
+fn ratio(now: &Option<Summary>, before: &Option<Summary>) -> Option<f64> {
+    Some(now.as_ref()?.median_ms / before.as_ref()?.median_ms)
 }
 
 impl Report {
-    pub(super) fn new(args: &BenchArgs, guest: &VmConfig, host: HostFacts, rows: &[Row]) -> Self {
-        let size = |path: &PathBuf| path.metadata().map_or(0, |file| file.len());
-        let mut report = Self {
-            format: 1,
-            minivmm: env!("CARGO_PKG_VERSION").into(),
-            guest: Guest {
-                kernel: guest.kernel.clone(),
-                kernel_bytes: size(&guest.kernel),
-                initrd: guest.initrd.clone(),
-                initrd_bytes: guest.initrd.as_ref().map(size),
-                cmdline: guest.kernel_cmdline(),
-                cpus: guest.cpus,
-                memory_mib: guest.memory.bytes >> 20,
-            },
-            until: args.until.clone(),
-            runs: args.runs,
-            warmup: args.warmup,
-            host,
-            vmms: rows.iter().map(VmmReport::new).collect(),
-        };
-        let median = |summary: &Option<Summary>| summary.as_ref().map(|summary| summary.median_ms);
-        let own = report
-            .minivmm()
-            .map(|row| (median(&row.marker), median(&row.end)));
-        for row in &mut report.vmms {
-            let (marker, end) = own.unwrap_or_default();
-            row.marker_ratio = median(&row.marker).zip(marker).map(|(a, b)| a / b);
-            row.end_ratio = median(&row.end).zip(end).map(|(a, b)| a / b);
+    /// Reads the report of an earlier run.
+    pub(super) fn read(path: &Path) -> Result<Self, ToolError> {
+        let file = path.display();
+        let text = fs::read_to_string(path).map_err(cannot(format!("read the baseline {file}")))?;
+        let report: Self = serde_json::from_str(&text).map_err(cannot(format!(
+            "use the baseline {file}, which is not what minivmm bench --json writes"
+        )))?;
+        match report.minivmm() {
+            Some(VmmReport {
+                marker: Some(_), ..
+            }) => Ok(report),
+            _ => Err(cannot(format!("use the baseline {file}"))(
+                "it has no times of minivmm",
+            )),
         }
-        report
     }
 
-    /// minivmm's row.
-    pub fn minivmm(&self) -> Option<&VmmReport> {
-        self.vmms.iter().find(|row| row.name == "minivmm")
+    fn minivmm(&self) -> Option<&VmmReport> {
+        self.vmms.iter().find(|row| row.name == MINIVMM)
     }
 
-    /// As JSON.
-    pub(super) fn json(&self, out: &mut dyn Write) -> io::Result<()> {
-        serde_json::to_writer_pretty(&mut *out, self)?;
-        writeln!(out)
+    /// Compares every VMM with minivmm, which is the first.
+    pub(super) fn with_ratios(mut self) -> Self {
+        if let Some((minivmm, others)) = self.vmms.split_first_mut() {
+            for row in others {
+                row.marker_ratio = ratio(&row.marker, &minivmm.marker);
+                row.end_ratio = ratio(&row.end, &minivmm.end);
+            }
+            minivmm.marker_ratio = minivmm.marker.as_ref().map(|_| 1.0);
+            minivmm.end_ratio = minivmm.end.as_ref().map(|_| 1.0);
+        }
+        self
     }
 
-    /// As a table.
+    /// Whether minivmm takes no longer than `max_ratio` times what it took in the report `before`; logs how it compares.
+    pub(super) fn holds(&self, path: &Path, before: &Self, max_ratio: f64) -> bool {
+        let path = path.display();
+        if !self.host.is_like(&before.host) {
+            log::warn!("the baseline {path} is of another host: {}", before.host);
+        }
+        if self.guest != before.guest || self.until != before.until {
+            log::warn!("the baseline {path} is of another guest: {}", before.guest);
+        }
+        let (Some(now), Some(before)) = (self.minivmm(), before.minivmm()) else {
+            return true;
+        };
+        let mut holds = true;
+        for (what, ratio) in [
+            ("marker", ratio(&now.marker, &before.marker)),
+            ("process end", ratio(&now.end, &before.end)),
+        ] {
+            let Some(ratio) = ratio else { continue };
+            let words = format!("{what}: {ratio:.2} times the baseline's median");
+            if ratio > max_ratio {
+                holds = false;
+                log::error!("{words}, more than {max_ratio}");
+            } else {
+                log::info!(target: crate::vm::NOTICE, "{words}");
+            }
+        }
+        holds
+    }
+
     pub(super) fn table(&self, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out, "{}", self.guest)?;
         writeln!(
@@ -141,26 +161,11 @@ impl Report {
             ("end of the process", |row| (&row.end, row.end_ratio)),
         ];
         for (title, column) in blocks {
-            let rows = self.vmms.iter().map(|row| (row, column(row)));
-            let rows: Vec<_> = rows
-                .filter_map(|(row, (times, ratio))| Some((row, times.as_ref()?, ratio)))
-                .collect();
-            if rows.is_empty() {
-                continue;
-            }
-            writeln!(
-                out,
-                "\n{:<18} {:>9} {:>9} {:>9} {:>9} {:>10}   {title}",
-                "", "median", "p90", "p99", "least", "x minivmm"
-            )?;
-            for (row, times, ratio) in rows {
-                let ratio = ratio.map_or(String::new(), |ratio| format!("{ratio:.2}"));
-                writeln!(
-                    out,
-                    "{:<18} {:>9.2} {:>9.2} {:>9.2} {:>9.2} {ratio:>10}",
-                    row.name, times.median_ms, times.p90_ms, times.p99_ms, times.min_ms
-                )?;
-            }
+            let rows = self.vmms.iter().filter_map(|row| {
+                let (times, ratio) = column(row);
+                Some((row.name.as_str(), times.as_ref()?, ratio))
+            });
+            write_times(out, title, MINIVMM, &rows.collect::<Vec<_>>())?;
         }
         writeln!(
             out,
@@ -169,17 +174,13 @@ impl Report {
         )?;
         let kib = |kib: Option<u64>| kib.map_or("unknown".into(), |kib| kib.to_string());
         for row in self.vmms.iter().filter(|row| row.marker.is_some()) {
-            writeln!(
-                out,
-                "{:<18} {:>9} {:>9}",
-                row.name,
-                kib(row.own_kib),
-                kib(row.guest_kib)
-            )?;
+            let (own, guest) = (kib(row.own_kib), kib(row.guest_kib));
+            writeln!(out, "{:<18} {own:>9} {guest:>9}", row.name)?;
         }
         writeln!(out)?;
         for row in &self.vmms {
-            writeln!(out, "{} ({}): {}", row.name, row.version, row.shown())?;
+            let command: Vec<_> = row.command.iter().map(Into::into).collect();
+            writeln!(out, "{} ({}): {}", row.name, row.version, shown(&command))?;
             if !row.differs.is_empty() {
                 writeln!(out, "    differs: {}", row.differs)?;
             }
@@ -191,34 +192,6 @@ impl Report {
             }
         }
         writeln!(out, "\n{}", self.host)
-    }
-}
-
-impl VmmReport {
-    fn new(row: &Row) -> Self {
-        let [first_output, marker, end] = row.summaries();
-        let text = |word: &std::ffi::OsString| word.to_string_lossy().into_owned();
-        Self {
-            name: row.vmm.name.into(),
-            version: row.vmm.version(),
-            command: row.vmm.words.iter().map(text).collect(),
-            differs: row.vmm.differs.into(),
-            first_output,
-            marker,
-            end,
-            marker_ratio: None,
-            end_ratio: None,
-            own_kib: row.memory.map(|memory| memory.own_bytes >> 10),
-            guest_kib: row.memory.map(|memory| memory.guest_bytes >> 10),
-            statuses: row.statuses.clone(),
-            error: row.error.clone(),
-        }
-    }
-
-    /// The command as one would type it.
-    fn shown(&self) -> String {
-        let words: Vec<_> = self.command.iter().map(Into::into).collect();
-        shown(&words)
     }
 }
 

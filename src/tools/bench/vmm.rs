@@ -1,149 +1,103 @@
-//! The monitors that can be measured, and how each is told of one and the same guest.
+//! The VMMs that can be measured, and how each is told of one and the same guest.
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde_json::json;
 
+use super::report::MINIVMM;
 use crate::config::VmConfig;
-use crate::tools::measure::find_program;
+use crate::tools::measure::{find_program, first_line};
 
-/// A monitor besides minivmm.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Other {
-    /// QEMU's machine type microvm.
-    Qemu,
-    /// Firecracker.
-    Firecracker,
-    /// Cloud Hypervisor.
-    CloudHypervisor,
-    /// kvmtool, whose program is called lkvm.
-    Kvmtool,
-    /// crosvm.
-    Crosvm,
-    /// None: minivmm alone
-    None,
-}
+/// The arguments that boot a guest; the path is a directory for files.
+type Arguments = fn(&VmConfig, &Path) -> io::Result<Vec<OsString>>;
 
-/// How a monitor's stdout is to be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stdout {
-    /// The console and nothing else.
-    Console,
-    /// The console, after words of the monitor's own: its first byte says nothing.
-    Mixed,
-}
-
-/// A monitor as it is on this host.
+/// A VMM besides minivmm.
 #[derive(Debug)]
-pub struct Vmm {
+pub struct OtherVmm {
     /// As --vs calls it.
     pub name: &'static str,
-    /// Its program.
-    pub program: PathBuf,
-    /// The command that boots the guest.
-    pub words: Vec<OsString>,
-    /// What is on its stdout.
-    pub stdout: Stdout,
+    /// What it is.
+    pub about: &'static str,
+    /// The names that its program goes by.
+    pub(super) programs: &'static [&'static str],
     /// What differs from the others, for the report.
-    pub differs: &'static str,
+    differs: &'static str,
+    arguments: Arguments,
 }
 
-impl Other {
-    /// All there are.
-    pub const ALL: [Self; 5] = [
-        Self::Qemu,
-        Self::Firecracker,
-        Self::CloudHypervisor,
-        Self::Kvmtool,
-        Self::Crosvm,
-    ];
+/// All that are known.
+pub const OTHER_VMMS: [OtherVmm; 5] = [
+    OtherVmm {
+        name: "qemu",
+        about: "QEMU's machine type microvm",
+        programs: &["qemu-system-x86_64"],
+        differs: "microvm without PIT, PIC and RTC; firmware (qboot) runs before a bzImage; isa-serial on stdio",
+        arguments: qemu,
+    },
+    OtherVmm {
+        name: "firecracker",
+        about: "Firecracker",
+        programs: &["firecracker"],
+        differs: "takes an ELF vmlinux, no bzImage; has no ACPI power-off, so a guest that powers off halts for ever: have it \
+                  reset, or give --stop-at-marker",
+        arguments: firecracker,
+    },
+    OtherVmm {
+        name: "cloud-hypervisor",
+        about: "Cloud Hypervisor",
+        programs: &["cloud-hypervisor"],
+        differs: "takes a PVH vmlinux, newer versions a bzImage; PCI; serial on stdio",
+        arguments: cloud_hypervisor,
+    },
+    OtherVmm {
+        name: KVMTOOL,
+        about: "kvmtool, whose program is called lkvm",
+        programs: &["lkvm", "kvmtool"],
+        differs: "puts options of its own before the command line (noapic noacpi pci=conf1 reboot=k panic=1 ...); prints messages \
+                  of its own to stdout, so its first console byte is not known",
+        arguments: kvmtool,
+    },
+    OtherVmm {
+        name: "crosvm",
+        about: "crosvm",
+        programs: &["crosvm"],
+        differs: "one process (--disable-sandbox); adds options for its virtual hardware to the command line; serial on stdout",
+        arguments: crosvm,
+    },
+];
 
-    fn name(self) -> &'static str {
-        match self {
-            Self::Qemu => "qemu",
-            Self::Firecracker => "firecracker",
-            Self::CloudHypervisor => "cloud-hypervisor",
-            Self::Kvmtool => "kvmtool",
-            Self::Crosvm => "crosvm",
-            Self::None => "none",
-        }
-    }
+const KVMTOOL: &str = "kvmtool";
 
-    /// The names that its program goes by.
-    pub fn programs(self) -> &'static [&'static str] {
-        match self {
-            Self::Qemu => &["qemu-system-x86_64"],
-            Self::Firecracker => &["firecracker"],
-            Self::CloudHypervisor => &["cloud-hypervisor"],
-            Self::Kvmtool => &["lkvm", "kvmtool"],
-            Self::Crosvm => &["crosvm"],
-            Self::None => &[],
-        }
-    }
+/// A VMM as it is installed on this host.
+#[derive(Debug)]
+pub(super) struct Vmm {
+    pub(super) name: &'static str,
+    /// The command that boots the guest.
+    pub(super) words: Vec<OsString>,
+    pub(super) differs: &'static str,
+}
 
-    /// This monitor, if its program is on the PATH; `scratch` is a directory for its files.
-    pub fn find(self, guest: &VmConfig, scratch: &Path) -> std::io::Result<Option<Vmm>> {
-        let Some(program) = self.programs().iter().find_map(|name| find_program(name)) else {
+impl OtherVmm {
+    /// This VMM, if its program is on the PATH; `scratch` is a directory for its files.
+    pub(super) fn find(&self, guest: &VmConfig, scratch: &Path) -> io::Result<Option<Vmm>> {
+        let Some(program) = self.programs.iter().find_map(|name| find_program(name)) else {
             return Ok(None);
         };
-        let mut words = vec![program.clone().into_os_string()];
-        words.extend(match self {
-            Self::Qemu => qemu(guest),
-            Self::Firecracker => firecracker(guest, scratch)?,
-            Self::CloudHypervisor => cloud_hypervisor(guest),
-            Self::Kvmtool => kvmtool(guest),
-            Self::Crosvm => crosvm(guest),
-            Self::None => Vec::new(),
-        });
+        let mut words = vec![program.into_os_string()];
+        words.extend((self.arguments)(guest, scratch)?);
         Ok(Some(Vmm {
-            name: self.name(),
-            program,
+            name: self.name,
             words,
-            stdout: match self {
-                Self::Kvmtool => Stdout::Mixed,
-                _ => Stdout::Console,
-            },
-            differs: self.differs(),
+            differs: self.differs,
         }))
-    }
-
-    fn differs(self) -> &'static str {
-        match self {
-            Self::Qemu => {
-                "microvm without PIT, PIC and RTC; firmware (qboot) runs before a bzImage; isa-serial on stdio"
-            }
-            Self::Firecracker => {
-                "takes an ELF vmlinux, no bzImage; has no ACPI power-off, so a guest that powers off halts for ever: have it \
-                 reset, or give --stop-at-marker"
-            }
-            Self::CloudHypervisor => {
-                "takes a PVH vmlinux, newer versions a bzImage; PCI; serial on stdio"
-            }
-            Self::Kvmtool => {
-                "puts words of its own before the command line (noapic noacpi pci=conf1 reboot=k panic=1 ...); writes of itself \
-                 to stdout, so that its first console byte is not known"
-            }
-            Self::Crosvm => {
-                "one process (--disable-sandbox); adds virtual hardware's words to the command line; serial on stdout"
-            }
-            Self::None => "",
-        }
-    }
-}
-
-impl fmt::Display for Other {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
     }
 }
 
 /// minivmm itself: the very program that measures.
-pub(super) fn minivmm(guest: &VmConfig) -> std::io::Result<Vmm> {
-    let program = std::env::current_exe()?;
-    let mut all: Vec<OsString> = vec![program.clone().into()];
+pub(super) fn minivmm(guest: &VmConfig) -> io::Result<Vmm> {
+    let mut all: Vec<OsString> = vec![std::env::current_exe()?.into()];
     all.extend(words(
         guest,
         "--serial stdio",
@@ -156,29 +110,28 @@ pub(super) fn minivmm(guest: &VmConfig) -> std::io::Result<Vmm> {
         "--initrd",
     ));
     Ok(Vmm {
-        name: "minivmm",
-        program,
+        name: MINIVMM,
         words: all,
-        stdout: Stdout::Console,
         differs: "",
     })
 }
 
 impl Vmm {
+    /// Whether it prints messages of its own to stdout, so that its first byte says nothing about the console.
+    pub(super) fn is_talkative(&self) -> bool {
+        self.name == KVMTOOL
+    }
+
     /// The first line of what it says of its version.
-    pub fn version(&self) -> String {
+    pub(super) fn version(&self) -> String {
         // kvmtool knows the word, not the option.
-        let argument = match self.name {
-            "kvmtool" => "version",
-            _ => "--version",
+        let argument = if self.name == KVMTOOL {
+            "version"
+        } else {
+            "--version"
         };
-        let output = Command::new(&self.program)
-            .arg(argument)
-            .stdin(Stdio::null())
-            .output();
-        let text = output.map(|output| output.stdout).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        text.lines().next().unwrap_or("unknown").trim().to_owned()
+        let program = self.words.first().map(PathBuf::from).unwrap_or_default();
+        first_line(&program, &[argument]).unwrap_or("unknown".into())
     }
 }
 
@@ -209,8 +162,8 @@ fn words(
 pub const QEMU_MICROVM: &str = "-M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -nodefaults \
      -no-user-config -no-reboot -display none -serial stdio";
 
-fn qemu(guest: &VmConfig) -> Vec<OsString> {
-    words(
+fn qemu(guest: &VmConfig, _: &Path) -> io::Result<Vec<OsString>> {
+    Ok(words(
         guest,
         QEMU_MICROVM,
         &[
@@ -220,11 +173,11 @@ fn qemu(guest: &VmConfig) -> Vec<OsString> {
             ("-append", &guest.kernel_cmdline()),
         ],
         "-initrd",
-    )
+    ))
 }
 
 /// docs/getting-started.md; only errors are logged, since the log goes to stdout.
-fn firecracker(guest: &VmConfig, scratch: &Path) -> std::io::Result<Vec<OsString>> {
+fn firecracker(guest: &VmConfig, scratch: &Path) -> io::Result<Vec<OsString>> {
     let file = scratch.join("firecracker.json");
     let config = json!({
         "boot-source": {
@@ -243,8 +196,8 @@ fn firecracker(guest: &VmConfig, scratch: &Path) -> std::io::Result<Vec<OsString
 }
 
 /// README.md, "Custom Kernel and Disk Image"
-fn cloud_hypervisor(guest: &VmConfig) -> Vec<OsString> {
-    words(
+fn cloud_hypervisor(guest: &VmConfig, _: &Path) -> io::Result<Vec<OsString>> {
+    Ok(words(
         guest,
         "--serial tty --console off",
         &[
@@ -254,12 +207,12 @@ fn cloud_hypervisor(guest: &VmConfig) -> Vec<OsString> {
             ("--cmdline", &guest.kernel_cmdline()),
         ],
         "--initramfs",
-    )
+    ))
 }
 
 /// Documentation/kvmtool.1
-fn kvmtool(guest: &VmConfig) -> Vec<OsString> {
-    words(
+fn kvmtool(guest: &VmConfig, _: &Path) -> io::Result<Vec<OsString>> {
+    Ok(words(
         guest,
         "run --console serial --network mode=none",
         &[
@@ -269,11 +222,11 @@ fn kvmtool(guest: &VmConfig) -> Vec<OsString> {
             ("--params", &guest.kernel_cmdline()),
         ],
         "--initrd",
-    )
+    ))
 }
 
 /// docs/book/src/running_crosvm/
-fn crosvm(guest: &VmConfig) -> Vec<OsString> {
+fn crosvm(guest: &VmConfig, _: &Path) -> io::Result<Vec<OsString>> {
     let mut words = words(
         guest,
         "run --disable-sandbox --serial type=stdout,hardware=serial,num=1",
@@ -285,7 +238,7 @@ fn crosvm(guest: &VmConfig) -> Vec<OsString> {
         "--initrd",
     );
     words.push(guest.kernel.clone().into());
-    words
+    Ok(words)
 }
 
 #[cfg(test)]
@@ -302,6 +255,11 @@ mod tests {
             cpus: 2,
             ..VmConfig::default()
         }
+    }
+
+    fn arguments(name: &str, guest: &VmConfig) -> Vec<OsString> {
+        let vmm = OTHER_VMMS.iter().find(|vmm| vmm.name == name).unwrap();
+        (vmm.arguments)(guest, Path::new("")).unwrap()
     }
 
     #[test]
@@ -322,14 +280,14 @@ mod tests {
         );
         let own = minivmm(&guest).unwrap().words;
         for (words, cpus, memory) in [
-            (qemu(&guest), "-smp 2", "-m 256M"),
+            (arguments("qemu", &guest), "-smp 2", "-m 256M"),
             (
-                cloud_hypervisor(&guest),
+                arguments("cloud-hypervisor", &guest),
                 "--cpus boot=2",
                 "--memory size=256M",
             ),
-            (kvmtool(&guest), "--cpus 2", "--mem 256"),
-            (crosvm(&guest), "--cpus 2", "--mem 256"),
+            (arguments("kvmtool", &guest), "--cpus 2", "--mem 256"),
+            (arguments("crosvm", &guest), "--cpus 2", "--mem 256"),
             (own, "--cpus 2", "--memory 256M"),
         ] {
             let line = shown(&words);
@@ -352,10 +310,10 @@ mod tests {
             ..guest()
         };
         for words in [
-            qemu(&guest),
-            cloud_hypervisor(&guest),
-            kvmtool(&guest),
-            crosvm(&guest),
+            arguments("qemu", &guest),
+            arguments("cloud-hypervisor", &guest),
+            arguments("kvmtool", &guest),
+            arguments("crosvm", &guest),
         ] {
             assert!(!shown(&words).contains("init"), "{words:?}");
         }

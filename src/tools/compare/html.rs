@@ -18,10 +18,8 @@ const ROW: f64 = 30.0;
 
 /// The whole page.
 pub(super) fn page(report: &Report) -> String {
-    let mut html = String::new();
     let command = escape(&report.command.join(" "));
-    let _ = write!(
-        html,
+    let mut html = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width\">\
          <title>minivmm compare: {command}</title><style>{STYLE}</style></head><body><main>\n\
@@ -29,37 +27,27 @@ pub(super) fn page(report: &Report) -> String {
         escape(&report.rootfs),
         headline(report),
     );
-    for kind in 0..RowReport::TIMES {
-        let mut title = "";
-        let mut rows = Vec::new();
-        for row in &report.rows {
-            let (name, times, _) = row.times(kind);
-            title = name;
-            rows.extend(times.map(|times| (row, times)));
-        }
-        if !rows.is_empty() {
-            strips(&mut html, title, &rows);
-        }
+    for (title, rows) in report.times() {
+        let rows: Vec<_> = rows.iter().map(|row| dots(row.0, row.1)).collect();
+        html += &plot(title, "ms", &rows);
     }
-    let good: Vec<&RowReport> = report
-        .rows
-        .iter()
-        .filter(|row| row.error.is_none())
+    let rows = || report.rows.iter().filter(|row| row.error.is_none());
+    let memory: Vec<_> = rows()
+        .map(|row| bars(&row.name, &[row.peak_kib << 10, row.daemons_kib << 10]))
         .collect();
-    bars(
-        &mut html,
-        "private memory of a run at most, and (lighter) of daemons that serve all runs",
-        &good,
-        |row| vec![row.peak_kib << 10, row.daemons_kib << 10],
-    );
-    bars(
-        &mut html,
-        "what is shipped: image, (lighter) kernel, (lightest) programs that the host must have",
-        &good,
-        |row| vec![row.image_bytes, row.kernel_bytes, row.programs_bytes],
-    );
+    let title = "private memory of a run at most, and (lighter) of daemons that serve all runs";
+    html += &plot(title, "MiB", &memory);
+    let shipped: Vec<_> = rows()
+        .map(|row| {
+            let parts = [row.image_bytes, row.kernel_bytes, row.programs_bytes];
+            bars(&row.name, &parts)
+        })
+        .collect();
+    let title =
+        "what is shipped: image, (lighter) kernel, (lightest) programs that the host must have";
+    html += &plot(title, "MiB", &shipped);
     table(&mut html, report);
-    list(
+    definitions(
         &mut html,
         "What it shares with the host",
         report,
@@ -68,21 +56,22 @@ pub(super) fn page(report: &Report) -> String {
             None => row.sharing(),
         },
     );
-    list(&mut html, "Commands", report, |row| {
-        format!(
-            "{}; programs: {} ({})",
-            row.command,
-            row.programs.join(", "),
-            row.version
-        )
+    definitions(&mut html, "Commands", report, |row| {
+        let programs = row.programs.join(", ");
+        format!("{}; programs: {programs} ({})", row.command, row.version)
     });
     let cold = format!("Cold: {}.", report.cold);
-    paragraphs(
-        &mut html,
-        "How it was measured",
-        METHOD.iter().copied().chain([&*cold]),
-    );
-    paragraphs(&mut html, "What it does not show", LIMITS.iter().copied());
+    let method: Vec<&str> = METHOD.iter().copied().chain([&*cold]).collect();
+    for (title, texts) in [
+        ("How it was measured", &method[..]),
+        ("What it does not show", LIMITS),
+    ] {
+        let _ = write!(html, "<h2>{title}</h2><ul>");
+        for text in texts {
+            let _ = write!(html, "<li>{}</li>", escape(text));
+        }
+        html += "</ul>\n";
+    }
     let _ = write!(
         html,
         "<h2>Where</h2><p>{}; virtual machine: kernel {}, {} CPUs, {} MiB; minivmm {}.</p>\n</main></body></html>\n",
@@ -97,9 +86,8 @@ pub(super) fn page(report: &Report) -> String {
 
 /// The answer in a sentence.
 fn headline(report: &Report) -> String {
-    let median = |row: &RowReport| row.warm_end.as_ref().map(|times| times.median_ms);
     let vm = report.rows.iter().find(|row| row.is_vm);
-    let vm = vm.and_then(|row| Some((median(row)?, row.end_ratio?)));
+    let vm = vm.and_then(|row| Some((row.warm_end.as_ref()?.median_ms, row.end_ratio?)));
     let (Some(reference), Some((ms, ratio))) = (&report.reference, vm) else {
         return "Not both a container and the virtual machine could be measured; what failed is said below.".into();
     };
@@ -116,104 +104,62 @@ fn headline(report: &Report) -> String {
     )
 }
 
+/// A runtime's row in a plot.
+struct PlotRow<'a> {
+    name: &'a str,
+    marks: Vec<Mark>,
+    /// Where the last mark ends, and what is written behind it.
+    end: f64,
+    text: String,
+}
+
+enum Mark {
+    Run(f64),
+    Median(f64),
+    /// Part of a bar: its number, start and end.
+    Part(usize, f64, f64),
+}
+
 /// A dot for each run, a stroke for the median.
-fn strips(html: &mut String, title: &str, rows: &[(&RowReport, &Summary)]) {
-    let max = rows
-        .iter()
-        .map(|(_, times)| times.max_ms)
-        .fold(0.0, f64::max);
-    let scale = open_plot(html, title, rows.len(), max, "ms");
-    for (i, (row, times)) in rows.iter().enumerate() {
-        let y = label(html, i, row);
-        for ms in &times.samples_ms {
-            let x = scale(*ms);
-            let _ = write!(
-                html,
-                "<circle class=\"run\" cx=\"{x:.1}\" cy=\"{y}\" r=\"4\"/>"
-            );
-        }
-        let (x, top, bottom) = (scale(times.median_ms), y - 11.0, y + 11.0);
-        let _ = write!(
-            html,
-            "<line class=\"median\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{top}\" y2=\"{bottom}\"/>\
-             <text x=\"{:.1}\" y=\"{}\">{:.1} ms</text></g>",
-            scale(times.max_ms) + 10.0,
-            y + 4.0,
-            times.median_ms
-        );
+fn dots<'a>(name: &'a str, times: &Summary) -> PlotRow<'a> {
+    let runs = times.samples_ms.iter().map(|ms| Mark::Run(*ms));
+    PlotRow {
+        name,
+        marks: runs.chain([Mark::Median(times.median_ms)]).collect(),
+        end: times.max_ms,
+        text: format!("{:.1} ms", times.median_ms),
     }
-    html.push_str("</svg></figure>\n");
 }
 
-/// Bars of bytes, in parts one behind another.
-fn bars(html: &mut String, title: &str, rows: &[&RowReport], parts: fn(&RowReport) -> Vec<u64>) {
-    const MIB: f64 = (1 << 20) as f64;
-    let sum = |row: &RowReport| parts(row).iter().sum::<u64>();
-    let max = rows.iter().map(|row| sum(row)).max().unwrap_or_default() as f64 / MIB;
-    let scale = open_plot(html, title, rows.len(), max, "MiB");
-    for (i, row) in rows.iter().enumerate() {
-        let y = label(html, i, row);
-        let mut before = 0.0;
-        for (part, bytes) in parts(row).into_iter().enumerate() {
-            let value = bytes as f64 / MIB;
-            let (x, end) = (scale(before), scale(before + value));
-            before += value;
-            let _ = write!(
-                html,
-                "<rect class=\"part{part}\" x=\"{x:.1}\" y=\"{}\" width=\"{:.1}\" height=\"18\"><title>{}</title></rect>",
-                y - 9.0,
-                end - x,
-                mib(bytes)
-            );
-        }
-        let shown: Vec<String> = parts(row)
-            .into_iter()
-            .filter(|bytes| *bytes > 0)
-            .map(number)
-            .collect();
-        let _ = write!(
-            html,
-            "<text x=\"{:.1}\" y=\"{}\">{} MiB</text></g>",
-            scale(before) + 10.0,
-            y + 4.0,
-            shown.join(" + ")
-        );
+/// A bar of bytes, in parts one behind another.
+fn bars<'a>(name: &'a str, parts: &[u64]) -> PlotRow<'a> {
+    let mut end = 0.0;
+    let mut marks = Vec::new();
+    let mut shown = Vec::new();
+    for (number, bytes) in parts.iter().enumerate().filter(|(_, bytes)| **bytes > 0) {
+        let part = *bytes as f64 / f64::from(1 << 20);
+        marks.push(Mark::Part(number, end, end + part));
+        shown.push(format!("{part:.1}"));
+        end += part;
     }
-    html.push_str("</svg></figure>\n");
+    PlotRow {
+        name,
+        marks,
+        end,
+        text: format!("{} MiB", shown.join(" + ")),
+    }
 }
 
-fn number(bytes: u64) -> String {
-    format!("{:.1}", bytes as f64 / f64::from(1 << 20))
-}
-
-/// A runtime's name; returns the middle of its row, whose group stays open.
-fn label(html: &mut String, row_number: usize, row: &RowReport) -> f64 {
-    let y = ROW * (row_number as f64 + 0.5);
-    let class = if row.is_vm { "vm" } else { "container" };
-    let name = escape(&row.name);
-    let _ = write!(
-        html,
-        "<g class=\"{class}\"><text class=\"name\" x=\"{}\" y=\"{}\">{name}</text>",
-        LEFT - 10.0,
-        y + 4.0
-    );
-    y
-}
-
-/// Begins a plot with an axis from 0 to `max`; returns where on it a value lies.
-fn open_plot(
-    html: &mut String,
-    title: &str,
-    rows: usize,
-    max: f64,
-    unit: &str,
-) -> impl Fn(f64) -> f64 + use<> {
+/// A plot with an axis from 0; nothing without rows.
+fn plot(title: &str, unit: &str, rows: &[PlotRow<'_>]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let max = rows.iter().map(|row| row.end).fold(0.0, f64::max);
     let max = if max > 0.0 { max } else { 1.0 };
-    let scale = move |value: f64| LEFT + value / max * (WIDTH - LEFT - RIGHT);
-    let bottom = ROW * rows as f64;
-    let title = escape(title);
-    let _ = write!(
-        html,
+    let scale = |value: f64| LEFT + value / max * (WIDTH - LEFT - RIGHT);
+    let bottom = ROW * rows.len() as f64;
+    let mut html = format!(
         "<figure><figcaption>{title}, {unit}</figcaption><svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\" aria-label=\"{title}\">",
         bottom + 24.0
     );
@@ -229,7 +175,42 @@ fn open_plot(
             (value * 1e6).round() / 1e6
         );
     }
-    scale
+    for (i, row) in rows.iter().enumerate() {
+        let y = ROW * (i as f64 + 0.5);
+        let marks = row.marks.iter().map(|mark| match mark {
+            Mark::Run(at) => format!(
+                "<circle class=\"run\" cx=\"{:.1}\" cy=\"{y}\" r=\"4\"/>",
+                scale(*at)
+            ),
+            Mark::Median(at) => format!(
+                "<line class=\"median\" x1=\"{0:.1}\" x2=\"{0:.1}\" y1=\"{1}\" y2=\"{2}\"/>",
+                scale(*at),
+                y - 11.0,
+                y + 11.0
+            ),
+            Mark::Part(number, start, end) => format!(
+                "<rect class=\"part{number}\" x=\"{:.1}\" y=\"{}\" width=\"{:.1}\" height=\"18\"/>",
+                scale(*start),
+                y - 9.0,
+                scale(*end) - scale(*start)
+            ),
+        });
+        let class = match row.name {
+            "minivmm" => "vm",
+            _ => "container",
+        };
+        let _ = write!(
+            html,
+            "<g class=\"{class}\"><text class=\"name\" x=\"{}\" y=\"{base}\">{}</text>{}<text x=\"{:.1}\" y=\"{base}\">{}</text></g>",
+            LEFT - 10.0,
+            escape(row.name),
+            marks.collect::<String>(),
+            scale(row.end) + 10.0,
+            row.text,
+            base = y + 4.0,
+        );
+    }
+    html + "</svg></figure>\n"
 }
 
 /// Between two ticks: 1, 2 or 5 times a power of ten, so that there are four to ten.
@@ -251,28 +232,20 @@ fn table(html: &mut String, report: &Report) {
          <th>kernel seen</th><th>status</th></tr></thead><tbody>",
         escape(reference)
     );
-    let median = |times: &Option<Summary>| match times {
-        Some(times) => format!("{:.1}", times.median_ms),
-        None => "-".into(),
-    };
+    let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.1}"));
+    let median = |times: &Option<Summary>| number(times.as_ref().map(|times| times.median_ms));
     for row in &report.rows {
         let _ = write!(html, "<tr><th>{}</th>", escape(&row.name));
         if row.error.is_some() {
-            html.push_str("<td colspan=\"12\" class=\"error\">failed, see below</td></tr>\n");
+            *html += "<td colspan=\"12\" class=\"error\">failed, see below</td></tr>\n";
             continue;
         }
-        let warm = row.warm_end.as_ref();
-        let warm = warm.map_or([None; 4], |w| {
-            [w.median_ms, w.p90_ms, w.p99_ms, w.min_ms].map(Some)
-        });
-        for ms in warm {
-            let _ = write!(
-                html,
-                "<td>{}</td>",
-                ms.map_or("-".into(), |ms| format!("{ms:.1}"))
-            );
-        }
+        let warm = |column: fn(&Summary) -> f64| number(row.warm_end.as_ref().map(column));
         for cell in [
+            warm(|times| times.median_ms),
+            warm(|times| times.p90_ms),
+            warm(|times| times.p99_ms),
+            warm(|times| times.min_ms),
             row.end_ratio
                 .map_or("-".into(), |ratio| format!("{ratio:.2}")),
             median(&row.warm_first_output),
@@ -285,45 +258,27 @@ fn table(html: &mut String, report: &Report) {
         ] {
             let _ = write!(html, "<td>{}</td>", escape(&cell));
         }
-        html.push_str("</tr>\n");
+        *html += "</tr>\n";
     }
-    html.push_str("</tbody></table></div>\n");
+    *html += "</tbody></table></div>\n";
 }
 
-fn list(html: &mut String, title: &str, report: &Report, text: fn(&RowReport) -> String) {
+fn definitions(html: &mut String, title: &str, report: &Report, text: fn(&RowReport) -> String) {
     let _ = write!(html, "<h2>{title}</h2><dl>");
     for row in &report.rows {
-        let _ = write!(
-            html,
-            "<dt>{}</dt><dd>{}</dd>",
-            escape(&row.name),
-            escape(&text(row))
-        );
+        let (name, text) = (escape(&row.name), escape(&text(row)));
+        let _ = write!(html, "<dt>{name}</dt><dd>{text}</dd>");
     }
-    html.push_str("</dl>\n");
-}
-
-fn paragraphs<'a>(html: &mut String, title: &str, texts: impl Iterator<Item = &'a str>) {
-    let _ = write!(html, "<h2>{title}</h2><ul>");
-    for text in texts {
-        let _ = write!(html, "<li>{}</li>", escape(text));
-    }
-    html.push_str("</ul>\n");
+    *html += "</dl>\n";
 }
 
 /// Text as it may stand anywhere in HTML.
 fn escape(text: &str) -> String {
-    text.chars().fold(String::new(), |mut html, c| {
-        match c {
-            '&' => html.push_str("&amp;"),
-            '<' => html.push_str("&lt;"),
-            '>' => html.push_str("&gt;"),
-            '"' => html.push_str("&quot;"),
-            '\'' => html.push_str("&#39;"),
-            _ => html.push(c),
-        }
-        html
-    })
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+        .replace('\'', "&#39;")
 }
 
 #[cfg(test)]

@@ -5,10 +5,9 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use super::CompareArgs;
-use super::cpio::{self, PackError};
-use super::runtime::call;
 use crate::config::{DEFAULT_CMDLINE, MemorySize};
+use crate::tools::cpio;
+use crate::tools::measure::call;
 
 /// guestctl, built from its source beside the demo initramfs: first process of the virtual machine, and probe everywhere.
 const GUESTCTL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guestctl"));
@@ -60,18 +59,15 @@ pub(super) struct VmImage {
 
 impl Image {
     /// Copies the root file system: what runs may write there, and the original is nobody's but its owner's.
-    pub(super) fn new(args: &CompareArgs, scratch: &Path) -> Result<Self, String> {
+    pub(super) fn new(from: &Path, command: &[String], scratch: &Path) -> Result<Self, String> {
         let root = scratch.join("root");
         fs::create_dir(&root).map_err(|e| format!("cannot make {}: {e}", root.display()))?;
-        let from = args.rootfs.join(".");
-        call(
-            "cp",
-            &["-a".into(), "-x".into(), from.into(), root.clone().into()],
-        )?;
+        let content = from.join(".");
+        call("cp", &["-ax".as_ref(), content.as_path(), &root])?;
         let image = Self {
             id: format!("minivmm-compare-{}", std::process::id()),
             scratch: scratch.to_owned(),
-            command: args.command.clone(),
+            command: command.to_vec(),
             probe: vec![
                 format!("/{DIR}/guestctl"),
                 "probe".into(),
@@ -81,7 +77,7 @@ impl Image {
         };
         image
             .add_guestctl()
-            .map_err(|e| format!("cannot write to the copy of {}: {e}", args.rootfs.display()))?;
+            .map_err(|e| format!("cannot write to the copy of {}: {e}", from.display()))?;
         Ok(image)
     }
 
@@ -97,41 +93,39 @@ impl Image {
 impl VmImage {
     /// Packs the copy of the root, with what a container runtime would be told by its configuration.
     pub(super) fn new(
-        args: &CompareArgs,
         kernel: PathBuf,
         image: &Image,
-    ) -> Result<Self, PackError> {
+        append: &str,
+        memory: Option<MemorySize>,
+        cpus: u8,
+    ) -> io::Result<Self> {
         let files = image.scratch.join("vm");
         let initramfs = image.scratch.join("initramfs.cpio");
-        let write = |what: io::Result<()>| what.map_err(PackError::Write);
-        write(fs::create_dir_all(files.join(DIR)))?;
+        fs::create_dir_all(files.join(DIR))?;
         for (name, words) in [
             ("run", &image.command[..]),
             ("probe", &image.probe[..]),
             ("environment", &ENVIRONMENT.map(str::to_owned)[..]),
         ] {
             let text: String = words.iter().map(|word| format!("{word}\0")).collect();
-            write(fs::write(files.join(DIR).join(name), text))?;
+            fs::write(files.join(DIR).join(name), text)?;
         }
-        write(symlink("guestctl", files.join(DIR).join("init")))?;
+        symlink("guestctl", files.join(DIR).join("init"))?;
         // Archives one after another are one initramfs.
-        let mut out = BufWriter::new(File::create(&initramfs).map_err(PackError::Write)?);
+        let mut out = BufWriter::new(File::create(&initramfs)?);
         let content_bytes = cpio::pack(&image.root, &mut out)?;
         cpio::pack(&files, &mut out)?;
-        write(out.flush())?;
-        let initramfs_bytes = initramfs.metadata().map_err(PackError::Write)?.len();
-        let cmdline = [DEFAULT_CMDLINE, APPEND, &args.append.join(" ")]
-            .join(" ")
-            .trim()
-            .to_owned();
+        out.flush()?;
+        let initramfs_bytes = initramfs.metadata()?.len();
+        let cmdline = [DEFAULT_CMDLINE, APPEND, append].join(" ");
         Ok(Self {
             kernel,
             initramfs,
             initramfs_bytes,
             content_bytes,
-            cmdline,
-            memory: args.memory.unwrap_or(memory_for(initramfs_bytes)),
-            cpus: args.cpus,
+            cmdline: cmdline.trim().to_owned(),
+            memory: memory.unwrap_or(memory_for(initramfs_bytes)),
+            cpus,
         })
     }
 }

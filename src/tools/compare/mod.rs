@@ -1,6 +1,5 @@
 //! `minivmm compare`: one root file system and one command, run by each container runtime and by minivmm in a virtual machine.
 
-mod cpio;
 mod html;
 mod image;
 mod processes;
@@ -12,17 +11,17 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clap::Args;
 use rustix::process::{WaitOptions, getpid, set_child_subreaper};
 
-use crate::config::{MAX_CPUS, MemorySize, Span};
+use super::error::{ToolError, cannot};
+use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
+use crate::config::{MemorySize, Span};
+use crate::error_chain;
 use crate::event_loop::Signals;
-use crate::exit_status::{MONITOR_FAILED, Outcome, USAGE};
-use crate::json_file::{JsonFile, JsonFileError};
-use crate::tools::measure::{self, HostFacts, Progress, Run, RunError, Watch};
+
 use image::{Image, PROBE_STATUS, VmImage};
 use processes::{Seen, daemons_bytes};
-use report::Report;
+use report::{Report, RowReport};
 use runtime::{Job, Runtime};
 
 /// Between two looks at the memory of a run's processes.
@@ -30,148 +29,49 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
-const HELP: &str = "\
-Measured are crun, runc, podman and docker, as far as they are on the PATH (docker by its running daemon), and minivmm. They get a
-copy of DIR, so that DIR stays as it is; minivmm gets it packed as an initramfs. None has a network or any input. One that fails is
-reported with its error, and the others go on.
-
-Examples:
-  minivmm compare --rootfs alpine --kernel bzImage -- /bin/ls -l /
-  minivmm compare --rootfs alpine --kernel bzImage --cold --html report.html --json report.json -- /bin/true
-
-Exit status:
-  0          all that is there was measured
-  1          one of them failed; its row says how
-  2          the command line is wrong
-  125        nothing could be measured; stderr says why
-  130, 143   stopped by SIGINT, by SIGTERM";
-
-/// Arguments of `compare`.
-#[derive(Debug, Args)]
-#[command(after_help = HELP)]
-pub struct CompareArgs {
-    /// Directory with the root file system
-    #[arg(long, value_name = "DIR")]
+/// What is compared, and how.
+#[derive(Debug)]
+pub struct CompareOptions {
+    /// Directory with the root file system.
     pub rootfs: PathBuf,
-    /// Kernel of the virtual machine [default: the one that this host runs, /boot/vmlinuz-RELEASE]
-    #[arg(short, long, value_name = "FILE")]
+    /// Kernel of the virtual machine; without it, the one that this host runs.
     pub kernel: Option<PathBuf>,
-    /// Add to the kernel command line
-    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
-    pub append: Vec<String>,
-    /// vCPUs
-    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS.into()))]
+    /// Added to the kernel command line.
+    pub append: String,
+    /// vCPUs.
     pub cpus: u8,
-    /// Memory of the virtual machine [default: 256M, or more for a large root]
-    #[arg(short, long, value_name = "SIZE")]
+    /// Memory of the virtual machine; without it, enough for the root.
     pub memory: Option<MemorySize>,
-    /// Measured runs of each
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Measured runs of each.
     pub runs: u32,
-    /// Measure cold runs as well: before each, the host's page cache is dropped, which only root may do and all that runs on the
-    /// host feels
-    #[arg(long)]
+    /// Whether the page cache is dropped before a further run of each.
     pub cold: bool,
-    /// Longest time of a run; a runtime that takes longer is killed, and left out from then on
-    #[arg(long, value_name = "TIME", default_value = "60s")]
+    /// Longest time of a run; a runtime that takes longer is left out from then on.
     pub timeout: Span,
-    /// Print JSON, or write it to a file beside the table
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    /// Where JSON goes: a file, or `-` for the output in place of the table.
     pub json: Option<PathBuf>,
-    /// Write a report with plots
-    #[arg(long, value_name = "FILE")]
+    /// Where a report with plots goes.
     pub html: Option<PathBuf>,
-    /// What to run, and its arguments
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    /// What to run, and its arguments.
     pub command: Vec<String>,
 }
 
-/// Why nothing was compared.
-#[derive(Debug, thiserror::Error)]
-pub enum CompareError {
-    /// No directory.
-    #[error("--rootfs {}: {why}", path.display())]
-    Rootfs {
-        /// From the command line.
-        path: PathBuf,
-        /// What is wrong.
-        why: String,
-    },
-    /// No kernel.
-    #[error("cannot read the kernel {}; name one with --kernel FILE", path.display())]
-    Kernel {
-        /// From the command line, or the host's.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// The root cannot be made ready.
-    #[error("cannot make the images: {0}")]
-    Image(String),
-    /// The results have no place.
-    #[error(transparent)]
-    Output(#[from] JsonFileError),
-    /// The host refused something.
-    #[error("cannot {what}")]
-    Host {
-        /// What was tried.
-        what: &'static str,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// Asked to stop.
-    #[error("stopped by signal {0}")]
-    Stopped(i32),
-}
-
-impl CompareError {
-    /// The process's exit status.
-    pub fn exit_status(&self) -> u8 {
-        match self {
-            Self::Rootfs { .. } => USAGE,
-            Self::Stopped(signal) => Outcome::Signal(*signal).exit_status(),
-            _ => MONITOR_FAILED,
-        }
-    }
-}
-
-fn host<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> CompareError {
-    move |source| CompareError::Host {
-        what,
-        source: source.into(),
-    }
-}
-
-/// Times of one kind of run.
-#[derive(Default)]
-struct Times {
-    first_output: Vec<Duration>,
-    end: Vec<Duration>,
-}
-
-/// A runtime and what its runs were like.
+/// A runtime, the times of its runs, and what else was found.
 struct Row {
     runtime: Runtime,
     program: PathBuf,
-    prepare: Duration,
-    /// The kernel's release as the probe saw it.
-    kernel: Option<String>,
-    seen: Seen,
-    daemons_bytes: u64,
-    cold: Times,
-    warm: Times,
-    statuses: Vec<i32>,
-    /// The command's output in the last run.
-    stdout: Vec<u8>,
-    /// Why it is measured no longer.
-    error: Option<String>,
+    /// To the first output and to the end, warm and cold.
+    times: [[Vec<Duration>; 2]; 2],
+    report: RowReport,
 }
+
+/// The warm and the cold ones among [`Row::times`].
+const WARM: usize = 0;
+const COLD: usize = 1;
 
 /// All that a comparison needs while it runs.
 struct Comparison<'a> {
-    args: &'a CompareArgs,
+    options: &'a CompareOptions,
     image: Image,
     vm: VmImage,
     signals: Signals,
@@ -180,55 +80,52 @@ struct Comparison<'a> {
     cold: Result<(), String>,
 }
 
-/// Compares, and writes a table or JSON to `out`. Returns the exit status.
+/// Compares, and writes a table or JSON to `out`. Returns whether all runtimes worked.
 ///
 /// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
-pub fn run(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, CompareError> {
-    let wrong = |why: String| CompareError::Rootfs {
-        path: args.rootfs.clone(),
-        why,
-    };
-    match fs::metadata(&args.rootfs) {
+pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolError> {
+    let rootfs = options.rootfs.display();
+    let wrong = |why: String| Err(ToolError::Usage(format!("--rootfs {rootfs}: {why}")));
+    match fs::metadata(&options.rootfs) {
         Ok(meta) if meta.is_dir() => {}
-        Ok(_) => return Err(wrong("not a directory".into())),
-        Err(error) => return Err(wrong(error.to_string())),
+        Ok(_) => return wrong("not a directory".into()),
+        Err(error) => return wrong(error.to_string()),
     }
-    let kernel = kernel(args)?;
-    let json = args.json.clone().filter(|path| path != Path::new("-"));
-    let json = json.map(JsonFile::open).transpose()?;
+    let kernel = kernel(options)?;
+    let output = Output::open(options.json.as_deref())?;
     let scratch = tempfile::Builder::new()
         .prefix("minivmm-compare-")
         .tempdir()
-        .map_err(host("make a directory for temporary files"))?;
-    let signals = Signals::block().map_err(host("take signals"))?;
-    // Whose parent ends, as a container's does in podman, comes to this process and is found among its descendants.
-    set_child_subreaper(Some(getpid())).map_err(host("adopt processes"))?;
-    let host_facts = HostFacts::read();
-    let mut progress = Progress::default();
-    progress.say("making the images");
-    let image = Image::new(args, scratch.path()).map_err(CompareError::Image)?;
+        .map_err(cannot("make a directory for temporary files"))?;
+    let signals = Signals::block().map_err(cannot("take signals"))?;
+    // Processes whose parent ends, as a container's does in podman, become children of this one and are found among its
+    // descendants.
+    set_child_subreaper(Some(getpid())).map_err(cannot("adopt processes"))?;
+    let host = HostFacts::read();
+    let progress = Progress;
+    progress.show("making the images");
+    let image = Image::new(&options.rootfs, &options.command, scratch.path())
+        .map_err(cannot("make the images"))?;
     let packing = Instant::now();
-    let vm = VmImage::new(args, kernel, &image)
-        .map_err(|e| CompareError::Image(crate::error_chain(&e)))?;
-    let mut rows: Vec<Row> = Runtime::CONTAINERS
+    let CompareOptions { append, memory, .. } = options;
+    let vm = VmImage::new(kernel, &image, append, *memory, options.cpus)
+        .map_err(cannot("make the images"))?;
+    let packing = packing.elapsed();
+    let mut rows: Vec<Row> = Runtime::ALL
         .into_iter()
-        .chain([Runtime::Minivmm])
-        .filter_map(|runtime| Some(Row::new(runtime, runtime.find()?)))
+        .filter_map(|runtime| Some(Row::new(runtime, runtime.find()?, &image, &vm)))
         .collect();
-    for row in rows
-        .iter_mut()
-        .filter(|row| row.runtime == Runtime::Minivmm)
-    {
-        row.prepare = packing.elapsed();
+    for row in rows.iter_mut().filter(|row| row.report.is_vm) {
+        row.report.prepare_ms = packing.as_secs_f64() * 1e3;
     }
 
     let mut comparison = Comparison {
-        args,
+        options,
         image,
         vm,
         signals,
         progress,
-        cold: match args.cold {
+        cold: match options.cold {
             true => drop_caches().map_err(|error| format!("{DROP_CACHES}: {error}")),
             false => Err("not asked for".into()),
         },
@@ -241,27 +138,26 @@ pub fn run(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, CompareError> 
     }
     done?;
 
-    let report = Report::new(&comparison, host_facts, &rows);
-    report.write(args, out).map_err(host("write the results"))?;
-    if let Some(json) = json {
-        json.write(&report)?;
+    let report = comparison.report(host, rows);
+    if let Some(path) = &options.html {
+        fs::write(path, html::page(&report)).map_err(cannot("write the results"))?;
     }
-    Ok(u8::from(rows.iter().any(|row| row.error.is_some())))
+    output.write(&report, Report::table, out)?;
+    Ok(report.rows.iter().all(|row| row.error.is_none()))
 }
 
 /// The kernel that was named, or the host's own.
-fn kernel(args: &CompareArgs) -> Result<PathBuf, CompareError> {
-    let path = args.kernel.clone().unwrap_or_else(|| {
-        let release = rustix::system::uname()
-            .release()
-            .to_string_lossy()
-            .into_owned();
-        format!("/boot/vmlinuz-{release}").into()
+fn kernel(options: &CompareOptions) -> Result<PathBuf, ToolError> {
+    let path = options.kernel.clone().unwrap_or_else(|| {
+        let system = rustix::system::uname();
+        format!("/boot/vmlinuz-{}", system.release().to_string_lossy()).into()
     });
-    match fs::File::open(&path).and_then(|_| path.canonicalize()) {
-        Ok(path) => Ok(path),
-        Err(source) => Err(CompareError::Kernel { path, source }),
-    }
+    fs::File::open(&path)
+        .and_then(|_| path.canonicalize())
+        .map_err(cannot(format!(
+            "read the kernel {}; name one with --kernel FILE",
+            path.display()
+        )))
 }
 
 /// Has the kernel forget files, directories and inodes that it could read again.
@@ -272,14 +168,14 @@ fn drop_caches() -> io::Result<()> {
 
 impl Comparison<'_> {
     /// Prepares, probes and runs all, in turn; only a request to stop ends it before its time.
-    fn measure(&mut self, rows: &mut [Row]) -> Result<(), CompareError> {
+    fn measure(&mut self, rows: &mut [Row]) -> Result<(), ToolError> {
         for row in rows.iter_mut() {
-            self.say("preparing", row);
+            self.show("preparing", row);
             let start = Instant::now();
-            row.note(row.runtime.prepare(&self.image));
-            row.prepare += start.elapsed();
+            row.report.error = row.runtime.prepare(&self.image).err();
+            row.report.prepare_ms += start.elapsed().as_secs_f64() * 1e3;
             if let Some(signal) = self.signals.stop_requested() {
-                return Err(CompareError::Stopped(signal));
+                return Err(ToolError::Stopped(signal));
             }
         }
         for row in rows.iter_mut() {
@@ -288,33 +184,33 @@ impl Comparison<'_> {
         for row in rows.iter_mut() {
             self.look(row)?;
         }
-        for round in 1..=self.args.runs {
-            let title = format!("{round}/{}", self.args.runs);
+        for round in 1..=self.options.runs {
+            let title = format!("{round}/{}", self.options.runs);
             for row in rows.iter_mut() {
                 if self.cold.is_ok() {
-                    self.say(&format!("{title} cold"), row);
+                    self.show(&format!("{title} cold"), row);
                     // It worked before.
                     let _ = drop_caches();
-                    self.timed(row, |row| &mut row.cold)?;
+                    self.timed(row, COLD)?;
                 }
-                // Behind a cold run, all that it has read is in memory again.
-                self.say(&format!("{title} warm"), row);
-                self.timed(row, |row| &mut row.warm)?;
+                // After a cold run, all that it has read is in memory again.
+                self.show(&format!("{title} warm"), row);
+                self.timed(row, WARM)?;
             }
         }
         Ok(())
     }
 
-    fn say(&mut self, what: &str, row: &Row) {
-        if row.error.is_none() {
+    fn show(&self, what: &str, row: &Row) {
+        if row.report.error.is_none() {
             self.progress
-                .say(&format!("{what}: {}", row.runtime.name()));
+                .show(&format!("{what}: {}", row.runtime.name()));
         }
     }
 
     /// The kernel that a command sees, and whether its status arrives.
-    fn probe(&mut self, row: &mut Row) -> Result<(), CompareError> {
-        self.say("probing", row);
+    fn probe(&mut self, row: &mut Row) -> Result<(), ToolError> {
+        self.show("probing", row);
         let Some(run) = self.run(row, Job::Probe, None)? else {
             return Ok(());
         };
@@ -324,111 +220,173 @@ impl Comparison<'_> {
             let how = run
                 .status
                 .map_or("killed".into(), |status| status.to_string());
-            row.note(Err(format!(
-                "does not run a program to its end (status {PROBE_STATUS} expected, got: {how}); its last words: {} {}",
-                measure::last_lines(&run.stderr),
-                measure::last_lines(&run.stdout),
-            )));
+            row.report.error = Some(format!(
+                "does not run a program to its end (status {PROBE_STATUS} expected, got: {how}); {}",
+                last_output(&run)
+            ));
         } else {
-            row.kernel = Some(release);
+            row.report.kernel_seen = Some(release);
+            row.report.status_handed_on = true;
         }
         Ok(())
     }
 
     /// A run whose processes are looked at.
-    fn look(&mut self, row: &mut Row) -> Result<(), CompareError> {
-        self.say("looking at the memory", row);
+    fn look(&mut self, row: &mut Row) -> Result<(), ToolError> {
+        self.show("looking at the memory", row);
         let mut seen = Seen::before();
         self.run(row, Job::Command, Some(&mut |_| seen.look()))?;
-        row.daemons_bytes = daemons_bytes(row.runtime.daemons());
-        row.seen = seen;
+        row.report.daemons_kib = daemons_bytes(row.runtime.daemons()) >> 10;
+        row.report.peak_kib = seen.peak_bytes >> 10;
+        row.report.processes = seen.processes;
+        row.report.own_namespaces = seen.namespaces.into_iter().collect();
         Ok(())
     }
 
     /// A run that counts.
-    fn timed(
-        &mut self,
-        row: &mut Row,
-        times: fn(&mut Row) -> &mut Times,
-    ) -> Result<(), CompareError> {
+    fn timed(&mut self, row: &mut Row, kind: usize) -> Result<(), ToolError> {
         let Some(run) = self.run(row, Job::Command, None)? else {
             return Ok(());
         };
-        let times = times(row);
-        times.first_output.extend(run.first_output);
-        times.end.extend(run.end);
-        let status = measure::status_code(run.status);
-        row.statuses
-            .extend(status.filter(|status| !row.statuses.contains(status)));
-        row.stdout = run.stdout;
+        measure::note_status(&mut row.report.statuses, &run);
+        let [first_output, end] = &mut row.times[kind];
+        first_output.extend(run.first_output);
+        end.extend(run.end);
+        row.report.output = String::from_utf8_lossy(&run.stdout).into_owned();
         Ok(())
     }
 
-    /// One run, to its end; `None` if there is none of this runtime any more.
+    /// One run, to its end; `None` if this runtime has failed, now or before.
     fn run(
         &mut self,
         row: &mut Row,
         job: Job,
         look: Option<&mut dyn FnMut(u32)>,
-    ) -> Result<Option<Run>, CompareError> {
-        if row.error.is_some() {
+    ) -> Result<Option<Run>, ToolError> {
+        if row.report.error.is_some() {
             return Ok(None);
         }
         let words = row
             .runtime
             .command(&row.program, &self.image, &self.vm, job);
-        let look_every = look.is_some().then_some(LOOK_EVERY);
         let watch = Watch {
-            limit: self.args.timeout.0,
+            limit: self.options.timeout.0,
+            look_every: look.is_some().then_some(LOOK_EVERY),
             look,
-            look_every,
             ..Watch::default()
         };
         let result = measure::run(&words, watch, &self.signals);
-        // What came to this process and has ended.
+        // Adopted processes that have ended.
         while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
-        match result {
-            Ok(run) if run.timed_out => {
+        row.report.error = match result {
+            Ok(run) if !run.timed_out => return Ok(Some(run)),
+            Ok(run) => {
                 row.runtime.clean_up(&self.image);
-                row.note(Err(format!(
-                    "killed after {}: its last words: {} {}; give it longer with --timeout",
-                    self.args.timeout,
-                    measure::last_lines(&run.stderr),
-                    measure::last_lines(&run.stdout),
-                )));
-                Ok(None)
+                Some(format!(
+                    "killed after {} (--timeout); {}",
+                    self.options.timeout,
+                    last_output(&run)
+                ))
             }
-            Ok(run) => Ok(Some(run)),
-            Err(RunError::Stopped(signal)) => Err(CompareError::Stopped(signal)),
-            Err(error) => {
-                row.note(Err(crate::error_chain(&error)));
-                Ok(None)
+            Err(stopped @ ToolError::Stopped(_)) => return Err(stopped),
+            Err(error) => Some(error_chain(&error)),
+        };
+        Ok(None)
+    }
+
+    fn report(&self, host: HostFacts, rows: Vec<Row>) -> Report {
+        let mut report = Report {
+            format: 1,
+            minivmm: env!("CARGO_PKG_VERSION").into(),
+            rootfs: self.options.rootfs.display().to_string(),
+            rootfs_bytes: self.vm.content_bytes,
+            command: self.options.command.clone(),
+            kernel: self.vm.kernel.display().to_string(),
+            vm_memory_mib: self.vm.memory.bytes >> 20,
+            vm_cpus: self.vm.cpus,
+            runs: self.options.runs,
+            cold: self.how_cold(),
+            host,
+            reference: None,
+            same_output: false,
+            rows: rows.into_iter().map(Row::report).collect(),
+        };
+        report.compare();
+        report
+    }
+
+    /// What was done for a cold run, and what that does not reach.
+    fn how_cold(&self) -> String {
+        if let Err(error) = &self.cold {
+            return format!("not measured ({error})");
+        }
+        let done = format!("page cache, directories and inodes dropped before ({DROP_CACHES})");
+        let in_memory = |path: &Path| {
+            // linux/magic.h, TMPFS_MAGIC
+            rustix::fs::statfs(path).is_ok_and(|fs| fs.f_type == 0x0102_1994)
+        };
+        match (in_memory(&self.image.root), in_memory(&self.vm.kernel)) {
+            (false, false) => done,
+            (root, kernel) => {
+                let names = [(root, "root and initramfs"), (kernel, "kernel")];
+                let names = names
+                    .into_iter()
+                    .filter(|(is, _)| *is)
+                    .map(|(_, name)| name);
+                let names = names.collect::<Vec<_>>().join(" and ");
+                format!("{done}; but {names} are on tmpfs, and stay in memory")
             }
         }
     }
 }
 
+fn last_output(run: &Run) -> String {
+    let [stderr, stdout] = [&run.stderr, &run.stdout].map(|bytes| measure::last_lines(bytes));
+    format!("its last output: {stderr} {stdout}")
+}
+
 impl Row {
-    fn new(runtime: Runtime, program: PathBuf) -> Self {
+    fn new(runtime: Runtime, program: PathBuf, image: &Image, vm: &VmImage) -> Self {
+        let is_vm = runtime == Runtime::Minivmm;
+        let (programs, programs_bytes) = runtime.shipped();
+        let command = runtime.command(&program, image, vm, Job::Command);
         Self {
             runtime,
+            times: Default::default(),
+            report: RowReport {
+                name: runtime.name().into(),
+                is_vm,
+                version: runtime.version(&program),
+                command: measure::shown(&command),
+                image_bytes: match is_vm {
+                    true => vm.initramfs_bytes,
+                    false => vm.content_bytes,
+                },
+                kernel_bytes: match is_vm {
+                    true => vm.kernel.metadata().map_or(0, |file| file.len()),
+                    false => 0,
+                },
+                programs_bytes,
+                programs,
+                shares: runtime.shares().into(),
+                ..RowReport::default()
+            },
             program,
-            prepare: Duration::ZERO,
-            kernel: None,
-            seen: Seen::default(),
-            daemons_bytes: 0,
-            cold: Times::default(),
-            warm: Times::default(),
-            statuses: Vec::new(),
-            stdout: Vec::new(),
-            error: None,
         }
     }
 
-    /// Keeps an error.
-    fn note(&mut self, result: Result<(), String>) {
-        if let Err(error) = result {
-            self.error = Some(error);
+    fn report(self) -> RowReport {
+        let [warm, cold] = self
+            .times
+            .map(|times| times.map(|times| Summary::new(&times)));
+        let [warm_first_output, warm_end] = warm;
+        let [cold_first_output, cold_end] = cold;
+        RowReport {
+            warm_first_output,
+            warm_end,
+            cold_first_output,
+            cold_end,
+            ..self.report
         }
     }
 }

@@ -1,14 +1,10 @@
 //! What came out: a table for people, JSON for programs.
 
-use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
 
 use serde::Serialize;
 
-use super::runtime::{Job, Runtime};
-use super::{CompareArgs, Comparison, DROP_CACHES, Row, Times, html};
-use crate::tools::measure::{HostFacts, Summary, shown};
+use crate::tools::measure::{HostFacts, Summary, TimesRow, write_times};
 
 /// The results, as `--json` writes them.
 #[derive(Debug, Serialize)]
@@ -44,7 +40,7 @@ pub(super) struct Report {
 }
 
 /// One runtime's results. Times count from just before fork and exec of its command.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(super) struct RowReport {
     /// The runtime.
     pub(super) name: String,
@@ -123,55 +119,24 @@ pub(super) const LIMITS: &[&str] = &[
 ];
 
 impl Report {
-    pub(super) fn new(comparison: &Comparison<'_>, host: HostFacts, rows: &[Row]) -> Self {
-        let args = comparison.args;
-        let mut report = Self {
-            format: 1,
-            minivmm: env!("CARGO_PKG_VERSION").into(),
-            rootfs: args.rootfs.display().to_string(),
-            rootfs_bytes: comparison.vm.content_bytes,
-            command: args.command.clone(),
-            kernel: comparison.vm.kernel.display().to_string(),
-            vm_memory_mib: comparison.vm.memory.bytes >> 20,
-            vm_cpus: comparison.vm.cpus,
-            runs: args.runs,
-            cold: cold(comparison),
-            host,
-            reference: None,
-            same_output: same_output(rows),
-            rows: rows
-                .iter()
-                .map(|row| RowReport::new(row, comparison))
-                .collect(),
-        };
-        let median = |row: &RowReport| row.warm_end.as_ref().map(|times| times.median_ms);
-        let reference = report
-            .rows
-            .iter()
-            .find(|row| !row.is_vm && median(row).is_some());
-        if let Some((name, base)) = reference.and_then(|row| Some((row.name.clone(), median(row)?)))
+    /// Compares medians with those of the first container runtime that worked, and what all printed.
+    pub(super) fn compare(&mut self) {
+        let median = |row: &RowReport| Some(row.warm_end.as_ref()?.median_ms);
+        let mut containers = self.rows.iter().filter(|row| !row.is_vm);
+        if let Some((name, base)) =
+            containers.find_map(|row| Some((row.name.clone(), median(row)?)))
         {
-            for row in &mut report.rows {
+            for row in &mut self.rows {
                 row.end_ratio = median(row).map(|ms| ms / base);
             }
-            report.reference = Some(name);
+            self.reference = Some(name);
         }
-        report
+        let worked = || self.rows.iter().filter(|row| row.error.is_none());
+        self.same_output =
+            worked().all(|row| Some(&row.output) == worked().next().map(|row| &row.output));
     }
 
-    /// The table to `out`, or JSON where `--json` has no file; and the page that is wanted.
-    pub(super) fn write(&self, args: &CompareArgs, out: &mut dyn Write) -> io::Result<()> {
-        if let Some(path) = &args.html {
-            fs::write(path, html::page(self))?;
-        }
-        if args.json.as_deref() == Some(Path::new("-")) {
-            serde_json::to_writer_pretty(&mut *out, self)?;
-            return writeln!(out);
-        }
-        self.table(out)
-    }
-
-    fn table(&self, out: &mut dyn Write) -> io::Result<()> {
+    pub(super) fn table(&self, out: &mut dyn Write) -> io::Result<()> {
         writeln!(
             out,
             "{} on {} ({}); the virtual machine has {}, {} MiB, {} CPUs",
@@ -188,41 +153,18 @@ impl Report {
             self.runs, self.cold
         )?;
         let reference = self.reference.as_deref().unwrap_or("none");
-        for i in 0..RowReport::TIMES {
-            let mut title = "";
-            let mut rows = Vec::new();
-            for row in &self.rows {
-                let (name, times, ratio) = row.times(i);
-                title = name;
-                rows.extend(times.map(|times| (row, times, ratio)));
-            }
-            if rows.is_empty() {
-                continue;
-            }
-            let ratio_title = format!("x {reference}");
-            writeln!(
-                out,
-                "\n{:<10} {:>9} {:>9} {:>9} {:>9} {ratio_title:>10}   {title}",
-                "", "median", "p90", "p99", "least"
-            )?;
-            for (row, times, ratio) in rows {
-                let ratio = ratio.map_or(String::new(), |ratio| format!("{ratio:.2}"));
-                writeln!(
-                    out,
-                    "{:<10} {:>9.2} {:>9.2} {:>9.2} {:>9.2} {ratio:>10}",
-                    row.name, times.median_ms, times.p90_ms, times.p99_ms, times.min_ms
-                )?;
-            }
+        for (title, rows) in self.times() {
+            write_times(out, title, reference, &rows)?;
         }
         writeln!(
             out,
-            "\n{:<10} {:>9} {:>9} {:>9} {:>10} {:>10} {:>9}  {:<24} status",
+            "\n{:<18} {:>9} {:>9} {:>9} {:>10} {:>10} {:>9}  {:<24} status",
             "", "image", "kernel", "programs", "memory", "daemons", "prepare", "kernel seen"
         )?;
         for row in self.rows.iter().filter(|row| row.error.is_none()) {
             writeln!(
                 out,
-                "{:<10} {:>9} {:>9} {:>9} {:>10} {:>10} {:>6.0} ms  {:<24} {:?}",
+                "{:<18} {:>9} {:>9} {:>9} {:>10} {:>10} {:>6.0} ms  {:<24} {:?}",
                 row.name,
                 mib(row.image_bytes),
                 mib(row.kernel_bytes),
@@ -247,66 +189,29 @@ impl Report {
         }
         writeln!(out, "\n{}", self.host)
     }
+
+    /// Every kind of times that was measured: its title, and a row for each runtime.
+    pub(super) fn times(&self) -> impl Iterator<Item = (&'static str, Vec<TimesRow<'_>>)> {
+        type Column = fn(&RowReport) -> (&Option<Summary>, Option<f64>);
+        let kinds: [(&str, Column); 4] = [
+            ("end of the process, warm", |row| {
+                (&row.warm_end, row.end_ratio)
+            }),
+            ("first output, warm", |row| (&row.warm_first_output, None)),
+            ("end of the process, cold", |row| (&row.cold_end, None)),
+            ("first output, cold", |row| (&row.cold_first_output, None)),
+        ];
+        kinds.into_iter().map(|(title, column)| {
+            let rows = self.rows.iter().filter_map(|row| {
+                let (times, ratio) = column(row);
+                Some((row.name.as_str(), times.as_ref()?, ratio))
+            });
+            (title, rows.collect())
+        })
+    }
 }
 
 impl RowReport {
-    fn new(row: &Row, comparison: &Comparison<'_>) -> Self {
-        let Comparison { image, vm, .. } = comparison;
-        let runtime = row.runtime;
-        let is_vm = runtime == Runtime::Minivmm;
-        let (programs, programs_bytes) = runtime.shipped();
-        let kernel = vm.kernel.metadata().map_or(0, |file| file.len());
-        let warm = summaries(&row.warm);
-        let cold = summaries(&row.cold);
-        Self {
-            name: runtime.name().into(),
-            is_vm,
-            version: runtime.version(&row.program),
-            command: shown(&runtime.command(&row.program, image, vm, Job::Command)),
-            prepare_ms: row.prepare.as_secs_f64() * 1e3,
-            image_bytes: if is_vm {
-                vm.initramfs_bytes
-            } else {
-                vm.content_bytes
-            },
-            kernel_bytes: if is_vm { kernel } else { 0 },
-            programs_bytes,
-            programs,
-            warm_first_output: warm.0,
-            warm_end: warm.1,
-            cold_first_output: cold.0,
-            cold_end: cold.1,
-            end_ratio: None,
-            peak_kib: row.seen.peak_bytes >> 10,
-            processes: row.seen.processes,
-            daemons_kib: row.daemons_bytes >> 10,
-            status_handed_on: row.kernel.is_some(),
-            kernel_seen: row.kernel.clone(),
-            statuses: row.statuses.clone(),
-            output: String::from_utf8_lossy(&row.stdout).into_owned(),
-            own_namespaces: row.seen.namespaces.iter().cloned().collect(),
-            shares: runtime.shares().into(),
-            error: row.error.clone(),
-        }
-    }
-
-    /// How many kinds of times there are.
-    pub(super) const TIMES: usize = 4;
-
-    /// One kind of times: its title, the times, and their median divided by the reference's.
-    pub(super) fn times(&self, kind: usize) -> (&'static str, Option<&Summary>, Option<f64>) {
-        match kind {
-            0 => (
-                "end of the process, warm",
-                self.warm_end.as_ref(),
-                self.end_ratio,
-            ),
-            1 => ("first output, warm", self.warm_first_output.as_ref(), None),
-            2 => ("end of the process, cold", self.cold_end.as_ref(), None),
-            _ => ("first output, cold", self.cold_first_output.as_ref(), None),
-        }
-    }
-
     /// What the command shares with the host, and what not.
     pub(super) fn sharing(&self) -> String {
         let namespaces = match &self.own_namespaces[..] {
@@ -315,47 +220,6 @@ impl RowReport {
         };
         format!("shares {}{namespaces}", self.shares)
     }
-}
-
-fn summaries(times: &Times) -> (Option<Summary>, Option<Summary>) {
-    (Summary::new(&times.first_output), Summary::new(&times.end))
-}
-
-/// What was done for a cold run, and what it cannot do.
-fn cold(comparison: &Comparison<'_>) -> String {
-    let done = match &comparison.cold {
-        Err(error) => return format!("not measured ({error})"),
-        Ok(()) => format!("page cache, directories and inodes dropped before ({DROP_CACHES})"),
-    };
-    let in_memory = |path: &Path| {
-        // linux/magic.h, TMPFS_MAGIC
-        rustix::fs::statfs(path).is_ok_and(|fs| fs.f_type == 0x0102_1994)
-    };
-    let files = [
-        (comparison.image.root.as_path(), "root and initramfs"),
-        (&comparison.vm.kernel, "kernel"),
-    ];
-    let stay: Vec<&str> = files
-        .into_iter()
-        .filter_map(|(path, name)| in_memory(path).then_some(name))
-        .collect();
-    if stay.is_empty() {
-        done
-    } else {
-        format!(
-            "{done}; but {} are on tmpfs, and stay in memory",
-            stay.join(" and ")
-        )
-    }
-}
-
-fn same_output(rows: &[Row]) -> bool {
-    let mut outputs = rows
-        .iter()
-        .filter(|row| row.error.is_none())
-        .map(|row| &row.stdout);
-    let first = outputs.next();
-    outputs.all(|output| Some(output) == first)
 }
 
 /// A size in MiB, as people read it.

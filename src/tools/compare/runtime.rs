@@ -3,12 +3,11 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use super::image::{ENVIRONMENT, Image, RUN, VmImage};
-use crate::tools::measure::{self, find_program, last_lines};
+use super::image::{ENVIRONMENT, Image, PROBE_FILE, RUN, VmImage};
+use crate::tools::measure::{call, find_program, first_line};
 
 /// Something that runs a command on a root file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +18,7 @@ pub(super) enum Runtime {
     Crun,
     /// The reference OCI runtime, called directly.
     Runc,
-    /// Without a daemon, with a monitor process for each container.
+    /// Without a daemon, with a supervising process (conmon) for each container.
     Podman,
     /// By way of a daemon.
     Docker,
@@ -44,7 +43,14 @@ impl Job {
 }
 
 impl Runtime {
-    pub(super) const CONTAINERS: [Self; 4] = [Self::Crun, Self::Runc, Self::Podman, Self::Docker];
+    /// All there are, the containers first.
+    pub(super) const ALL: [Self; 5] = [
+        Self::Crun,
+        Self::Runc,
+        Self::Podman,
+        Self::Docker,
+        Self::Minivmm,
+    ];
 
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -101,10 +107,8 @@ impl Runtime {
                 .collect(),
         };
         if self == Self::Podman {
-            files.extend(
-                output("podman", &["info", "--format", "{{.Host.OCIRuntime.Path}}"])
-                    .map(PathBuf::from),
-            );
+            let query = ["info", "--format", "{{.Host.OCIRuntime.Path}}"];
+            files.extend(first_line(Path::new("podman"), &query).map(PathBuf::from));
         }
         let size = |file: &PathBuf| file.metadata().map_or(0, |meta| meta.len());
         let names = files.iter().filter_map(|file| file.file_name());
@@ -118,8 +122,7 @@ impl Runtime {
 
     /// The first line of what it says of its version.
     pub(super) fn version(self, program: &Path) -> String {
-        let text = output(&program.to_string_lossy(), &["--version"]).unwrap_or_default();
-        text.lines().next().unwrap_or("unknown").to_owned()
+        first_line(program, &["--version"]).unwrap_or("unknown".into())
     }
 
     /// What of the host the command meets, but for namespaces, which are measured.
@@ -149,24 +152,10 @@ impl Runtime {
             }
             Self::Docker => {
                 let archive = image.scratch.join("image.tar");
-                call(
-                    "tar",
-                    &[
-                        "-C".into(),
-                        image.root.clone().into(),
-                        "-cf".into(),
-                        archive.clone().into(),
-                        ".".into(),
-                    ],
-                )?;
-                call(
-                    "docker",
-                    &[
-                        "import".into(),
-                        archive.clone().into(),
-                        image.id.clone().into(),
-                    ],
-                )?;
+                let (root, id) = (image.root.as_path(), Path::new(&image.id));
+                let tar = ["-C".as_ref(), root, "-cf".as_ref(), &archive, ".".as_ref()];
+                call::<&Path>("tar", &tar)?;
+                call("docker", &["import".as_ref(), archive.as_path(), id])?;
                 fs::remove_file(archive).map_err(|e| e.to_string())
             }
         }
@@ -176,10 +165,9 @@ impl Runtime {
     fn make_bundle(self, image: &Image, job: Job) -> Result<(), String> {
         let bundle = self.bundle(image, job);
         fs::create_dir_all(&bundle).map_err(|e| e.to_string())?;
-        let mut words: Vec<OsString> =
-            vec!["spec".into(), "--bundle".into(), bundle.clone().into()];
+        let mut words: Vec<&Path> = vec!["spec".as_ref(), "--bundle".as_ref(), &bundle];
         if !rustix::process::geteuid().is_root() {
-            words.push("--rootless".into());
+            words.push("--rootless".as_ref());
         }
         call(self.name(), &words)?;
         let file = bundle.join("config.json");
@@ -206,64 +194,37 @@ impl Runtime {
         job: Job,
     ) -> Vec<OsString> {
         let mut all: Vec<OsString> = vec![program.into()];
-        let options = |options: &[&str]| options.iter().map(OsString::from).collect::<Vec<_>>();
-        let environment = ENVIRONMENT
-            .iter()
-            .map(|variable| format!("--env={variable}").into());
         match self {
             Self::Minivmm => {
                 let mut cmdline = vm.cmdline.clone();
                 if job == Job::Probe {
-                    cmdline.push_str(&format!(" {RUN}=/{}", super::image::PROBE_FILE));
+                    cmdline.push_str(&format!(" {RUN}=/{PROBE_FILE}"));
                 }
                 all.extend(["--kernel".into(), vm.kernel.clone().into()]);
                 all.extend(["--initrd".into(), vm.initramfs.clone().into()]);
-                all.extend(options(&[
-                    "--cmdline",
-                    &cmdline,
-                    "--memory",
-                    &vm.memory.to_string(),
-                    "--cpus",
-                    &vm.cpus.to_string(),
-                ]));
+                all.extend(["--cmdline".into(), cmdline.into()]);
+                all.extend(["--memory".into(), vm.memory.to_string().into()]);
+                all.extend(["--cpus".into(), vm.cpus.to_string().into()]);
             }
             Self::Crun | Self::Runc => {
-                all.extend([
-                    "run".into(),
-                    "--bundle".into(),
-                    self.bundle(image, job).into(),
-                ]);
+                let bundle = self.bundle(image, job).into();
+                all.extend(["run".into(), "--bundle".into(), bundle]);
                 all.push(image.id.clone().into());
             }
-            Self::Podman => {
-                // Without systemd nobody makes its control groups, or keeps its journal.
-                if !Path::new("/run/systemd/system").exists() {
-                    all.extend(options(&[
-                        "--cgroup-manager=cgroupfs",
-                        "--events-backend=file",
-                    ]));
+            Self::Podman | Self::Docker => {
+                let is_podman = self == Self::Podman;
+                // Without systemd nobody makes podman's control groups, or keeps its journal.
+                if is_podman && !Path::new("/run/systemd/system").exists() {
+                    let options = ["--cgroup-manager=cgroupfs", "--events-backend=file"];
+                    all.extend(options.map(OsString::from));
                 }
-                all.extend(options(&[
-                    "run",
-                    "--rm",
-                    "--network=none",
-                    "--name",
-                    &image.id,
-                ]));
-                all.extend(environment);
-                all.extend(["--rootfs".into(), image.root.clone().into()]);
-                all.extend(job.words(image).iter().map(OsString::from));
-            }
-            Self::Docker => {
-                all.extend(options(&[
-                    "run",
-                    "--rm",
-                    "--network=none",
-                    "--name",
-                    &image.id,
-                ]));
-                all.extend(environment);
-                all.push(image.id.clone().into());
+                let options = ["run", "--rm", "--network=none", "--name", &image.id];
+                all.extend(options.map(OsString::from));
+                all.extend(ENVIRONMENT.map(|variable| format!("--env={variable}").into()));
+                all.extend(match is_podman {
+                    true => vec!["--rootfs".into(), image.root.clone().into()],
+                    false => vec![image.id.clone().into()],
+                });
                 all.extend(job.words(image).iter().map(OsString::from));
             }
         }
@@ -272,48 +233,19 @@ impl Runtime {
 
     /// Takes away what a run that was killed may have left.
     pub(super) fn clean_up(self, image: &Image) {
-        let words: &[&str] = match self {
+        let command = match self {
             Self::Minivmm => return,
-            Self::Crun | Self::Runc => &["delete", "--force", &image.id],
-            Self::Podman | Self::Docker => &["rm", "--force", &image.id],
+            Self::Crun | Self::Runc => "delete",
+            Self::Podman | Self::Docker => "rm",
         };
         // Usually there is nothing.
-        let _ = call(
-            self.name(),
-            &words.iter().map(OsString::from).collect::<Vec<_>>(),
-        );
+        let _ = call(self.name(), &[command, "--force", &image.id]);
     }
 
     /// Takes away what [`Self::prepare`] made outside of the scratch directory.
     pub(super) fn forget(self, image: &Image) {
         if self == Self::Docker {
-            let _ = call("docker", &["rmi", "--force", &image.id].map(OsString::from));
+            let _ = call("docker", &["rmi", "--force", &image.id]);
         }
     }
-}
-
-/// Runs a program to its end; an error has its last words.
-pub(super) fn call(program: &str, words: &[OsString]) -> Result<(), String> {
-    let mut command = Command::new(program);
-    measure::die_with_parent(command.args(words).stdin(Stdio::null()));
-    match command.output() {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(format!(
-            "{program}: {}: {}",
-            output.status,
-            last_lines(&output.stderr)
-        )),
-        Err(error) => Err(format!("cannot run {program}: {error}")),
-    }
-}
-
-/// What a program prints.
-fn output(program: &str, words: &[&str]) -> Option<String> {
-    let output = Command::new(program)
-        .args(words)
-        .stdin(Stdio::null())
-        .output()
-        .ok()?;
-    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    (output.status.success() && !text.is_empty()).then_some(text)
 }

@@ -110,7 +110,7 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
             "CONFIG_ACPI",
             "no, and no MP table: one CPU, and devices without interrupts",
         )
-        .mend(build("ACPI")),
+        .hint(build("ACPI")),
     });
     let devices_found = config.has("ACPI") || config.has("VIRTIO_MMIO_CMDLINE_DEVICES");
     for (name, module, without) in [
@@ -124,7 +124,7 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
                 subject,
                 format!("a module: the initrd must load {module} for disks"),
             ),
-            Setting::No => Check::warn(subject, format!("no: {without}")).mend(build(name)),
+            Setting::No => Check::warn(subject, format!("no: {without}")).hint(build(name)),
         });
     }
     if !devices_found && config.get("VIRTIO_MMIO") != Setting::No {
@@ -133,7 +133,7 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
                 "CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES",
                 "no, and no ACPI: virtio devices will not be found",
             )
-            .mend(build("VIRTIO_MMIO_CMDLINE_DEVICES")),
+            .hint(build("VIRTIO_MMIO_CMDLINE_DEVICES")),
         );
     }
 
@@ -156,7 +156,7 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
         checks.push(if config.has(name) {
             Check::ok(subject, "yes")
         } else {
-            Check::warn(subject, format!("not built in: {without}")).mend(build(name))
+            Check::warn(subject, format!("not built in: {without}")).hint(build(name))
         });
     }
     for (name, with, without) in [
@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(find("CONFIG_SERIAL_8250_CONSOLE").verdict, Verdict::Warn);
         assert!(
             find("CONFIG_SERIAL_8250_CONSOLE")
-                .mend
+                .hint
                 .as_ref()
                 .unwrap()
                 .contains("=y")

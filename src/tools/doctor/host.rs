@@ -121,23 +121,23 @@ fn check_kvm(dev_kvm: &DevKvm, cpu: &Cpu, modules: Modules) -> Vec<Check> {
             checks.extend(check_facts(facts));
         }
         DevKvm::Absent => {
-            checks.push(Check::fail(subject, "absent").mend(absent_mend(cpu, modules)))
+            checks.push(Check::fail(subject, "absent").hint(absent_hint(cpu, modules)))
         }
         DevKvm::NotADevice => checks.push(
             Check::fail(subject, "is not a character device")
-                .mend("remove it and make it again: rm /dev/kvm && mknod /dev/kvm c 10 232"),
+                .hint("remove it and make it again: rm /dev/kvm && mknod /dev/kvm c 10 232"),
         ),
         DevKvm::Denied { group } => checks.push(
             Check::fail(
                 subject,
                 format!("permission denied; it belongs to the group {group}"),
             )
-            .mend(kvm::permission_hint(group)),
+            .hint(kvm::permission_hint(group)),
         ),
         DevKvm::Failed(error) => {
             checks.push(
                 Check::fail(subject, format!("cannot be opened: {error}"))
-                    .mend(absent_mend(cpu, modules)),
+                    .hint(absent_hint(cpu, modules)),
             );
         }
     }
@@ -159,11 +159,11 @@ fn check_cpu(cpu: &Cpu, kvm_works: bool) -> Check {
     if kvm_works {
         Check::info("processor", found)
     } else {
-        Check::fail("processor", found).mend(enable_mend(cpu))
+        Check::fail("processor", found).hint(enable_hint(cpu))
     }
 }
 
-fn enable_mend(cpu: &Cpu) -> &'static str {
+fn enable_hint(cpu: &Cpu) -> &'static str {
     match (cpu.hypervisor, cpu.amd) {
         (true, _) => {
             "turn on nested virtualization for this virtual machine on its host, or use the lab: tests/lab/run"
@@ -173,10 +173,10 @@ fn enable_mend(cpu: &Cpu) -> &'static str {
     }
 }
 
-fn absent_mend(cpu: &Cpu, modules: Modules) -> String {
+fn absent_hint(cpu: &Cpu, modules: Modules) -> String {
     let module = if cpu.amd { "kvm_amd" } else { "kvm_intel" };
     if !cpu.virtualization {
-        enable_mend(cpu).to_owned()
+        enable_hint(cpu).to_owned()
     } else if modules.kvm && (modules.intel || modules.amd) {
         "KVM is loaded: in a container, pass the device in (docker run --device /dev/kvm)"
             .to_owned()
@@ -198,7 +198,7 @@ fn check_module(cpu: &Cpu, modules: Modules) -> Check {
             "KVM",
             format!("this KVM is {name}: it cannot run stock kernels, which need hardware virtualization"),
         )
-        .mend("boot in the lab: tests/lab/run");
+        .hint("boot in the lab: tests/lab/run");
     }
     let name = match (modules.intel, modules.amd) {
         (true, false) => "kvm_intel",
@@ -218,7 +218,7 @@ fn check_facts(facts: &KvmFacts) -> Vec<Check> {
             "KVM API",
             format!("version {}, not {}", facts.api_version, kvm::API_VERSION),
         )
-        .mend("use Linux 2.6.22 or later")
+        .hint("use Linux 2.6.22 or later")
     });
     checks.push(if facts.missing.is_empty() {
         Check::ok(
@@ -230,7 +230,7 @@ fn check_facts(facts: &KvmFacts) -> Vec<Check> {
             "KVM capabilities",
             format!("missing: {}", facts.missing.join(", ")),
         )
-        .mend("use a newer host kernel (Linux 4.13 has them all)")
+        .hint("use a newer host kernel (Linux 4.13 has them all)")
     });
     checks.extend(
         facts
@@ -248,7 +248,7 @@ fn check_facts(facts: &KvmFacts) -> Vec<Check> {
     checks.push(match &facts.create_vm {
         Ok(time) => Check::ok("creating a VM", format!("works ({:.1} ms)", time.as_secs_f64() * 1e3)),
         Err(error) => Check::fail("creating a VM", error.clone())
-            .mend("another hypervisor (VirtualBox, VMware) may hold the processor: stop it; else see dmesg"),
+            .hint("another hypervisor (VirtualBox, VMware) may hold the processor: stop it; else see dmesg"),
     });
     checks
 }
@@ -317,23 +317,23 @@ mod tests {
             let fails = fails(&checks);
             assert_eq!(fails.len(), 1, "{checks:?}");
             assert!(fails[0].found.contains("cannot run stock kernels"));
-            assert!(fails[0].mend.as_ref().unwrap().contains("tests/lab/run"));
+            assert!(fails[0].hint.as_ref().unwrap().contains("tests/lab/run"));
         }
     }
 
     #[test]
     fn each_trouble_has_its_mend() {
-        let mend = |dev_kvm: DevKvm, cpu: Cpu, modules| {
+        let hint = |dev_kvm: DevKvm, cpu: Cpu, modules| {
             check_kvm(&dev_kvm, &cpu, modules)
                 .into_iter()
                 .filter(|check| check.verdict == Verdict::Fail)
-                .filter_map(|check| check.mend)
+                .filter_map(|check| check.hint)
                 .collect::<Vec<_>>()
                 .join("\n")
         };
         let none = Modules::default();
         assert!(
-            mend(
+            hint(
                 DevKvm::Denied {
                     group: "kvm".to_owned()
                 },
@@ -343,7 +343,7 @@ mod tests {
             .contains("usermod -aG kvm $USER")
         );
         assert!(
-            mend(
+            hint(
                 DevKvm::Denied {
                     group: "root".to_owned()
                 },
@@ -352,9 +352,9 @@ mod tests {
             )
             .contains("chgrp kvm")
         );
-        assert!(mend(DevKvm::Absent, cpu(true, false), none).contains("modprobe kvm_intel"));
+        assert!(hint(DevKvm::Absent, cpu(true, false), none).contains("modprobe kvm_intel"));
         assert!(
-            mend(
+            hint(
                 DevKvm::Absent,
                 Cpu {
                     amd: true,
@@ -364,18 +364,18 @@ mod tests {
             )
             .contains("modprobe kvm_amd")
         );
-        assert!(mend(DevKvm::Absent, cpu(true, false), INTEL).contains("--device /dev/kvm"));
-        assert!(mend(DevKvm::Absent, cpu(false, false), none).contains("firmware"));
-        assert!(mend(DevKvm::Absent, cpu(false, true), none).contains("nested"));
+        assert!(hint(DevKvm::Absent, cpu(true, false), INTEL).contains("--device /dev/kvm"));
+        assert!(hint(DevKvm::Absent, cpu(false, false), none).contains("firmware"));
+        assert!(hint(DevKvm::Absent, cpu(false, true), none).contains("nested"));
         let old = KvmFacts {
             missing: vec!["KVM_CAP_SIGNAL_MSI"],
             ..facts()
         };
-        assert!(mend(DevKvm::Works(old), cpu(true, false), INTEL).contains("newer host kernel"));
+        assert!(hint(DevKvm::Works(old), cpu(true, false), INTEL).contains("newer host kernel"));
         let busy = KvmFacts {
             create_vm: Err("busy".to_owned()),
             ..facts()
         };
-        assert!(mend(DevKvm::Works(busy), cpu(true, false), INTEL).contains("VirtualBox"));
+        assert!(hint(DevKvm::Works(busy), cpu(true, false), INTEL).contains("VirtualBox"));
     }
 }

@@ -7,16 +7,16 @@ use flate2::read::GzDecoder;
 
 use super::Check;
 use super::config::{KernelConfig, Setting};
+use super::input::FileReader;
 use crate::boot::format::{self, Compression, FileKind};
 use crate::boot::input::InputFile;
 use crate::boot::{BootError, MIB, Role};
+use crate::tools::cpio::{self, Header};
 
 /// Most archives in a file that are looked at; early microcode and the rest make two.
 const MAX_ARCHIVES: usize = 16;
 /// Most members of an archive that are looked at.
 const MAX_MEMBERS: usize = 200_000;
-/// Longest member name (PATH_MAX).
-const MAX_NAME_LEN: u32 = 4096;
 /// Longest run of zeroes between two archives that is stepped over.
 const MAX_PADDING: u64 = 1 << 20;
 /// Most bytes that are decompressed.
@@ -35,68 +35,33 @@ fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, Boo
     if config.is_some_and(|config| config.get("BLK_DEV_INITRD") != Setting::Yes) {
         checks.push(
             Check::fail("kernel support", "the kernel takes no initrd")
-                .mend("build the kernel with CONFIG_BLK_DEV_INITRD=y"),
+                .hint("build the kernel with CONFIG_BLK_DEV_INITRD=y"),
         );
     }
 
     // Archives may follow one another, plain ones first: microcode, then the rest (early-userspace/buffer-format.rst).
     let mut at = 0;
+    // Whether there is an /init, unless an archive cannot be read to its end.
     let mut has_init = Some(false);
     for archive in 1..=MAX_ARCHIVES {
         let mut magic = [0; 8];
         let count = input.read_some(at, &mut magic)?;
-        match FileKind::identify(magic.get(..count).unwrap_or_default()) {
-            FileKind::Cpio => {
-                let mut reader = FileReader { input: &input, at };
-                match walk(&mut reader, MAX_MEMBERS) {
-                    Ok(contents) => {
-                        checks.push(Check::ok(
-                            format!("archive {archive}"),
-                            contents.describe("cpio"),
-                        ));
-                        has_init = has_init.map(|has| has || contents.has_init);
-                        at = reader.at;
-                        match next_archive(&input, at)? {
-                            Some(next) if contents.complete => at = next,
-                            _ => break,
-                        }
-                    }
-                    Err(error) => {
-                        checks.push(damaged(archive, &error));
-                        has_init = None;
-                        break;
-                    }
-                }
-            }
+        let mut reader = FileReader::new(&input, at);
+        let (format, contents) = match FileKind::identify(&magic[..count]) {
+            FileKind::Cpio => ("cpio", Some(walk(&mut reader, FileReader::skip))),
             FileKind::Compressed(compression) => {
-                let contents = (compression == Compression::Gzip).then(|| {
-                    let packed = FileReader { input: &input, at };
-                    walk(
-                        &mut Unpacked(GzDecoder::new(packed).take(MAX_UNPACKED)),
-                        MAX_MEMBERS,
-                    )
-                });
                 checks.push(check_compression(archive, compression, config));
-                match contents {
-                    Some(Ok(contents)) => {
-                        checks.push(Check::ok(
-                            format!("archive {archive}"),
-                            contents.describe("cpio in gzip"),
-                        ));
-                        has_init = has_init.map(|has| has || contents.has_init);
-                    }
-                    Some(Err(error)) => {
-                        checks.push(damaged(archive, &error));
-                        has_init = None;
-                    }
-                    None => has_init = None,
-                }
-                break;
+                let contents = (compression == Compression::Gzip).then(|| {
+                    let mut unpacked = GzDecoder::new(&mut reader).take(MAX_UNPACKED);
+                    walk(&mut unpacked, read_over)
+                });
+                reader.at = input.len();
+                ("cpio in gzip", contents)
             }
             _ if archive == 1 => {
                 has_init = None;
                 checks.push(
-                    Check::warn("archive 1", "no format that Linux is known to unpack").mend(
+                    Check::warn("archive 1", "no format that Linux is known to unpack").hint(
                         "make a cpio archive: (cd DIR && find . | cpio -o -H newc) > initrd.cpio",
                     ),
                 );
@@ -109,6 +74,30 @@ fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, Boo
                 ));
                 break;
             }
+        };
+        let subject = format!("archive {archive}");
+        let complete = match contents {
+            Some(Ok(contents)) => {
+                checks.push(Check::ok(subject, contents.describe(format)));
+                has_init = has_init.map(|has| has || contents.has_init);
+                contents.complete
+            }
+            Some(Err(error)) => {
+                checks.push(
+                    Check::fail(subject, format!("damaged: {error}"))
+                        .hint("make or download the initrd again"),
+                );
+                has_init = None;
+                false
+            }
+            None => {
+                has_init = None;
+                false
+            }
+        };
+        match next_archive(&input, reader.at)? {
+            Some(next) if complete => at = next,
+            _ => break,
         }
     }
     match has_init {
@@ -118,16 +107,11 @@ fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, Boo
                 "/init",
                 "absent: the kernel will look for a root file system instead",
             )
-            .mend("add an executable /init, or name one with rdinit= on the kernel's command line"),
+            .hint("add an executable /init, or name one with rdinit= on the kernel's command line"),
         ),
         None => {}
     }
     Ok(checks)
-}
-
-fn damaged(archive: usize, error: &io::Error) -> Check {
-    Check::fail(format!("archive {archive}"), format!("damaged: {error}"))
-        .mend("make or download the initrd again")
 }
 
 fn check_compression(
@@ -141,12 +125,12 @@ fn check_compression(
             subject,
             "LZ4 in the frame format; Linux reads the legacy format alone",
         )
-        .mend("compress it with lz4 -l");
+        .hint("compress it with lz4 -l");
     }
     let option = format!("RD_{}", compression.config_suffix());
     match config.map(|config| config.get(&option)) {
         Some(Setting::Yes) => Check::ok(subject, format!("{compression}, which this kernel unpacks")),
-        Some(_) => Check::fail(subject, format!("{compression}, which this kernel does not unpack")).mend(format!(
+        Some(_) => Check::fail(subject, format!("{compression}, which this kernel does not unpack")).hint(format!(
             "give it uncompressed or in a format that the kernel knows, or build the kernel with CONFIG_{option}=y"
         )),
         None => Check::info(subject, format!("{compression}; the kernel needs CONFIG_{option}=y")),
@@ -182,100 +166,31 @@ impl Contents {
     }
 }
 
-/// A reader that can pass over bytes.
-trait Skip: Read {
-    fn skip(&mut self, count: u64) -> io::Result<()>;
-}
-
-/// An initrd file, read in order from an offset.
-struct FileReader<'a> {
-    input: &'a InputFile,
-    at: u64,
-}
-
-impl Read for FileReader<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let count = self
-            .input
-            .read_some(self.at, buf)
-            .map_err(io::Error::other)?;
-        self.at += count as u64;
-        Ok(count)
+/// Passes over bytes of a stream that has to be read.
+fn read_over(reader: &mut impl Read, count: u64) -> io::Result<()> {
+    match io::copy(&mut reader.take(count), &mut io::sink())? {
+        copied if copied < count => Err(io::ErrorKind::UnexpectedEof.into()),
+        _ => Ok(()),
     }
 }
 
-impl Skip for FileReader<'_> {
-    fn skip(&mut self, count: u64) -> io::Result<()> {
-        self.at = self.at.saturating_add(count);
-        if self.at > self.input.len() {
-            Err(io::ErrorKind::UnexpectedEof.into())
-        } else {
-            Ok(())
-        }
-    }
-}
-
-/// A decompressed stream.
-struct Unpacked<R>(R);
-
-impl<R: Read> Read for Unpacked<R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buf)
-    }
-}
-
-impl<R: Read> Skip for Unpacked<R> {
-    fn skip(&mut self, count: u64) -> io::Result<()> {
-        let skipped = io::copy(&mut (&mut self.0).take(count), &mut io::sink())?;
-        if skipped < count {
-            Err(io::ErrorKind::UnexpectedEof.into())
-        } else {
-            Ok(())
-        }
-    }
-}
-
-/// Steps through a newc archive (early-userspace/buffer-format.rst) to its trailer or `max_members`.
-fn walk(reader: &mut impl Skip, max_members: usize) -> io::Result<Contents> {
-    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+/// Steps through a cpio archive to its trailer, or through as many members as are looked at.
+fn walk<R: Read>(archive: &mut R, skip: fn(&mut R, u64) -> io::Result<()>) -> io::Result<Contents> {
     let mut contents = Contents::default();
-    let mut at: u64 = 0;
-    while contents.members < max_members {
-        let mut header = [0; 110];
-        reader.read_exact(&mut header)?;
-        if !(header.starts_with(b"070701") || header.starts_with(b"070702")) {
-            return Err(invalid(&format!("no member at {at:#x} of the archive")));
-        }
-        let field = |index: usize| {
-            let digits = header.get(6 + 8 * index..14 + 8 * index)?;
-            u32::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()
-        };
-        let (Some(file_size), Some(name_size)) = (field(6), field(11)) else {
-            return Err(invalid(&format!(
-                "the member at {at:#x} has sizes that are no numbers"
-            )));
-        };
-        if name_size == 0 || name_size > MAX_NAME_LEN {
-            return Err(invalid(&format!(
-                "the member at {at:#x} has a name of {name_size} bytes"
-            )));
-        }
-        let mut name = vec![0; usize::try_from(name_size).unwrap_or(0)];
-        reader.read_exact(&mut name)?;
-        let header_end = at + 110 + u64::from(name_size);
-        let data_at = header_end.next_multiple_of(4);
-        reader.skip(data_at - header_end)?;
-        let name = name.strip_suffix(b"\0").unwrap_or(&name);
-        if name == b"TRAILER!!!" {
+    while contents.members < MAX_MEMBERS {
+        let header = Header::read(archive).map_err(|error| {
+            let number = contents.members + 1;
+            io::Error::new(error.kind(), format!("member {number}: {error}"))
+        })?;
+        if header.name == cpio::TRAILER {
             contents.complete = true;
-            return Ok(contents);
+            break;
         }
-        contents.has_init |= matches!(name, b"init" | b"./init" | b"/init");
+        contents.has_init |= matches!(&header.name[..], b"init" | b"./init" | b"/init");
         contents.members += 1;
-        contents.bytes = contents.bytes.saturating_add(file_size.into());
-        let next = (data_at + u64::from(file_size)).next_multiple_of(4);
-        reader.skip(next - data_at)?;
-        at = next;
+        contents.bytes = contents.bytes.saturating_add(header.size.into());
+        let padding = cpio::padding(header.size as usize);
+        skip(archive, u64::from(header.size) + padding as u64)?;
     }
     Ok(contents)
 }
@@ -312,18 +227,8 @@ mod tests {
     fn cpio(members: &[(&str, &[u8])]) -> Vec<u8> {
         let mut archive = Vec::new();
         for (name, data) in members.iter().chain(&[("TRAILER!!!", &b""[..])]) {
-            let mut fields = [0; 13];
-            fields[6] = data.len();
-            fields[11] = name.len() + 1;
-            archive.extend(b"070701");
-            archive.extend(
-                fields
-                    .iter()
-                    .flat_map(|field| format!("{field:08x}").into_bytes()),
-            );
-            archive.extend(name.bytes());
-            archive.push(0);
-            archive.resize(archive.len().next_multiple_of(4), 0);
+            let header = Header::new(name.as_bytes(), data.len() as u32);
+            header.write(&mut archive).unwrap();
             archive.extend(*data);
             archive.resize(archive.len().next_multiple_of(4), 0);
         }

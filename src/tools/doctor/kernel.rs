@@ -1,12 +1,12 @@
 //! What a kernel file is, and whether it can be booted here.
 
-use std::io::{self, Read};
 use std::path::Path;
 
 use serde::Serialize;
 
 use super::Check;
 use super::config::{self, KernelConfig};
+use super::input::FileReader;
 use super::scan::{self, Found};
 use crate::boot::bzimage::BzImage;
 use crate::boot::direct::DirectKernel;
@@ -155,12 +155,7 @@ fn read_elf(input: &InputFile, kernel: &ElfKernel) -> Result<(KernelInfo, Found)
 }
 
 fn scan_file(input: &InputFile) -> Found {
-    let whole = Part {
-        input,
-        at: 0,
-        end: input.len(),
-    };
-    scan::scan(whole).unwrap_or_default()
+    scan::scan(FileReader::new(input, 0)).unwrap_or_default()
 }
 
 fn check_info(info: &KernelInfo) -> Vec<Check> {
@@ -236,27 +231,7 @@ fn no_config(info: &KernelInfo) -> Check {
     } else {
         format!("none embedded (CONFIG_IKCONFIG), and no {name} beside the kernel")
     };
-    Check::info("configuration", found).mend(format!(
+    Check::info("configuration", found).hint(format!(
         "put {name} beside the kernel to have its options checked"
     ))
-}
-
-/// A part of a file, to be read in order.
-struct Part<'a> {
-    input: &'a InputFile,
-    at: u64,
-    end: u64,
-}
-
-impl Read for Part<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.end.saturating_sub(self.at)).unwrap_or(usize::MAX);
-        let len = buf.len().min(left);
-        let count = self
-            .input
-            .read_some(self.at, buf.get_mut(..len).unwrap_or_default())
-            .map_err(io::Error::other)?;
-        self.at += count as u64;
-        Ok(count)
-    }
 }

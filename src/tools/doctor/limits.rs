@@ -36,10 +36,10 @@ fn check_memory(meminfo: &str, cgroup_limit: Option<u64>) -> Vec<Check> {
             .ok()?;
         kib.checked_mul(1024)
     });
-    let line = |subject: &str, bytes: u64, mend: &str| {
+    let line = |subject: &str, bytes: u64, hint: &str| {
         let found = format!("{} MiB", bytes / MIB);
         if bytes < LITTLE_MEMORY {
-            Check::warn(subject, found).mend(mend)
+            Check::warn(subject, found).hint(hint)
         } else {
             Check::ok(subject, found)
         }
@@ -90,7 +90,7 @@ fn check_huge_pages(enabled: &str) -> Option<Check> {
     Some(match mode {
         "always" | "madvise" => Check::ok(subject, mode),
         _ => Check::info(subject, format!("{mode}: guests boot slower"))
-            .mend("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"),
+            .hint("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"),
     })
 }
 
@@ -108,7 +108,7 @@ fn check_rlimits(limits: &str) -> Vec<Check> {
     if let Some(files) = soft("Max open files") {
         checks.push(match files {
             Some(files) if files < FEW_FILES => {
-                Check::warn("open files", format!("{files} at most")).mend("ulimit -n 1024")
+                Check::warn("open files", format!("{files} at most")).hint("ulimit -n 1024")
             }
             Some(files) => Check::ok("open files", format!("{files} at most")),
             None => Check::ok("open files", "no limit"),
@@ -123,7 +123,7 @@ fn check_rlimits(limits: &str) -> Vec<Check> {
                 "address space",
                 format!("{}: the guest's memory counts", amount(space)),
             )
-            .mend("ulimit -v unlimited"),
+            .hint("ulimit -v unlimited"),
             None => Check::ok("address space", "no limit"),
         });
     }

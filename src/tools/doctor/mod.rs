@@ -1,8 +1,9 @@
-//! What this host and this kernel file can and cannot do, with the mend.
+//! What this host and this kernel file can and cannot do, with the hint.
 
 mod config;
 mod host;
 mod initrd;
+mod input;
 mod kernel;
 mod limits;
 mod scan;
@@ -63,7 +64,7 @@ pub struct Check {
     pub verdict: Verdict,
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub mend: Option<String>,
+    pub hint: Option<String>,
 }
 
 impl Check {
@@ -72,7 +73,7 @@ impl Check {
             subject: subject.into(),
             found: found.into(),
             verdict,
-            mend: None,
+            hint: None,
         }
     }
 
@@ -92,16 +93,16 @@ impl Check {
         Self::new(Verdict::Fail, subject, found)
     }
 
-    fn mend(mut self, mend: impl Into<String>) -> Self {
-        self.mend = Some(mend.into());
+    fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
         self
     }
 
-    /// A file that cannot be loaded. The messages of [`crate::boot::BootError`] carry their mends.
+    /// A file that cannot be loaded. The messages of [`crate::boot::BootError`] carry their hints.
     fn unusable(subject: &str, error: &dyn std::error::Error) -> Self {
         let found = crate::error_chain(error);
         match found.split_once("; ") {
-            Some((found, mend)) => Check::fail(subject, found).mend(mend),
+            Some((found, hint)) => Check::fail(subject, found).hint(hint),
             None => Check::fail(subject, found),
         }
     }
@@ -188,8 +189,8 @@ fn write_table(out: &mut dyn Write, report: &Report, colour: bool) -> io::Result
             };
             let (subject, found) = (&check.subject, &check.found);
             writeln!(out, "  {start}{word:<4}{end}  {subject:<width$}  {found}")?;
-            if let Some(mend) = &check.mend {
-                writeln!(out, "        {:<width$}  -> {mend}", "")?;
+            if let Some(hint) = &check.hint {
+                writeln!(out, "        {:<width$}  -> {hint}", "")?;
             }
         }
     }
@@ -213,7 +214,7 @@ mod tests {
             can_boot: false,
             host: vec![
                 Check::ok("KVM", "works"),
-                Check::fail("/dev/kvm", "absent").mend("modprobe kvm_amd"),
+                Check::fail("/dev/kvm", "absent").hint("modprobe kvm_amd"),
             ],
             kernel: None,
             initrd: Some(vec![Check::info("size", "5 MiB")]),

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::fs;
 
+use procfs::{Current, Meminfo};
+use rustix::system::uname;
 use serde::{Deserialize, Serialize};
 
 use crate::host::cpu::Cpu;
@@ -32,24 +34,18 @@ pub struct HostFacts {
 impl HostFacts {
     /// Looks at this host; what cannot be read is empty or 0.
     pub fn read() -> Self {
-        let processor = Cpu::read();
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let meminfo = read("/proc/meminfo");
-        let memory_kib = meminfo
-            .lines()
-            .find_map(|line| line.strip_prefix("MemTotal:"))
-            .and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        let load = read("/proc/loadavg");
+        let cpu = Cpu::read();
+        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let governor =
+            fs::read_to_string("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").ok();
         Self {
-            cpu: processor.model,
+            cpu: cpu.model,
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
-            memory_mib: memory_kib.unwrap_or_default() >> 10,
-            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            memory_mib: Meminfo::current().map_or(0, |memory| memory.mem_total >> 20),
+            kernel: uname().release().to_string_lossy().into_owned(),
             kvm: Modules::read().names(),
-            virtual_machine: processor.hypervisor,
-            governor: fs::read_to_string("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-                .ok()
-                .map(|text| text.trim().to_owned()),
+            virtual_machine: cpu.hypervisor,
+            governor: governor.map(|text| text.trim().to_owned()),
             load: load
                 .split(' ')
                 .next()

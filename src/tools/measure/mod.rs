@@ -6,11 +6,12 @@ mod memory;
 mod process;
 mod progress;
 mod stats;
+mod table;
 
 pub use host::HostFacts;
 pub use memory::GuestShare;
-pub use process::{
-    Run, RunError, Watch, die_with_parent, find_program, last_lines, run, shown, status_code,
-};
+pub use process::{Run, Watch, find_program, run, shown};
+pub(crate) use process::{call, first_line, last_lines, note_status};
 pub use progress::Progress;
 pub use stats::Summary;
+pub(crate) use table::{Output, TimesRow, write_times};

@@ -19,35 +19,10 @@ use rustix::process::{
 };
 
 use crate::event_loop::Signals;
+use crate::tools::error::{ToolError, cannot};
 
 /// How much of a program's output is kept, in bytes: the last of it.
 const KEPT: usize = 64 << 10;
-
-/// Why a run could not be measured.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// The program does not start.
-    #[error("cannot run {program}")]
-    Spawn {
-        /// Its name.
-        program: String,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// The host refused to watch it.
-    #[error("cannot watch {program}")]
-    Watch {
-        /// Its name.
-        program: String,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// This process was asked to stop, and the program is gone.
-    #[error("stopped by signal {0}")]
-    Stopped(i32),
-}
 
 /// What a run is watched for.
 #[derive(Default)]
@@ -82,12 +57,14 @@ pub struct Run {
     pub stdout: Vec<u8>,
     /// The last of its stderr.
     pub stderr: Vec<u8>,
+    /// The signal that asked this process to stop meanwhile.
+    stopped: Option<i32>,
 }
 
 /// Runs a program, words as for execvp(3), without input, in a process group of its own. Nothing of it outlives this call, nor
 /// this process, but for processes that left the group. To be called from one thread only: the kernel kills the program when the
 /// thread ends that started it.
-pub fn run(words: &[OsString], watch: Watch<'_>, signals: &Signals) -> Result<Run, RunError> {
+pub fn run(words: &[OsString], watch: Watch<'_>, signals: &Signals) -> Result<Run, ToolError> {
     let Some((program, args)) = words.split_first() else {
         return Ok(Run::default());
     };
@@ -100,22 +77,47 @@ pub fn run(words: &[OsString], watch: Watch<'_>, signals: &Signals) -> Result<Ru
         .process_group(0);
     die_with_parent(&mut command);
 
-    let program = program.to_string_lossy().into_owned();
+    let program = program.to_string_lossy();
     let start = Instant::now();
-    let mut child = match command.spawn() {
-        Ok(child) => Killed(child),
-        Err(source) => return Err(RunError::Spawn { program, source }),
-    };
-    observe(&mut child.0, start, watch, signals).map_err(|failure| match failure {
-        Failure::Stopped(signal) => RunError::Stopped(signal),
-        Failure::Host(source) => RunError::Watch { program, source },
-    })
+    let mut child = command
+        .spawn()
+        .map(Killed)
+        .map_err(cannot(format!("run {program}")))?;
+    let run =
+        observe(&mut child.0, start, watch, signals).map_err(cannot(format!("watch {program}")))?;
+    match run.stopped {
+        Some(signal) => Err(ToolError::Stopped(signal)),
+        None => Ok(run),
+    }
+}
+
+/// Runs a program to its end, without input; an error has its last words.
+pub(crate) fn call<W: AsRef<OsStr>>(program: &str, words: &[W]) -> Result<(), String> {
+    let mut command = Command::new(program);
+    die_with_parent(command.args(words).stdin(Stdio::null()));
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!(
+            "{program}: {}: {}",
+            output.status,
+            last_lines(&output.stderr)
+        )),
+        Err(error) => Err(format!("cannot run {program}: {error}")),
+    }
+}
+
+/// The first line that a program prints, if it prints any.
+pub(crate) fn first_line<W: AsRef<OsStr>>(program: &Path, words: &[W]) -> Option<String> {
+    let mut command = Command::new(program);
+    let output = command.args(words).stdin(Stdio::null()).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Some(text.lines().next()?.trim().to_owned())
 }
 
 /// The kernel kills the child when this process is gone, however it went; and the child has no signal blocked, as this process
 /// has.
 #[allow(unsafe_code, reason = "code between fork and exec")]
-pub fn die_with_parent(command: &mut Command) {
+fn die_with_parent(command: &mut Command) {
     let parent = getpid();
     let between = move || {
         SigSet::empty().thread_set_mask()?;
@@ -143,23 +145,12 @@ impl Drop for Killed {
     }
 }
 
-enum Failure {
-    Stopped(i32),
-    Host(io::Error),
-}
-
-impl<E: Into<io::Error>> From<E> for Failure {
-    fn from(error: E) -> Self {
-        Self::Host(error.into())
-    }
-}
-
 fn observe(
     child: &mut Child,
     start: Instant,
     mut watch: Watch<'_>,
     signals: &Signals,
-) -> Result<Run, Failure> {
+) -> io::Result<Run> {
     let pid = child.id();
     let process = open_pidfd(pid)?;
     let mut stdout = Pipe::new(child.stdout.take())?;
@@ -196,7 +187,8 @@ fn observe(
             run.end = Some(now);
             run.status = Some(status);
         } else if let Some(signal) = signals.stop_requested() {
-            return Err(Failure::Stopped(signal));
+            run.stopped = Some(signal);
+            break;
         } else if now >= watch.limit {
             run.timed_out = true;
             break;
@@ -317,14 +309,17 @@ fn quoted(word: &OsStr) -> String {
     }
 }
 
-/// A status as a shell has it: 128 and the number of a signal.
-pub fn status_code(status: Option<ExitStatus>) -> Option<i32> {
-    let status = status?;
-    status.code().or(status.signal().map(|signal| 128 + signal))
+/// Adds a run's exit status, as a shell has it (128 and the number of a signal), to those that were seen before.
+pub(crate) fn note_status(statuses: &mut Vec<i32>, run: &Run) {
+    let code = run.status.and_then(|status| {
+        let signal = status.signal().map(|signal| 128 + signal);
+        status.code().or(signal)
+    });
+    statuses.extend(code.filter(|code| !statuses.contains(code)));
 }
 
 /// The last lines of a program's output, on one line, without what a terminal would act on.
-pub fn last_lines(bytes: &[u8]) -> String {
+pub(crate) fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<&str> = text
         .lines()

@@ -3,35 +3,20 @@
 use std::io::{self, IsTerminal, Write};
 
 /// One line on stderr, written over and over; nothing where stderr is no terminal.
-pub struct Progress {
-    shown: bool,
-    terminal: bool,
-}
-
-impl Default for Progress {
-    fn default() -> Self {
-        Self {
-            shown: false,
-            terminal: io::stderr().is_terminal(),
-        }
-    }
-}
+pub struct Progress;
 
 impl Progress {
     /// Replaces the line.
-    pub fn say(&mut self, text: &str) {
-        if self.terminal {
+    pub fn show(&self, text: &str) {
+        if io::stderr().is_terminal() {
             // EL (ECMA-48 § 8.3.41) clears what a longer line left.
             let _ = write!(io::stderr(), "\r{text}\x1b[K");
-            self.shown = true;
         }
     }
 
-    /// Takes the line away, so that something else can be written.
-    pub fn clear(&mut self) {
-        if std::mem::take(&mut self.shown) {
-            let _ = write!(io::stderr(), "\r\x1b[K");
-        }
+    /// Removes the line, so that something else can be written.
+    pub fn clear(&self) {
+        self.show("");
     }
 }
 

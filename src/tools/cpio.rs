@@ -1,48 +1,109 @@
-//! A directory tree as an initramfs, in the cpio format newc (Documentation/driver-api/early-userspace/buffer-format.rst).
+//! The cpio format newc, in which Linux takes an initramfs (Documentation/driver-api/early-userspace/buffer-format.rst).
 
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{major, minor};
 
-/// Why a tree cannot be packed.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum PackError {
-    /// The host refused to read it.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// What of it.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// The format has 32 bits for a size.
-    #[error("{} has {bytes} bytes: an initramfs holds files up to 4 GiB", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-    },
-    /// The file changed meanwhile.
-    #[error("{} changed while it was read", path.display())]
-    Changed {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The archive cannot be written.
-    #[error("cannot write the initramfs")]
-    Write(#[source] io::Error),
+/// The name of the member that ends an archive.
+pub(super) const TRAILER: &[u8] = b"TRAILER!!!";
+
+/// Bytes of a header before the name.
+const HEADER_LEN: usize = 110;
+/// Longest member name (PATH_MAX).
+const MAX_NAME_LEN: u32 = 4096;
+
+/// What stands before a member's content.
+#[derive(Debug, Default)]
+pub(super) struct Header {
+    pub(super) name: Vec<u8>,
+    inode: u32,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    links: u32,
+    mtime: u32,
+    /// Bytes of the content.
+    pub(super) size: u32,
+    device: (u32, u32),
+}
+
+impl Header {
+    /// A member that is nothing but a name and the size of its content.
+    pub(super) fn new(name: &[u8], size: u32) -> Self {
+        Self {
+            name: name.into(),
+            size,
+            ..Self::default()
+        }
+    }
+
+    /// Reads a header; the content follows. Only name and size are looked at.
+    pub(super) fn read(archive: &mut impl Read) -> io::Result<Self> {
+        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+        let mut header = [0; HEADER_LEN];
+        archive.read_exact(&mut header)?;
+        if !(header.starts_with(b"070701") || header.starts_with(b"070702")) {
+            return Err(invalid("not a member of an archive".into()));
+        }
+        let field = |index: usize| {
+            let digits = header.get(6 + 8 * index..14 + 8 * index)?;
+            u32::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()
+        };
+        let (Some(size), Some(name_len)) = (field(6), field(11)) else {
+            return Err(invalid("its sizes are no numbers".into()));
+        };
+        if !(1..=MAX_NAME_LEN).contains(&name_len) {
+            return Err(invalid(format!("its name has {name_len} bytes")));
+        }
+        let name_len = name_len as usize;
+        let mut name = vec![0; name_len + padding(HEADER_LEN + name_len)];
+        archive.read_exact(&mut name)?;
+        name.truncate(name_len);
+        if name.last() == Some(&0) {
+            name.pop();
+        }
+        Ok(Self::new(&name, size))
+    }
+
+    /// Writes a header; the content has to follow, and [`padding`] after it.
+    pub(super) fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        let name_len = self.name.len() + 1;
+        write!(out, "070701")?;
+        for field in [
+            self.inode,
+            self.mode,
+            self.uid,
+            self.gid,
+            self.links,
+            self.mtime,
+            self.size,
+            0,
+            0,
+            self.device.0,
+            self.device.1,
+            name_len as u32,
+            0,
+        ] {
+            write!(out, "{field:08X}")?;
+        }
+        out.write_all(&self.name)?;
+        out.write_all(&[0; 4][..1 + padding(HEADER_LEN + name_len)])
+    }
+}
+
+/// Zeroes that follow `size` bytes, up to a multiple of four.
+pub(super) fn padding(size: usize) -> usize {
+    size.wrapping_neg() & 3
 }
 
 /// Packs everything below `root`: owners, modes, times, links, devices. A file with several names is stored once. What another
 /// file system has mounted there stays out. Returns the bytes of the files' content.
-pub(super) fn pack(root: &Path, out: &mut dyn Write) -> Result<u64, PackError> {
+pub(super) fn pack(root: &Path, out: &mut dyn Write) -> io::Result<u64> {
     let mut archive = Archive {
         root,
         device: stat(root)?.dev(),
@@ -51,9 +112,7 @@ pub(super) fn pack(root: &Path, out: &mut dyn Write) -> Result<u64, PackError> {
         out,
     };
     archive.directory(root)?;
-    archive
-        .header(b"TRAILER!!!", &Header::default())
-        .map_err(PackError::Write)?;
+    Header::new(TRAILER, 0).write(archive.out)?;
     Ok(archive.content)
 }
 
@@ -66,36 +125,27 @@ struct Archive<'a> {
     out: &'a mut dyn Write,
 }
 
-/// What an entry says besides its name.
-#[derive(Default)]
-struct Header {
-    inode: u32,
-    mode: u32,
-    uid: u32,
-    gid: u32,
-    links: u32,
-    mtime: u32,
-    size: u32,
-    device: (u32, u32),
+fn stat(path: &Path) -> io::Result<Metadata> {
+    fs::symlink_metadata(path).map_err(cannot_read(path))
 }
 
-fn stat(path: &Path) -> Result<Metadata, PackError> {
-    fs::symlink_metadata(path).map_err(read(path))
-}
-
-fn read(path: &Path) -> impl FnOnce(io::Error) -> PackError {
-    let path = path.to_owned();
-    move |source| PackError::Read { path, source }
+fn cannot_read(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| {
+        io::Error::new(
+            error.kind(),
+            format!("cannot read {}: {error}", path.display()),
+        )
+    }
 }
 
 impl Archive<'_> {
     /// All that is in a directory, in the order of names, so that the same tree gives the same bytes.
-    fn directory(&mut self, path: &Path) -> Result<(), PackError> {
-        let entries = fs::read_dir(path).map_err(read(path))?;
+    fn directory(&mut self, path: &Path) -> io::Result<()> {
+        let entries = fs::read_dir(path).map_err(cannot_read(path))?;
         let mut paths: Vec<PathBuf> = entries
             .map(|entry| Ok(entry?.path()))
             .collect::<io::Result<_>>()
-            .map_err(read(path))?;
+            .map_err(cannot_read(path))?;
         paths.sort();
         for path in paths {
             let meta = stat(&path)?;
@@ -107,15 +157,16 @@ impl Archive<'_> {
         Ok(())
     }
 
-    fn entry(&mut self, path: &Path, meta: &Metadata) -> Result<(), PackError> {
+    fn entry(&mut self, path: &Path, meta: &Metadata) -> io::Result<()> {
         let kind = meta.file_type();
+        let name = path.strip_prefix(self.root).unwrap_or(path);
         let mut header = Header {
             mode: meta.mode(),
             uid: meta.uid(),
             gid: meta.gid(),
             links: 1,
             mtime: u32::try_from(meta.mtime()).unwrap_or_default(),
-            ..Header::default()
+            ..Header::new(name.as_os_str().as_bytes(), 0)
         };
         if kind.is_block_device() || kind.is_char_device() {
             header.device = (major(meta.rdev()), minor(meta.rdev()));
@@ -130,77 +181,36 @@ impl Archive<'_> {
             first = header.inode == next;
         }
         if kind.is_symlink() {
-            let target = fs::read_link(path).map_err(read(path))?;
+            let target = fs::read_link(path).map_err(cannot_read(path))?;
             let target = target.as_os_str().as_bytes();
-            header.size = target.len() as u32;
-            return self.write(path, &header, |out| out.write_all(target));
+            return self.member(header, target.len() as u64, target);
         }
         if !kind.is_file() || !first {
-            return self.write(path, &header, |_| Ok(()));
+            return self.member(header, 0, io::empty());
         }
-        let bytes = meta.len();
-        header.size = u32::try_from(bytes).map_err(|_| PackError::TooLarge {
-            path: path.to_owned(),
-            bytes,
+        let file = File::open(path).map_err(cannot_read(path))?;
+        self.content += meta.len();
+        self.member(header, meta.len(), file)
+            .map_err(cannot_read(path))
+    }
+
+    /// A header and `size` bytes of content.
+    fn member(&mut self, header: Header, size: u64, content: impl Read) -> io::Result<()> {
+        let size_32 = u32::try_from(size).map_err(|_| {
+            io::Error::other(format!(
+                "{size} bytes; an initramfs holds files up to 4 GiB"
+            ))
         })?;
-        self.content += bytes;
-        let mut file = File::open(path).map_err(read(path))?;
-        let mut copied = 0;
-        self.write(path, &header, |out| {
-            copied = io::copy(&mut io::Read::take(&mut file, bytes), out)?;
-            Ok(())
-        })?;
-        if copied == bytes {
-            Ok(())
-        } else {
-            Err(PackError::Changed {
-                path: path.to_owned(),
-            })
+        let header = Header {
+            size: size_32,
+            ..header
+        };
+        header.write(self.out)?;
+        if io::copy(&mut content.take(size), self.out)? != size {
+            return Err(io::Error::other("it changed while it was read"));
         }
+        self.out.write_all(&[0; 3][..padding(size as usize)])
     }
-
-    /// An entry and its content.
-    fn write(
-        &mut self,
-        path: &Path,
-        header: &Header,
-        content: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-    ) -> Result<(), PackError> {
-        let name = path.strip_prefix(self.root).unwrap_or(path);
-        self.header(name.as_os_str().as_bytes(), header)
-            .and_then(|()| content(self.out))
-            .and_then(|()| pad(self.out, header.size as usize))
-            .map_err(PackError::Write)
-    }
-
-    fn header(&mut self, name: &[u8], header: &Header) -> io::Result<()> {
-        write!(self.out, "070701")?;
-        for field in [
-            header.inode,
-            header.mode,
-            header.uid,
-            header.gid,
-            header.links,
-            header.mtime,
-            header.size,
-            0,
-            0,
-            header.device.0,
-            header.device.1,
-            name.len() as u32 + 1,
-            0,
-        ] {
-            write!(self.out, "{field:08X}")?;
-        }
-        self.out.write_all(name)?;
-        self.out.write_all(b"\0")?;
-        pad(self.out, 110 + name.len() + 1)
-    }
-}
-
-/// Zeroes up to a multiple of four.
-fn pad(out: &mut dyn Write, size: usize) -> io::Result<()> {
-    out.write_all(&[0; 3][..size.wrapping_neg() & 3])
 }
 
 #[cfg(test)]
@@ -291,6 +301,9 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_named() {
         let error = pack(Path::new("/nowhere"), &mut Vec::new()).unwrap_err();
-        assert_eq!(error.to_string(), "cannot read /nowhere");
+        assert!(
+            error.to_string().starts_with("cannot read /nowhere: "),
+            "{error}"
+        );
     }
 }

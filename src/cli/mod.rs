@@ -1,5 +1,11 @@
 //! The command line. It opens no file but the configuration and builds nothing.
 
+mod bench;
+mod compare;
+
+pub use bench::BenchArgs;
+pub use compare::CompareArgs;
+
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -11,8 +17,6 @@ use crate::config::{
     BootProtocol, ConfigError, ConsoleKind, ConsoleTarget, DiskConfig, MAX_CPUS, MemorySize,
     OnReboot, Span, VmConfig,
 };
-use crate::tools::bench::BenchArgs;
-use crate::tools::compare::CompareArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -72,13 +76,13 @@ pub struct Cli {
 pub enum Command {
     /// Say what this host, and a kernel and initrd, can and cannot do; status 0 only if a guest can boot
     Doctor(DoctorArgs),
-    /// Measure how long a guest takes to boot, in minivmm and in the other monitors that are installed
+    /// Measure how long a guest takes to boot, in minivmm and in the other VMMs that are installed
     Bench(BenchArgs),
     /// Run one command on one root file system in container runtimes and in a virtual machine, and measure it
     Compare(CompareArgs),
 }
 
-/// Arguments of `doctor`.
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     /// Kernel file to look at

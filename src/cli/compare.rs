@@ -1,0 +1,82 @@
+//! Arguments of `compare`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::{MAX_CPUS, MemorySize, Span};
+use crate::tools::compare::CompareOptions;
+
+const HELP: &str = "\
+Measured are crun, runc, podman and docker, as far as they are on the PATH (docker by its running daemon), and minivmm. They get a \
+copy of DIR, so that DIR stays as it is; minivmm gets it packed as an initramfs. None has a network or any input. One that fails is \
+reported with its error, and the others go on.
+
+Examples:
+  minivmm compare --rootfs alpine --kernel bzImage -- /bin/ls -l /
+  minivmm compare --rootfs alpine --kernel bzImage --cold --html report.html --json report.json -- /bin/true
+
+Exit status:
+  0          all that are installed were measured
+  1          one of them failed; its row says how
+  2          the command line is wrong
+  125        nothing could be measured; stderr says why
+  130, 143   stopped by SIGINT, by SIGTERM";
+
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub struct CompareArgs {
+    /// Directory with the root file system
+    #[arg(long, value_name = "DIR")]
+    rootfs: PathBuf,
+    /// Kernel of the virtual machine [default: the one that this host runs, /boot/vmlinuz-RELEASE]
+    #[arg(short, long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Add to the kernel command line
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    append: Vec<String>,
+    /// vCPUs
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS.into()))]
+    cpus: u8,
+    /// Memory of the virtual machine [default: 256M, or more for a large root]
+    #[arg(short, long, value_name = "SIZE")]
+    memory: Option<MemorySize>,
+    /// Measured runs of each
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Measure cold runs as well: before each, the host's page cache is dropped, which only root may do and which slows down
+    /// everything else on the host
+    #[arg(long)]
+    cold: bool,
+    /// Longest time of a run; a runtime that takes longer is killed, and left out from then on
+    #[arg(long, value_name = "TIME", default_value = "60s")]
+    timeout: Span,
+    /// Print JSON, or write it to a file beside the table
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    json: Option<PathBuf>,
+    /// Write a report with plots
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// What to run, and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+impl From<CompareArgs> for CompareOptions {
+    fn from(args: CompareArgs) -> Self {
+        Self {
+            rootfs: args.rootfs,
+            kernel: args.kernel,
+            append: args.append.join(" "),
+            cpus: args.cpus,
+            memory: args.memory,
+            runs: args.runs,
+            cold: args.cold,
+            timeout: args.timeout,
+            json: args.json,
+            html: args.html,
+            command: args.command,
+        }
+    }
+}
