@@ -43,16 +43,19 @@ build: deps
 	@mkdir -p $(TARGET)/release
 	@ln -sf ../$(TRIPLE)/release/minivmm $(MINIVMM)
 
+# Without a terminal nobody can type: a command shows that the guest is up, and the guest powers off.
 boot: build
 	@guest-kernels/fetch $(KERNEL) >/dev/null
 	@guest-kernels/initramfs/build-initramfs $(DEMO)
-	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage --initrd $(DEMO)
+	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage --initrd $(DEMO) \
+		--append "$$([ -t 0 ] || echo '-- uname -a')"
 
 boot-debian: build
 	@guest-kernels/debian-disk >/dev/null
 	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch cloud)/bzImage \
 		--initrd $$(guest-kernels/debian-initrd cloud) --disk path=$$(guest-kernels/debian-disk),ephemeral \
-		--memory 512M --rng --append root=/dev/vda
+		--memory 512M --rng --append "root=/dev/vda $$([ -t 0 ] || \
+		echo "systemd.run=\"/bin/sh -c 'uname -a >/dev/console'\" systemd.run_success_action=poweroff")"
 
 # Ring 1 and 2 natively; ring 3 in one boot of the lab for each of its files.
 test: deps
