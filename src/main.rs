@@ -67,7 +67,7 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
     };
     match (timeline.finish(status), file) {
         (Some(report), Some(file)) => {
-            let _watch = Watch::start(signals, None);
+            let _watch = Watch::start(signals, None, None);
             if let Err(e) = file.write(&report) {
                 failure(&e);
             }

@@ -35,7 +35,7 @@ pub const NOTICE: &str = "minivmm::notice";
 
 /// How long the reader of the last output may take before it is somebody's business: a VM that was stopped from outside
 /// waits no longer.
-const FLUSH: Duration = Duration::from_millis(100);
+pub(crate) const FLUSH: Duration = Duration::from_millis(100);
 
 /// A console device, in the hands of its bus and of the event loop.
 type SharedConsole = Arc<Mutex<dyn ConsoleDevice>>;
@@ -157,11 +157,15 @@ fn refused(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
 /// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
 pub fn watch(deadline: Option<Instant>) -> Result<Watch, VmError> {
     let signals = Signals::block().map_err(host("signal handling"))?;
-    start_watch(&Arc::new(signals), deadline)
+    start_watch(&Arc::new(signals), deadline, None)
 }
 
-fn start_watch(signals: &Arc<Signals>, deadline: Option<Instant>) -> Result<Watch, VmError> {
-    Watch::start(Arc::clone(signals), deadline)
+fn start_watch(
+    signals: &Arc<Signals>,
+    deadline: Option<Instant>,
+    console: Option<Console>,
+) -> Result<Watch, VmError> {
+    Watch::start(Arc::clone(signals), deadline, console)
         .map_err(|source| VcpuError::Thread { index: 0, source }.into())
 }
 
@@ -171,7 +175,7 @@ fn start_watch(signals: &Arc<Signals>, deadline: Option<Instant>) -> Result<Watc
 pub fn run(
     config: &VmConfig,
     started: Instant,
-    mut watch: Watch,
+    watch: Watch,
     timeline: &mut Timeline,
 ) -> Result<Outcome, VmError> {
     config.validate()?;
@@ -185,7 +189,7 @@ pub fn run(
     if config.mergeable {
         memory::warn_without_ksm();
     }
-    let mut vm = Vm::prepare(config, timeline)?;
+    let vm = Vm::prepare(config, timeline)?;
     let (console, mut input) = Console::open(&config.serial)?;
     let terminal = match config.serial {
         ConsoleTarget::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
@@ -194,24 +198,12 @@ pub fn run(
     if let Some(path) = console.pty_path() {
         log::info!(target: NOTICE, "the console is {}", path.display());
     }
-    let (outcome, last_words) = loop {
-        console.start_of_vm(timeline.watches_boot());
-        let (outcome, last_words) = vm
-            .boot(&console, input.terminal_size(), timeline)?
-            .run(watch, &mut input, deadline, timeline)?;
-        if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
-            break (outcome, last_words);
-        }
-        say(last_words);
-        log::info!("the guest reset the machine: booting again");
-        watch = start_watch(&signals, deadline)?;
-        vm = Vm::prepare(config, timeline)?;
-    };
-    // A guest that ended by itself has its last words delivered however slow the reader is. Whoever stops a VM does not
-    // want to wait for that.
+    let ended = run_boots(vm, watch, config, &console, &mut input, deadline, timeline);
+    // A guest that ended by itself, or cannot be started again, has its last words delivered however slow the reader is.
+    // Whoever stops a VM does not want to wait for that.
     let stopped = matches!(
-        outcome,
-        Outcome::Signal(_) | Outcome::Quit | Outcome::Deadline
+        ended,
+        Ok((Outcome::Signal(_) | Outcome::Quit | Outcome::Deadline, _))
     );
     let limit = Instant::now() + FLUSH;
     console.finish(&|| {
@@ -232,8 +224,35 @@ pub fn run(
     }
     // Behind the guest's last words, and on a terminal that is no longer raw.
     drop(terminal);
+    let (outcome, last_words) = ended?;
     say(last_words);
     Ok(outcome)
+}
+
+/// Runs the VM to its end, and again after every reset if the configuration wants it.
+fn run_boots(
+    mut vm: Vm,
+    mut watch: Watch,
+    config: &VmConfig,
+    console: &Console,
+    input: &mut ConsoleInput,
+    deadline: Option<Instant>,
+    timeline: &mut Timeline,
+) -> Result<(Outcome, LastWords), VmError> {
+    loop {
+        let signals = Arc::clone(watch.signals());
+        console.start_of_vm(timeline.watches_boot());
+        let (outcome, last_words) = vm
+            .boot(console, input.terminal_size(), timeline)?
+            .run(watch, input, deadline, timeline)?;
+        if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
+            return Ok((outcome, last_words));
+        }
+        say(last_words);
+        log::info!("the guest reset the machine: booting again");
+        watch = start_watch(&signals, deadline, Some(console.clone()))?;
+        vm = Vm::prepare(config, timeline)?;
+    }
 }
 
 fn say(words: LastWords) {

@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use minivmm_devices::THREAD_STACK;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use crate::console;
+use crate::console::{self, Console};
 use crate::event_loop::Signals;
 use crate::exit_status::Outcome;
 use crate::vcpu::Vcpu;
+use crate::vm::FLUSH;
 
 /// What the boot vCPU's thread does once there is a vCPU.
 type Job = Box<dyn FnOnce() -> Vcpu + Send>;
@@ -37,6 +38,7 @@ struct Shared {
     /// Written when `orders` have changed.
     changed: OwnedFd,
     orders: Mutex<Orders>,
+    console: Option<Console>,
 }
 
 struct Orders {
@@ -46,8 +48,12 @@ struct Orders {
 }
 
 impl Watch {
-    /// Starts to watch.
-    pub fn start(signals: Arc<Signals>, deadline: Option<Instant>) -> io::Result<Self> {
+    /// Starts to watch. `console` is that of a guest that is started again.
+    pub fn start(
+        signals: Arc<Signals>,
+        deadline: Option<Instant>,
+        console: Option<Console>,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             changed: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             orders: Mutex::new(Orders {
@@ -55,6 +61,7 @@ impl Watch {
                 job: None,
                 over: false,
             }),
+            console,
         });
         let (watched, watcher) = (Arc::clone(&signals), Arc::clone(&shared));
         let thread = thread::Builder::new()
@@ -121,11 +128,11 @@ impl Shared {
                 .map(|deadline| deadline.saturating_duration_since(Instant::now()));
             drop(orders);
             if left.is_some_and(|left| left.is_zero()) {
-                leave(&Outcome::Deadline);
+                self.leave(&Outcome::Deadline);
             }
             self.wait(signals, left);
             if let Some(signal) = signals.stop_requested() {
-                leave(&Outcome::Signal(signal));
+                self.leave(&Outcome::Signal(signal));
             }
         }
     }
@@ -142,14 +149,20 @@ impl Shared {
         // Nothing to read is no error: it does not block.
         let _ = rustix::io::read(&self.changed, &mut [0u8; 8]);
     }
-}
 
-/// Ends the process wherever its main thread is: what it waits for may never come.
-fn leave(outcome: &Outcome) -> ! {
-    console::restore_terminal();
-    match outcome {
-        Outcome::Deadline => log::error!("the deadline passed before the guest could be started"),
-        outcome => log::info!("stopped: {outcome:?}"),
+    /// Ends the process wherever its main thread is: what it waits for may never come.
+    fn leave(&self, outcome: &Outcome) -> ! {
+        let limit = Instant::now() + FLUSH;
+        if let Some(console) = &self.console {
+            console.finish(&|| Instant::now() > limit);
+        }
+        console::restore_terminal();
+        match outcome {
+            Outcome::Deadline => {
+                log::error!("the deadline passed before the guest could be started")
+            }
+            outcome => log::info!("stopped: {outcome:?}"),
+        }
+        process::exit(outcome.exit_status().into())
     }
-    process::exit(outcome.exit_status().into())
 }

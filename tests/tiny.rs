@@ -137,6 +137,26 @@ fn restart_boots_again_in_the_same_process() {
 }
 
 #[test]
+fn output_is_delivered_where_a_restart_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("lines");
+    fs::copy(tiny("lines"), &kernel).unwrap();
+    let args = ["--cmdline", "r", "--on-reboot", "restart", "--kernel"];
+    let mut child = minivmm(&args).arg(&kernel).spawn().unwrap();
+    let mut first = [0; 9];
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut first).unwrap();
+    fs::remove_file(&kernel).unwrap();
+    // Time enough to reset, and to end without its reader.
+    thread::sleep(Duration::from_secs(1));
+    let mut rest = Vec::new();
+    stdout.read_to_end(&mut rest).unwrap();
+    assert!(rest.ends_with(b"0000ffff\n"));
+    assert_eq!(first.len() + rest.len(), 0x1_0000 * 9);
+    assert_eq!(wait(child, PATIENCE).status.code(), Some(125));
+}
+
+#[test]
 fn restarts_leave_nothing_behind() {
     let args = ["--on-reboot", "restart", "--deadline", "3s", "--cpus", "2"];
     let child = boot_tiny("ends", "r", &args).spawn().unwrap();

@@ -1,7 +1,9 @@
-# Writes 65536 numbered lines of 9 bytes, then powers off: for slow readers, who must get every one.
+# Writes 65536 numbered lines of 9 bytes, then powers off, or with "r" on its command line resets: for slow readers, who must
+# get every one.
 .include "tiny.inc"
 .globl _start
 _start:
+    mov  CMDLINE_PTR(%rsi), %ebp
     xor  %ebx, %ebx
 next:
     mov  %ebx, %ecx
@@ -20,6 +22,11 @@ digit:
     inc  %ebx
     cmp  $0x10000, %ebx
     jb   next
+    cmpb $'r', (%rbp)
+    je   reset
     poweroff
+reset:
+    outb 1, RESET_PORT
+    hlt
 digits:
     .ascii "0123456789abcdef"

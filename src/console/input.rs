@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use minivmm_devices::console::{ConsoleDevice, TerminalSize};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::termios::tcgetwinsize;
 
 use super::escape::{Escape, HELP, Key};
@@ -185,8 +185,9 @@ impl ConsoleInput {
             tv_sec: 0,
             tv_nsec: 0,
         };
-        let ready = match poll(&mut fds, Some(&at_once)) {
-            Ok(0) | Err(Errno::INTR) => return Read::NotReady,
+        // A signal is no reason to wait for input that is there: its edge has passed.
+        let ready = match retry_on_intr(|| poll(&mut fds, Some(&at_once))) {
+            Ok(0) => return Read::NotReady,
             Ok(_) => fds[0].revents(),
             Err(e) => return end_of_input(e),
         };
@@ -194,11 +195,11 @@ impl ConsoleInput {
             // Hung up: nobody is attached now. Somebody may be later.
             return Read::NotReady;
         }
-        match rustix::io::read(fd, buffer) {
+        match retry_on_intr(|| rustix::io::read(fd, &mut *buffer)) {
             Ok(0) | Err(Errno::IO) if is_pty => Read::NotReady,
             Ok(0) => Read::End,
             Ok(len) => Read::Bytes(len),
-            Err(Errno::AGAIN | Errno::INTR) => Read::NotReady,
+            Err(Errno::AGAIN) => Read::NotReady,
             Err(e) => end_of_input(e),
         }
     }
