@@ -271,6 +271,9 @@ fn a_session_on_hvc0() {
     terminal.type_in("echo status $?\r");
     terminal.wait_for("\r\nstatus 130\r\n");
 
+    terminal.type_in("\x01bh");
+    terminal.wait_for("sysrq: HELP");
+
     let paste: String = (0..160).map(|i| format!("{i:03} {:x<60}\n", "")).collect();
     terminal.type_in("echo ready; cat > /tmp/pasted\r");
     terminal.wait_for("\r\nready\r\n");
@@ -358,6 +361,10 @@ fn a_session_at_a_terminal() {
     terminal.type_in("\x03");
     terminal.type_in("echo status $?\r");
     terminal.wait_for("\r\nstatus 130\r\n");
+
+    // SysRq, of which h is no command but a call for help.
+    terminal.type_in("\x01bh");
+    terminal.wait_for("sysrq: HELP");
 
     // A paste, in lines: a terminal that edits lines takes 4095 bytes of one.
     let paste: String = (0..160).map(|i| format!("{i:03} {:x<60}\n", "")).collect();

@@ -27,6 +27,10 @@ pub trait ConsoleDevice: Send {
     /// Hands bytes to the guest, and returns how many it took. The kick is armed if it did not take all.
     fn receive(&mut self, bytes: &[u8]) -> usize;
 
+    /// Asks for the guest's attention whatever it does: Linux takes the next byte for a SysRq command. `false` if there is no
+    /// room for that; the kick is armed then.
+    fn send_break(&mut self) -> bool;
+
     /// The host has room for output again, or was asked to call back.
     fn output_ready(&mut self);
 

@@ -6,6 +6,7 @@ const ESCAPE: u8 = 0x01;
 /// What `Ctrl-A h` prints. The terminal is raw: lines end with CR and LF.
 pub(super) const HELP: &str = "\r\n\
     Ctrl-A x       stop the VM and quit\r\n\
+    Ctrl-A b       send a BREAK, which Linux takes for SysRq: the next key is its command\r\n\
     Ctrl-A h       this help\r\n\
     Ctrl-A Ctrl-A  send Ctrl-A to the guest (so does Ctrl-A a)\r\n";
 
@@ -17,6 +18,7 @@ pub(super) enum Key {
     /// Nothing yet: it was the escape key.
     Pending,
     Quit,
+    Break,
     Help,
 }
 
@@ -38,6 +40,7 @@ impl Escape {
         }
         match byte {
             b'x' | b'X' => Key::Quit,
+            b'b' | b'B' => Key::Break,
             b'h' | b'H' | b'?' => Key::Help,
             b'a' | b'A' | ESCAPE => Key::Guest([ESCAPE, 0], 1),
             // No command: the guest may know better, a screen or tmux in it for one.
@@ -70,6 +73,7 @@ mod tests {
             run(b"\x01h\x01?x"),
             (b"x".to_vec(), vec![Key::Help, Key::Help])
         );
+        assert_eq!(run(b"\x01bh"), (b"h".to_vec(), vec![Key::Break]));
         assert_eq!(run(b"\x01\x01x"), (b"\x01x".to_vec(), vec![]));
         assert_eq!(run(b"\x01a\x01"), (b"\x01".to_vec(), vec![]));
         assert_eq!(run(b"\x01c\x1b[A"), (b"\x01c\x1b[A".to_vec(), vec![]));

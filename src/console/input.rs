@@ -44,6 +44,8 @@ pub struct ConsoleInput {
     source: Source,
     /// Read and not yet taken by the guest.
     ahead: VecDeque<u8>,
+    /// A break comes before that.
+    break_pending: bool,
     ended: bool,
 }
 
@@ -83,6 +85,7 @@ impl ConsoleInput {
             ended: matches!(source, Source::None),
             source,
             ahead: VecDeque::new(),
+            break_pending: false,
         }
     }
 
@@ -148,7 +151,10 @@ impl ConsoleInput {
 
     /// Gives the guest what has been read already.
     fn deliver(&mut self, console: &Mutex<impl ConsoleDevice + ?Sized>) {
-        if !self.ahead.is_empty() {
+        if self.break_pending {
+            self.break_pending = !lock(console).send_break();
+        }
+        if !self.break_pending && !self.ahead.is_empty() {
             let taken = lock(console).receive(self.ahead.make_contiguous());
             self.ahead.drain(..taken);
         }
@@ -163,6 +169,11 @@ impl ConsoleInput {
             match escape.key(*byte) {
                 Key::Guest(keys, len) => self.ahead.extend(&keys[..len]),
                 Key::Pending => {}
+                // What the guest has not read goes, as at Ctrl-C: a key of that could pass for the SysRq command.
+                Key::Break => {
+                    self.ahead.clear();
+                    self.break_pending = true;
+                }
                 Key::Quit => return InputOutcome::Quit,
                 // Not eprint, which panics without a stderr.
                 Key::Help => drop(io::stderr().write_all(HELP.as_bytes())),

@@ -441,6 +441,23 @@ fn quitting_works_while_the_guest_reads_nothing() {
 }
 
 #[test]
+fn a_break_overtakes_what_the_guest_has_not_read() {
+    let (mut user, stdin, _) = terminal();
+    let console = nowhere();
+    let guest = Guest::new(&console);
+    let mut input = ConsoleInput::from_fd(stdin);
+    user.write_all(b"c c c\x01bh").unwrap();
+    eventually("read ahead", || {
+        assert_eq!(input.pump(&guest.serial), InputOutcome::Continue);
+        input.ahead_len() == 1
+    });
+    guest.open();
+    assert_eq!(input.pump(&guest.serial), InputOutcome::Continue);
+    assert_eq!(guest.inb(5) & 0x11, 0x11);
+    assert_eq!(guest.read(), b"\0h");
+}
+
+#[test]
 fn a_guest_that_never_reads_bounds_the_look_ahead() {
     let (mut user, stdin, _) = terminal();
     rustix::io::ioctl_fionbio(&user, true).unwrap();

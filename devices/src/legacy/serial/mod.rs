@@ -63,6 +63,8 @@ mod spec {
 
     pub(super) const LSR_DATA_READY: u8 = 1 << 0;
     pub(super) const LSR_OVERRUN: u8 = 1 << 1;
+    /// The character at the front of the FIFO is a break.
+    pub(super) const LSR_BREAK: u8 = 1 << 4;
     /// Transmit holding register empty.
     pub(super) const LSR_THRE: u8 = 1 << 5;
     /// Transmitter empty as well.
@@ -77,6 +79,23 @@ mod spec {
     pub(super) const DIVISOR_AFTER_RESET: u16 = 12;
 }
 
+/// A character in the receive FIFO.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Received {
+    byte: u8,
+    /// It is a break, and the guest has not been told: § 8.4, LSR 4.
+    is_break: bool,
+}
+
+impl From<u8> for Received {
+    fn from(byte: u8) -> Self {
+        Self {
+            byte,
+            is_break: false,
+        }
+    }
+}
+
 /// What the guest can see, and what is on its way, as plain data.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct State {
@@ -87,7 +106,7 @@ struct State {
     mcr: u8,
     scr: u8,
     divisor: u16,
-    rx: VecDeque<u8>,
+    rx: VecDeque<Received>,
     /// A byte came while the receive FIFO was full (in loopback: the host never sends too much).
     overrun: bool,
     /// The transmitter has become empty, and the guest has not been told yet.
@@ -191,7 +210,8 @@ impl Serial {
     fn current_causes(&self) -> Causes {
         let enabled = |bit| self.state.ier & bit != 0;
         Causes {
-            line_status: enabled(spec::IER_LINE_STATUS) && self.state.overrun,
+            line_status: enabled(spec::IER_LINE_STATUS)
+                && (self.state.overrun || self.state.rx.front().is_some_and(|c| c.is_break)),
             receive: enabled(spec::IER_RECEIVE) && !self.state.rx.is_empty(),
             transmit: enabled(spec::IER_TRANSMIT) && self.state.transmit_pending,
         }
@@ -220,7 +240,7 @@ impl Serial {
         // acknowledged it.
         if self.loopback() {
             if self.state.rx.len() < self.rx_capacity() {
-                self.state.rx.push_back(byte);
+                self.state.rx.push_back(byte.into());
             } else {
                 self.state.overrun = true;
             }
@@ -258,8 +278,11 @@ impl Serial {
 
     fn line_status(&mut self) -> u8 {
         let mut lsr = 0;
-        if !self.state.rx.is_empty() {
+        if let Some(front) = self.state.rx.front_mut() {
             lsr |= spec::LSR_DATA_READY;
+            if std::mem::take(&mut front.is_break) {
+                lsr |= spec::LSR_BREAK;
+            }
         }
         if std::mem::take(&mut self.state.overrun) {
             lsr |= spec::LSR_OVERRUN;
@@ -290,7 +313,7 @@ impl Serial {
         let [divisor_low, divisor_high] = self.state.divisor.to_le_bytes();
         let value = match offset {
             spec::DATA if self.dlab() => divisor_low,
-            spec::DATA => self.state.rx.pop_front().unwrap_or(0),
+            spec::DATA => self.state.rx.pop_front().unwrap_or_default().byte,
             spec::IER if self.dlab() => divisor_high,
             spec::IER => self.state.ier,
             spec::IIR_FCR => self.interrupt_identification(),
@@ -363,10 +386,24 @@ impl ConsoleDevice for Serial {
 
     fn receive(&mut self, bytes: &[u8]) -> usize {
         let accepted = self.wants_input().min(bytes.len());
-        self.state.rx.extend(bytes.iter().take(accepted));
+        let accepted_bytes = bytes.iter().take(accepted).copied();
+        self.state.rx.extend(accepted_bytes.map(Received::from));
         self.state.input_held_back |= accepted < bytes.len();
         self.update();
         accepted
+    }
+
+    /// A break is a zero with a bit in the line status.
+    fn send_break(&mut self) -> bool {
+        if self.wants_input() == 0 {
+            return false;
+        }
+        self.state.rx.push_back(Received {
+            byte: 0,
+            is_break: true,
+        });
+        self.update();
+        true
     }
 
     fn output_ready(&mut self) {

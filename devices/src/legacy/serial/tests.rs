@@ -402,6 +402,30 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+#[test]
+fn a_break_is_a_zero_with_a_bit_in_the_line_status() {
+    let mut b = Bench::new();
+    assert!(!b.serial.send_break(), "nobody listens");
+    b.open();
+    assert_eq!(b.serial.receive(b"a"), 1);
+    assert!(b.serial.send_break());
+    assert_eq!(b.serial.receive(b"h"), 1);
+    // It shows when it is next, and once.
+    assert_eq!(b.inb(IIR_FCR) & 0xf, IIR_TIMEOUT);
+    assert_eq!(b.inb(LSR) & (LSR_DATA_READY | LSR_BREAK), LSR_DATA_READY);
+    b.pulses.take();
+    assert_eq!(b.inb(DATA), b'a');
+    assert!(b.pulses.take() > 0);
+    assert_eq!(b.inb(IIR_FCR) & 0xf, IIR_LINE_STATUS);
+    let both = LSR_DATA_READY | LSR_BREAK;
+    assert_eq!(b.inb(LSR) & both, both);
+    assert_eq!(b.inb(LSR) & both, LSR_DATA_READY);
+    assert_eq!((b.inb(DATA), b.inb(DATA)), (0, b'h'));
+    // It needs room like any other.
+    while b.serial.send_break() {}
+    assert_eq!(b.serial.state.rx.len(), FIFO_LEN);
+}
+
 proptest! {
     /// Whatever a guest does, nothing panics or grows, and a cause that is up has been signalled.
     #[test]

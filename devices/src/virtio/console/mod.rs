@@ -305,6 +305,11 @@ impl ConsoleDevice for Port {
         taken
     }
 
+    /// The host has no break to send; Ctrl-O is what Linux takes for one (drivers/tty/hvc/hvc_console.c, hvc_poll).
+    fn send_break(&mut self) -> bool {
+        self.receive(b"\x0f") == 1
+    }
+
     fn output_ready(&mut self) {
         self.run(Self::transmit);
     }

@@ -315,6 +315,17 @@ fn input_waits_until_the_driver_has_read_the_size() {
 }
 
 #[test]
+fn a_break_is_what_linux_takes_for_one() {
+    let mut bench = Bench::new(0, 0);
+    assert!(!bench.port.lock().unwrap().send_break(), "no buffer");
+    bench.kicked();
+    bench.offer(0, &[(DATA, 4, WRITE)]);
+    assert!(bench.kicked());
+    assert!(bench.port.lock().unwrap().send_break());
+    assert_eq!(bench.driver.read(DATA, 1), b"\x0f");
+}
+
+#[test]
 fn a_stopped_driver_is_given_nothing_and_the_next_all() {
     let mut bench = Bench::new(0, 0);
     bench.offer(0, &[(DATA, 100, WRITE)]);
