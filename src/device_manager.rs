@@ -246,18 +246,12 @@ impl DeviceManager {
         let slot = VirtioSlot(index);
         self.virtio_devices += 1;
         let line = interrupts.line(slot.gsi());
-        for (queue, notifier) in (0u32..).zip(device.notifiers()) {
-            interrupts
-                .notify_on_write(slot.base() + mmio::QUEUE_NOTIFY, queue, notifier)
-                .map_err(|source| VmError::Kvm {
-                    step: "tell of a virtqueue's notifications (KVM_IOEVENTFD)",
-                    source,
-                })?;
-        }
+        let mut transport = MmioTransport::new(device, mem.clone(), line);
+        transport.use_ioeventfds(interrupts.ioeventfds(slot.base() + mmio::QUEUE_NOTIFY));
         self.buses.mmio.insert(
             slot.base(),
             layout::VIRTIO_MMIO_SIZE,
-            Arc::new(Mutex::new(MmioTransport::new(device, mem.clone(), line))),
+            Arc::new(Mutex::new(transport)),
         )?;
         self.acpi.push(AcpiDevice {
             name: format!("VR{index:02}"),

@@ -5,7 +5,7 @@
 //! nor irqfds, which cost start-up and teardown time (an SRCU grace period each) and would gain nothing for a device
 //! whose work is done in this process anyway.
 //!
-//! The other way, from the guest to a device's thread, KVM has eventfds.
+//! The other way, from the guest to a device's thread, KVM has ioeventfds, for queues that are busy.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +14,7 @@ use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use minivmm_devices::interrupt::{InterruptSink, IrqLine};
 use minivmm_devices::legacy::ioapic::{self, Ioapic, Msi, MsiRouter};
-use vmm_sys_util::eventfd::EventFd;
+use minivmm_devices::virtio::transport::mmio::RegisterIoeventfd;
 
 /// What the guest has programmed for each I/O APIC pin.
 type PinTable = Arc<[Mutex<PinState>]>;
@@ -59,16 +59,13 @@ impl Interrupts {
         })
     }
 
-    /// Has KVM write `event` when the guest writes these 32 bits to this GPA: the vCPU goes on at once. It ends with the VM,
-    /// which then takes some 15 ms longer to go if it ran for less than that (a normal SRCU grace period in KVM).
-    pub fn notify_on_write(
-        &self,
-        gpa: u64,
-        value: u32,
-        event: &EventFd,
-    ) -> Result<(), kvm_ioctls::Error> {
-        self.vm
-            .register_ioevent(event, &IoEventAddress::Mmio(gpa), value)
+    /// For queues that are notified at this GPA: has KVM write an eventfd when the guest writes the queue's number there, with
+    /// 32 bits, so that the vCPU goes on at once. It ends with the VM.
+    pub fn ioeventfds(&self, gpa: u64) -> RegisterIoeventfd {
+        let vm = Arc::clone(&self.vm);
+        Box::new(move |queue, event| {
+            Ok(vm.register_ioevent(event, &IoEventAddress::Mmio(gpa), queue)?)
+        })
     }
 
     /// The wire that ends at I/O APIC pin `gsi`.

@@ -551,6 +551,26 @@ fn a_disk_is_reset_with_requests_in_flight() {
     }
 }
 
+/// An ioeventfd makes a young VM end later, so that a queue gets one only when it is busy. Then its notifications are no exits.
+#[test]
+fn a_busy_disk_takes_few_exits() {
+    const READS: usize = 20_000;
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    let option = format!("path={}", disk.path().display());
+    let exits = |reads: usize| {
+        let args = ["--disk", &option, "-v"];
+        let ended = run(&mut boot_tiny("reads", &reads.to_string(), &args));
+        ended.assert_code(0);
+        let (_, rest) = ended.stderr.split_once("vCPU exits: ").unwrap();
+        rest.split(';').next().unwrap().parse::<usize>().unwrap()
+    };
+    let few = exits(100);
+    assert!((100..200).contains(&few), "{few}");
+    let many = exits(READS);
+    assert!((few..READS / 2).contains(&many), "{many}");
+}
+
 #[test]
 fn a_disk_is_locked_while_its_vm_runs_and_free_after() {
     let disk = tempfile::NamedTempFile::new().unwrap();

@@ -1,5 +1,6 @@
 //! What every virtio device must do, whatever it is: these tests run over each of them.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -511,6 +512,48 @@ fn a_notification_out_of_time_is_nothing() {
             driver.notify();
         }
         driver.any_request();
+    });
+}
+
+#[test]
+fn a_busy_queue_gets_an_ioeventfd_once() {
+    each(|device, kind| {
+        let queues = device.notifiers().len();
+        let mut driver = Driver::new(device);
+        let registered = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&registered);
+        driver.ioeventfds(move |queue, event| {
+            seen.lock().unwrap().push((queue, event.try_clone()?));
+            Ok(())
+        });
+        driver.start(0);
+        // Of the last, nobody knows.
+        for queue in [0, 1, u32::MAX] {
+            for count in 1..=2 * mmio::EXITS_BEFORE_IOEVENTFD {
+                driver.set(VIRTIO_MMIO_QUEUE_NOTIFY, queue);
+                let expected = usize::from(count >= mmio::EXITS_BEFORE_IOEVENTFD);
+                let registered = registered.lock().unwrap();
+                let of_queue = registered.iter().filter(|(other, _)| *other == queue);
+                let expected = if (queue as usize) < queues {
+                    expected
+                } else {
+                    0
+                };
+                assert_eq!(of_queue.count(), expected, "{kind}: queue {queue}");
+            }
+        }
+        let Some((queue, event)) = registered.lock().unwrap().pop() else {
+            return;
+        };
+        // From now on the hypervisor notifies, after a reset as well.
+        assert_eq!(queue, 0, "{kind}");
+        for _ in 0..2 {
+            driver.chain(0, &driver.any_chain());
+            driver.offer(0);
+            event.write(1).unwrap();
+            driver.wait_used();
+            driver.start(0);
+        }
     });
 }
 

@@ -7,6 +7,7 @@
     reason = "it is for tests, which fail where it fails"
 )]
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::device::VirtioDevice;
 use super::transport::mmio::MmioTransport;
@@ -87,6 +89,14 @@ impl Driver {
             avail: [0; 16],
             used: [0; 16],
         }
+    }
+
+    /// Has notifications of busy queues go another way.
+    pub fn ioeventfds(
+        &mut self,
+        register: impl FnMut(u32, &EventFd) -> io::Result<()> + Send + 'static,
+    ) {
+        self.transport.use_ioeventfds(Box::new(register));
     }
 
     /// A driver that has come as far as DRIVER_OK with all features but these.

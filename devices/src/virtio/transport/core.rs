@@ -12,6 +12,7 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
 };
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::super::device::{Interrupt, Resources, StopMode, VirtioDevice};
 use super::super::queue::{QueueError, QueueState, Virtqueue, check_rings};
@@ -304,6 +305,11 @@ impl Core {
         {
             self.device.notify(queue);
         }
+    }
+
+    /// See [`VirtioDevice::notifiers`].
+    pub fn notifiers(&self) -> &[EventFd] {
+        self.device.notifiers()
     }
 
     /// How often the configuration space has changed (§ 2.5.1).

@@ -1,10 +1,12 @@
 //! virtio over MMIO, version 2 (§ 4.2).
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::core::{Core, Half, Ring};
 use crate::bus::BusDevice;
@@ -16,6 +18,11 @@ pub const LEN: u64 = 0x1000;
 
 /// Offset of the register to which a driver writes, with 32 bits, the number of a queue that has available buffers.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// Notifications of a queue that are exits before it gets an ioeventfd. A VM that ends within 14 ms of having got one waits
+/// that long for an SRCU grace period in Linux 6.18; an ioeventfd saves 2 to 3 us over an exit. So exits have cost about as
+/// much by then: a VM never pays more than twice what the better choice would have cost it, however long it runs.
+pub const EXITS_BEFORE_IOEVENTFD: u32 = 4096;
 
 /// MagicValue: "virt", little-endian.
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -31,6 +38,16 @@ const VENDOR: u32 = u32::from_le_bytes(*b"mini");
 pub struct MmioTransport {
     core: Core,
     interrupt_status: Arc<AtomicU32>,
+    ioeventfds: Option<Ioeventfds>,
+}
+
+/// Has the hypervisor write an eventfd when the driver notifies a queue, by its number.
+pub type RegisterIoeventfd = Box<dyn FnMut(u32, &EventFd) -> io::Result<()> + Send>;
+
+struct Ioeventfds {
+    register: RegisterIoeventfd,
+    /// By queue, notifications that came as exits.
+    notifications: Vec<u32>,
 }
 
 impl MmioTransport {
@@ -44,6 +61,35 @@ impl MmioTransport {
         Self {
             core: Core::new(device, mem, interrupt),
             interrupt_status,
+            ioeventfds: None,
+        }
+    }
+
+    /// Gives a queue that is notified [`EXITS_BEFORE_IOEVENTFD`] times an ioeventfd.
+    pub fn use_ioeventfds(&mut self, register: RegisterIoeventfd) {
+        self.ioeventfds = Some(Ioeventfds {
+            register,
+            notifications: vec![0; self.core.notifiers().len()],
+        });
+    }
+
+    fn notify(&mut self, queue: u32) {
+        self.core.notify(queue);
+        let Some(ioeventfds) = &mut self.ioeventfds else {
+            return;
+        };
+        let index = queue as usize;
+        let (Some(count), Some(event)) = (
+            ioeventfds.notifications.get_mut(index),
+            self.core.notifiers().get(index),
+        ) else {
+            return;
+        };
+        *count = count.saturating_add(1);
+        if *count == EXITS_BEFORE_IOEVENTFD
+            && let Err(e) = (ioeventfds.register)(queue, event)
+        {
+            log::info!("each notification of virtqueue {queue} remains an exit: no ioeventfd: {e}");
         }
     }
 
@@ -81,7 +127,7 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_SEL => core.queue_select = value,
             VIRTIO_MMIO_QUEUE_NUM => core.set_queue_size(value),
             VIRTIO_MMIO_QUEUE_READY => core.set_queue_ready(value & 1 != 0),
-            VIRTIO_MMIO_QUEUE_NOTIFY => core.notify(value),
+            VIRTIO_MMIO_QUEUE_NOTIFY => self.notify(value),
             VIRTIO_MMIO_QUEUE_DESC_LOW => core.set_queue_address(Descriptors, Low, value),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => core.set_queue_address(Descriptors, High, value),
             VIRTIO_MMIO_QUEUE_AVAIL_LOW => core.set_queue_address(Available, Low, value),
