@@ -1,5 +1,6 @@
-//! What the host is and offers: KVM, its processor, memory figures of its processes.
+//! What the host is and offers: KVM, its processor, limits, memory figures of its processes.
 
 pub mod cpu;
 pub mod kvm;
+pub mod limits;
 pub mod memory;

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use super::Check;
+use super::check::Check;
 
 /// Largest configuration that is read; Debian's has 270 KB.
 pub(crate) const MAX_CONFIG_LEN: u64 = 4 << 20;
@@ -195,7 +195,7 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Verdict;
+    use super::super::check::Verdict;
     use super::*;
 
     #[test]

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Cap, Kvm};
 
-use super::{Check, limits};
+use super::check::Check;
+use super::limits;
 use crate::host::cpu::Cpu;
 use crate::host::kvm::{self, Modules};
 
@@ -255,7 +256,7 @@ fn check_facts(facts: &KvmFacts) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Verdict;
+    use super::super::check::Verdict;
     use super::*;
 
     fn cpu(virtualization: bool, hypervisor: bool) -> Cpu {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use flate2::read::GzDecoder;
 
-use super::Check;
+use super::check::Check;
 use super::config::{KernelConfig, Setting};
 use super::input::FileReader;
 use crate::boot::format::{self, Compression, FileKind};
@@ -221,7 +221,7 @@ mod tests {
     use proptest::prelude::*;
     use tempfile::NamedTempFile;
 
-    use super::super::Verdict;
+    use super::super::check::Verdict;
     use super::*;
 
     fn cpio(members: &[(&str, &[u8])]) -> Vec<u8> {

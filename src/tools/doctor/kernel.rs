@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::Check;
+use super::check::Check;
 use super::config::{self, KernelConfig};
 use super::input::FileReader;
 use super::scan::{self, Found};

@@ -1,5 +1,6 @@
 //! What this host and this kernel file can and cannot do, with the hint.
 
+mod check;
 mod config;
 mod host;
 mod initrd;
@@ -13,100 +14,11 @@ use std::path::Path;
 
 use serde::Serialize;
 
+pub use check::{Check, Verdict};
 pub use config::{KernelConfig, Setting};
 pub use host::check_host;
 pub use initrd::check_initrd;
 pub use kernel::{KernelInfo, KernelReport, check_kernel, inspect_kernel};
-
-/// How one check ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Verdict {
-    /// As it should be.
-    Ok,
-    /// Good to know, neither good nor bad.
-    Info,
-    /// A guest boots, and something will be missing or slow.
-    Warn,
-    /// No guest boots.
-    Fail,
-}
-
-impl Verdict {
-    fn word(self) -> &'static str {
-        match self {
-            Verdict::Ok => "ok",
-            Verdict::Info => "info",
-            Verdict::Warn => "warn",
-            Verdict::Fail => "FAIL",
-        }
-    }
-
-    /// The colour's escape sequence (ECMA-48 § 8.3.117, SGR).
-    fn colour(self) -> &'static str {
-        match self {
-            Verdict::Ok => "\x1b[32m",
-            Verdict::Info => "\x1b[36m",
-            Verdict::Warn => "\x1b[33m",
-            Verdict::Fail => "\x1b[31m",
-        }
-    }
-}
-
-/// One line of the doctor's report.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// What was looked at.
-    pub subject: String,
-    /// What was found.
-    pub found: String,
-    /// What that means.
-    pub verdict: Verdict,
-    /// What to do about it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hint: Option<String>,
-}
-
-impl Check {
-    fn new(verdict: Verdict, subject: impl Into<String>, found: impl Into<String>) -> Self {
-        Self {
-            subject: subject.into(),
-            found: found.into(),
-            verdict,
-            hint: None,
-        }
-    }
-
-    fn ok(subject: impl Into<String>, found: impl Into<String>) -> Self {
-        Self::new(Verdict::Ok, subject, found)
-    }
-
-    fn info(subject: impl Into<String>, found: impl Into<String>) -> Self {
-        Self::new(Verdict::Info, subject, found)
-    }
-
-    fn warn(subject: impl Into<String>, found: impl Into<String>) -> Self {
-        Self::new(Verdict::Warn, subject, found)
-    }
-
-    fn fail(subject: impl Into<String>, found: impl Into<String>) -> Self {
-        Self::new(Verdict::Fail, subject, found)
-    }
-
-    fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
-        self
-    }
-
-    /// A file that cannot be loaded. The messages of [`crate::boot::BootError`] carry their hints.
-    fn unusable(subject: &str, error: &dyn std::error::Error) -> Self {
-        let found = crate::error_chain(error);
-        match found.split_once("; ") {
-            Some((found, hint)) => Check::fail(subject, found).hint(hint),
-            None => Check::fail(subject, found),
-        }
-    }
-}
 
 /// All that the doctor found, as `--json` prints it.
 #[derive(Debug, Serialize)]

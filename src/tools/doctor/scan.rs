@@ -94,7 +94,7 @@ mod tests {
     use flate2::Compression;
     use flate2::write::GzEncoder;
 
-    use super::super::Setting;
+    use super::super::config::Setting;
     use super::*;
 
     #[test]

@@ -1,0 +1,54 @@
+//! How much memory this host lets a process have.
+
+use std::fs;
+
+use procfs::{Current, Meminfo};
+
+/// Memory in bytes that programs can still have; `None` without /proc.
+pub fn available_memory() -> Option<u64> {
+    Meminfo::current().ok()?.mem_available
+}
+
+/// The memory limit of this process's own cgroup, in bytes. Limits further up are not looked at.
+pub fn cgroup_memory() -> Option<u64> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    cgroup_limit(&read("/proc/self/cgroup"), read)
+}
+
+/// cgroup-v2.rst "memory.max"; v1 memory.rst
+fn cgroup_limit(cgroups: &str, read: impl Fn(&str) -> String) -> Option<u64> {
+    cgroups.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':');
+        let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        let file = if controllers.is_empty() {
+            format!("/sys/fs/cgroup{path}/memory.max")
+        } else if controllers.split(',').any(|name| name == "memory") {
+            format!("/sys/fs/cgroup/memory{path}/memory.limit_in_bytes")
+        } else {
+            return None;
+        };
+        // "max", and in version 1 a number next to 2^63, mean that there is none.
+        read(&file)
+            .trim()
+            .parse()
+            .ok()
+            .filter(|bytes| *bytes < 1 << 60)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroups_of_both_versions() {
+        let read = |path: &str| match path {
+            "/sys/fs/cgroup/a/memory.max" => "1048576\n".to_owned(),
+            "/sys/fs/cgroup/memory/b/memory.limit_in_bytes" => "9223372036854771712\n".to_owned(),
+            _ => String::new(),
+        };
+        assert_eq!(cgroup_limit("0::/a\n", read), Some(1 << 20));
+        assert_eq!(cgroup_limit("4:memory:/b\n3:cpu:/\n", read), None);
+        assert_eq!(cgroup_limit("4:memory:/b\n0::/a\n", read), Some(1 << 20));
+    }
+}
