@@ -4,10 +4,9 @@ use linux_loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
 use super::bytes::{array, has_magic, u16_at};
-use super::direct::Loaded;
 use super::error::BootError;
 use super::input::InputFile;
-use super::memory_map::check_fits;
+use super::memory_map::{Loaded, check_fits};
 use super::{GuestMemory, MIB};
 use crate::arch::x86_64::layout;
 

@@ -1,6 +1,5 @@
 //! The compression formats of Linux kernels, as the kernel's own build makes them (scripts/Makefile.lib).
 
-use std::fmt;
 use std::io::{self, Read};
 
 use bzip2::read::BzDecoder;
@@ -8,7 +7,7 @@ use flate2::read::GzDecoder;
 use lzma_rust2::{LzmaReader, XzReader};
 use ruzstd::decoding::StreamingDecoder;
 
-use super::bytes::u32_at;
+use super::bytes::{cut, damaged, u32_at};
 use super::format::Compression;
 use super::lzop;
 
@@ -82,14 +81,4 @@ fn lz4_legacy(packed: &[u8], out: &mut [u8]) -> io::Result<()> {
         out = out.get_mut(written..).unwrap_or_default();
     }
     if out.is_empty() { Ok(()) } else { Err(cut()) }
-}
-
-/// The error about a stream that ends too early.
-pub(super) fn cut() -> io::Error {
-    io::ErrorKind::UnexpectedEof.into()
-}
-
-/// The error about a stream that is not what it should be.
-pub(super) fn damaged(why: impl fmt::Display) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, why.to_string())
 }

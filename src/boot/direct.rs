@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -17,6 +16,7 @@ use super::elf::{self, ElfKernel};
 use super::error::{BootError, Role};
 use super::input::InputFile;
 use super::kaslr::{self, Place};
+use super::memory_map::Loaded;
 use super::payload::{self, PayloadError};
 use super::relocs::{Outside, Relocations};
 use super::{GuestMemory, Loading};
@@ -77,18 +77,6 @@ pub(crate) struct DirectKernel {
     align: u64,
     /// A kernel without KASLR has none, and stays where it was linked for.
     relocs: Option<Relocations>,
-}
-
-/// A kernel in guest memory.
-pub(crate) struct Loaded {
-    /// GPA of its 64-bit entry.
-    pub(crate) entry: u64,
-    /// Its memory.
-    pub(crate) range: Range<u64>,
-    /// Bytes that came from the file.
-    pub(crate) file_bytes: u64,
-    /// Whether it is to randomize the rest of its address space as well.
-    pub(crate) kaslr: bool,
 }
 
 impl DirectKernel {

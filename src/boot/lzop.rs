@@ -2,8 +2,7 @@
 
 use std::io;
 
-use super::bytes::array;
-use super::decompress::{cut, damaged};
+use super::bytes::{array, cut, damaged};
 
 const MAGIC_LEN: usize = 9;
 /// First version with a level, a minimum version and the time's high half in its header.

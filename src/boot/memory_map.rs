@@ -1,11 +1,25 @@
 //! What is where in the guest's physical memory, as the kernel is told by e820 or PVH.
 
+use std::ops::Range;
+
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::error::BootError;
 use super::input::InputFile;
 use super::{GuestMemory, MIB};
 use crate::arch::x86_64::layout;
+
+/// A kernel in guest memory.
+pub(crate) struct Loaded {
+    /// GPA of its 64-bit entry.
+    pub(crate) entry: u64,
+    /// Its memory.
+    pub(crate) range: Range<u64>,
+    /// Bytes that came from the file.
+    pub(crate) file_bytes: u64,
+    /// Whether it is to randomize the rest of its address space as well.
+    pub(crate) kaslr: bool,
+}
 
 /// Type of an address range; the numbers are the same for e820 and PVH (ACPI 6.5 § 15, table 15.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

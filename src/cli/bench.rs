@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 
-use super::GuestArgs;
+use super::guest::GuestArgs;
 use crate::config::{Span, VmConfig};
 use crate::tools::bench::{BenchOptions, DEMO_MARKER, OTHER_VMMS};
 
