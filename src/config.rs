@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use minivmm_devices::virtio::block::{Engine, MAX_ID_LEN, MAX_QUEUES};
 
@@ -429,7 +430,7 @@ impl VmConfig {
                 path: path.to_owned(),
             });
         }
-        serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
+        parse(&text).map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source,
         })
@@ -475,6 +476,23 @@ impl VmConfig {
         });
         join_words([base, self.append.as_deref().unwrap_or_default()])
     }
+}
+
+/// Serde also takes a structure for an array of its fields, in an order that is nobody's affair.
+fn parse(json: &str) -> serde_json::Result<VmConfig> {
+    let config = serde_json::from_str(json)?;
+    let value: Value = serde_json::from_str(json)?;
+    let disks = value.get("disks").and_then(Value::as_array);
+    for (what, object) in std::iter::once(("a VM", &value))
+        .chain(disks.into_iter().flatten().map(|disk| ("a disk", disk)))
+    {
+        if !object.is_object() {
+            return Err(serde::de::Error::custom(format!(
+                "{what} is written as an object: {{\"field\": value, ...}}"
+            )));
+        }
+    }
+    Ok(config)
 }
 
 /// Puts words together, but for parts that are empty.
@@ -524,6 +542,9 @@ mod tests {
         assert!(chain(r#"{"kernel": "k", "memory": "1Q"}"#).contains("512M or 2G"));
         assert!(chain(r#"{"kernel": "k", "#).contains("EOF"));
         assert!(chain(r#"{"cpus": -1}"#).contains("-1"));
+        assert!(chain(r#"["k"]"#).contains("a VM is written as an object"));
+        assert!(chain("[]").contains("a VM is written as an object"));
+        assert!(chain(r#"{"kernel": "k", "disks": [{"path": "a"}, ["b"]]}"#).contains("a disk is"));
         assert!(matches!(
             parse(&" ".repeat(1 << 21)),
             Err(ConfigError::TooLarge { .. })
