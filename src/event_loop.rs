@@ -15,8 +15,9 @@ use crate::console::{self, ConsoleInput, InputOutcome};
 use crate::exit_status::Outcome;
 use crate::vcpu::Control;
 
-/// Signals that end the VM in good order: those that people and supervisors send, and the warning of a CPU limit.
-const STOP_SIGNALS: [Signal; 8] = [
+/// Signals that end the VM in good order: all that are sent to end a process, by people, supervisors, timers and limits. What
+/// an instruction sets off is not among them, nor is SIGABRT, by which a supervisor asks for a core dump.
+const STOP_SIGNALS: [Signal; 13] = [
     Signal::SIGINT,
     Signal::SIGTERM,
     Signal::SIGHUP,
@@ -24,6 +25,11 @@ const STOP_SIGNALS: [Signal; 8] = [
     Signal::SIGUSR1,
     Signal::SIGUSR2,
     Signal::SIGALRM,
+    Signal::SIGVTALRM,
+    Signal::SIGPROF,
+    Signal::SIGSTKFLT,
+    Signal::SIGIO,
+    Signal::SIGPWR,
     Signal::SIGXCPU,
 ];
 

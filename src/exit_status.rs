@@ -39,7 +39,6 @@ impl Outcome {
             Self::Signal(signal) => 128u8.wrapping_add(*signal as u8),
             Self::Quit => 128 + libc::SIGINT as u8,
             Self::Panicked => 134,
-            Self::VcpuFailed(VcpuFailure::Bug) => MONITOR_FAILED,
             Self::VcpuFailed(_) => 139,
         }
     }
@@ -61,7 +60,6 @@ mod tests {
             (Outcome::Quit, 130),
             (Outcome::Panicked, 134),
             (Outcome::VcpuFailed(VcpuFailure::TripleFault), 139),
-            (Outcome::VcpuFailed(VcpuFailure::Bug), 125),
         ] {
             assert_eq!(outcome.exit_status(), status, "{outcome:?}");
         }

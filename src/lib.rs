@@ -15,7 +15,9 @@ pub mod host;
 pub mod interrupts;
 pub mod json_file;
 pub mod memory;
+pub mod messages;
 pub mod post_mortem;
+pub mod process;
 #[cfg(test)]
 #[path = "../tests/common/skip.rs"]
 mod skip;
@@ -25,7 +27,7 @@ pub mod vcpu;
 pub mod vm;
 pub mod watch;
 
-/// An error and its causes on one line. A cause that the message ends with already, as some libraries make it, is not
+/// An error and its causes on one line, whatever is in them. A cause that the message ends with already, as some libraries make it, is not
 /// repeated.
 pub fn error_chain(error: &dyn std::error::Error) -> String {
     let mut chain = error.to_string();
@@ -38,5 +40,5 @@ pub fn error_chain(error: &dyn std::error::Error) -> String {
         }
         cause = error.source();
     }
-    chain
+    messages::escaped(&chain).into_owned()
 }

@@ -1,40 +1,61 @@
 //! The command line of minivmm: parse, start the log, run, print the error chain, return the exit status.
 
+use std::env;
 use std::error::Error;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::exit;
 use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use minivmm::cli::{Cli, Command, DoctorArgs, LogArgs, VmArgs};
+use minivmm::cli::{Cli, Command, DoctorArgs, VmArgs};
 use minivmm::config::ConfigError;
 use minivmm::exit_status::Outcome;
 use minivmm::json_file::JsonFile;
+use minivmm::messages::{self, Escaping, TimedStderr};
 use minivmm::timeline::{Point, Timeline};
 use minivmm::tools::error::ToolError;
 use minivmm::tools::{bench, compare, doctor};
 use minivmm::watch::Watch;
-use minivmm::{console, error_chain, exit_status, vm};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use minivmm::{console, error_chain, exit_status, process, vm};
 
 fn main() {
     let started = Instant::now();
-    let cli = Cli::parse();
-    start_log(&cli.log);
-    end_in_good_order_on_panic();
+    #[allow(unsafe_code, reason = "it closes descriptors that nothing here owns")]
+    // SAFETY: nothing has been opened yet.
+    unsafe {
+        process::close_inherited_files(env::args_os());
+    }
+    process::end_in_good_order();
+    let cli = Cli::try_parse().unwrap_or_else(|e| wrong_command_line(&e));
+    messages::start_log(cli.log.level());
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),
-        Some(Command::Bench(args)) => tool_status(bench::run(&args.into(), &mut io::stdout())),
-        Some(Command::Compare(args)) => tool_status(compare::run(&args.into(), &mut io::stdout())),
+        Some(Command::Bench(args)) => {
+            tool_status(bench::run(&args.into(), &mut Escaping(io::stdout())))
+        }
+        Some(Command::Compare(args)) => {
+            tool_status(compare::run(&args.into(), &mut Escaping(io::stdout())))
+        }
         None => run_vm(cli.vm, started, cli.timeline),
     };
     console::restore_terminal();
     exit(status.into())
 }
 
-/// Runs the VM. Where a timeline is asked for, it is given however the VM ends, but not if the command line was wrong.
+/// Prints help, or what is wrong with the command line, which may have come from anywhere.
+fn wrong_command_line(error: &clap::Error) -> ! {
+    if !error.use_stderr() {
+        error.exit();
+    }
+    // Nobody to tell.
+    let _ = write!(Escaping(TimedStderr), "{error}");
+    exit(error.exit_code())
+}
+
+/// Runs the VM. Where a timeline is asked for, it is given however the VM ends, but not if the command line was wrong
+/// or the preparation hung.
 fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8 {
     let mut timeline = match wanted {
         Some(_) => Timeline::start(started),
@@ -72,7 +93,7 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
                 failure(&e);
             }
         }
-        (Some(report), None) => PatientStderr.print(&report.to_string()),
+        (Some(report), None) => TimedStderr.print(&report.to_string()),
         (None, _) => {}
     }
     status
@@ -124,85 +145,4 @@ fn run_doctor(args: &DoctorArgs) -> u8 {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => 1,
         Err(e) => failure(&e),
     }
-}
-
-/// minivmm's words go to stderr; where that is a raw terminal, a line needs the carriage return.
-fn start_log(args: &LogArgs) {
-    let on_terminal = std::io::stderr().is_terminal();
-    let level = match (args.quiet, args.verbose) {
-        (true, _) => log::LevelFilter::Off,
-        (_, 0) => log::LevelFilter::Warn,
-        (_, 1) => log::LevelFilter::Info,
-        _ => log::LevelFilter::Debug,
-    };
-    let mut builder = env_logger::Builder::new();
-    builder.filter_level(level);
-    if !args.quiet {
-        builder.filter_module(vm::NOTICE, level.max(log::LevelFilter::Info));
-    }
-    builder
-        .target(env_logger::Target::Pipe(Box::new(PatientStderr)))
-        .format(move |out, record| {
-            let level = match record.level() {
-                log::Level::Error => "error: ",
-                log::Level::Warn => "warning: ",
-                _ => "",
-            };
-            let end = if on_terminal && console::is_raw() {
-                "\r\n"
-            } else {
-                "\n"
-            };
-            let message = record.args().to_string().replace('\n', end);
-            write!(out, "minivmm: {level}{message}{end}")
-        })
-        .init();
-}
-
-/// stderr for a thread that must not wait for ever: a guest can make its vCPU's thread log, and a reader that has stopped
-/// would hold that thread, and with it the VM's end. A message that nobody takes for so long is lost.
-struct PatientStderr;
-
-impl PatientStderr {
-    const PATIENCE: Timespec = Timespec {
-        tv_sec: 0,
-        tv_nsec: 200_000_000,
-    };
-    /// What a pipe that is ready for writing takes without a wait.
-    const PIPE_BUF: usize = 4096;
-
-    fn print(&mut self, text: &str) {
-        for piece in text.as_bytes().chunks(Self::PIPE_BUF) {
-            // Nobody to tell.
-            let _ = self.write_all(piece);
-        }
-    }
-}
-
-impl Write for PatientStderr {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let stderr = rustix::stdio::stderr();
-        match poll(
-            &mut [PollFd::new(&stderr, PollFlags::OUT)],
-            Some(&Self::PATIENCE),
-        ) {
-            Ok(0) => Ok(bytes.len()),
-            _ => io::stderr().write(bytes),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// A panic is a bug in minivmm: the terminal is put right, and the status is not that of a guest that panicked (an abort
-/// would be 134).
-fn end_in_good_order_on_panic() {
-    std::panic::set_hook(Box::new(|info| {
-        console::restore_terminal();
-        // Not eprintln, which panics when nobody reads.
-        let _ = writeln!(io::stderr(), "minivmm: this is a bug in minivmm: {info}");
-        exit(exit_status::MONITOR_FAILED.into())
-    }));
 }

@@ -64,19 +64,19 @@ impl Scene<'_> {
         // Writing to a string cannot fail.
         let _ = writeln!(
             out,
-            "  vCPU {} after {} exits; bytes on the console: {}",
+            "vCPU {} after {} exits; bytes on the console: {}",
             self.vcpu.index, self.vcpu.exits, self.console_bytes
         );
         match self.vcpu.last_access {
-            Some(access) => _ = writeln!(out, "  last access: {access}"),
-            None => _ = writeln!(out, "  last access: none, the guest never left its memory"),
+            Some(access) => _ = writeln!(out, "last access: {access}"),
+            None => _ = writeln!(out, "last access: none, the guest never left its memory"),
         }
         match &registers {
             Ok((regs, sregs)) => self.registers(&mut out, regs, sregs),
-            Err(e) => _ = writeln!(out, "  registers: KVM does not give them: {e}"),
+            Err(e) => _ = writeln!(out, "registers: KVM does not give them: {e}"),
         }
         let rip = registers.map(|(regs, _)| regs.rip).ok();
-        let _ = write!(out, "  likely cause: {}", self.likely_cause(rip));
+        let _ = write!(out, "likely cause: {}", self.likely_cause(rip));
         out
     }
 
@@ -84,7 +84,7 @@ impl Scene<'_> {
         if regs::are_at_reset_vector(regs, sregs) {
             let _ = writeln!(
                 out,
-                "  registers: those after a reset (AMD processors do not keep the others at a triple fault)"
+                "registers: those after a reset (AMD processors do not keep the others at a triple fault)"
             );
             return;
         }
@@ -104,15 +104,12 @@ impl Scene<'_> {
             ],
         ];
         for row in rows {
-            let _ = write!(out, " ");
-            for (name, value) in row {
-                let _ = write!(out, " {name:>6}={value:#018x}");
-            }
-            let _ = writeln!(out);
+            let row = row.map(|(name, value)| format!("{name:>6}={value:#018x}"));
+            let _ = writeln!(out, "{}", row.join(" "));
         }
         if let Some(code) = self.code_at(regs.rip) {
             let hex: Vec<String> = code.iter().map(|b| format!("{b:02x}")).collect();
-            let _ = writeln!(out, "  code at rip: {}", hex.join(" "));
+            let _ = writeln!(out, "code at rip: {}", hex.join(" "));
         }
     }
 
@@ -160,7 +157,6 @@ impl Scene<'_> {
             {
                 "the host could not give the guest a page of its memory: it is out of memory, or a memory limit was hit"
             }
-            Outcome::VcpuFailed(VcpuFailure::Bug) => "minivmm itself: please report it",
             Outcome::VcpuFailed(_) => "this host's KVM; `minivmm doctor` says what it offers",
             _ if self.console_bytes > 0 => "the last lines on the console tell more",
             _ if !listens => match self.console {

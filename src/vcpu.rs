@@ -1,7 +1,6 @@
 //! vCPUs: set-up, the run loop, and what each exit means.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -43,7 +42,7 @@ pub enum VcpuError {
     },
     /// The host could not make a thread.
     #[error(
-        "cannot start a thread for vCPU {index}; raise the limit on processes (ulimit -u, pids.max)"
+        "cannot start a thread for vCPU {index}; raise the limit on processes (ulimit -u, pids.max) or on memory (ulimit -v)"
     )]
     Thread {
         /// Which vCPU.
@@ -76,8 +75,6 @@ pub enum VcpuFailure {
     },
     /// An exit that minivmm does not know.
     UnknownExit(String),
-    /// Its thread panicked.
-    Bug,
 }
 
 impl fmt::Display for VcpuFailure {
@@ -102,7 +99,6 @@ impl fmt::Display for VcpuFailure {
                 )
             }
             Self::UnknownExit(exit) => write!(f, "KVM stopped with an unknown exit: {exit}"),
-            Self::Bug => write!(f, "a vCPU thread panicked, which is a bug in minivmm"),
         }
     }
 }
@@ -284,15 +280,15 @@ impl Vcpu {
         // thread, which hands it back, even after a panic, through the join handle that `RunningVcpu` keeps beside this
         // reference. An atomic has the layout of its integer, and the kernel reads the byte only.
         let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
-        let run = move || {
+        let run = move |ended: Option<Outcome>| {
+            if let Some(outcome) = ended {
+                control.end(outcome);
+            }
             // Whoever started minivmm may have blocked the signal, and a process inherits that.
             if let Err(e) = unblock_signal(SIGRTMIN()) {
                 log::debug!("vCPU {index} cannot be kicked out of a guest that spins: {e:?}");
             }
-            let ran = catch_unwind(AssertUnwindSafe(|| self.run(&buses, &control)));
-            if ran.is_err() {
-                control.end_by(Outcome::VcpuFailed(VcpuFailure::Bug), Some(index));
-            }
+            self.run(&buses, &control);
             self
         };
         let thread = match watch {
@@ -300,7 +296,7 @@ impl Vcpu {
             None => thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .stack_size(THREAD_STACK)
-                .spawn(move || Some(run()))
+                .spawn(move || Some(run(None)))
                 .map_err(|source| VcpuError::Thread { index, source })?,
         };
         Ok(RunningVcpu {

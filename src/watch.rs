@@ -20,8 +20,11 @@ use crate::exit_status::Outcome;
 use crate::vcpu::Vcpu;
 use crate::vm::FLUSH;
 
-/// What the boot vCPU's thread does once there is a vCPU.
-type Job = Box<dyn FnOnce() -> Vcpu + Send>;
+/// What the boot vCPU's thread does once there is a vCPU. It is told if the VM's end has come before.
+type Job = Box<dyn FnOnce(Option<Outcome>) -> Vcpu + Send>;
+
+/// How long a preparation that can go on may take to come to its end, so that the VM ends in good order: 50 ms.
+const GRACE: Duration = Duration::from_millis(50);
 
 /// The boot vCPU's thread before it has its vCPU. It ends the process at a signal that asks for it, or when the deadline
 /// passes. Dropping this ends the watch.
@@ -114,25 +117,30 @@ impl Shared {
     }
 
     fn run(&self, signals: &Signals) -> Option<Vcpu> {
+        let mut end: Option<(Outcome, Instant)> = None;
         loop {
             let mut orders = self.orders();
             if let Some(job) = orders.job.take() {
                 drop(orders);
-                return Some(job());
+                return Some(job(end.map(|(outcome, _)| outcome)));
             }
             if orders.over {
                 return None;
             }
-            let left = orders
-                .deadline
-                .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let limit = match &end {
+                Some((_, limit)) => Some(*limit),
+                None => orders.deadline,
+            };
             drop(orders);
-            if left.is_some_and(|left| left.is_zero()) {
-                self.leave(&Outcome::Deadline);
+            let left = limit.map(|limit| limit.saturating_duration_since(Instant::now()));
+            let late = left.is_some_and(|left| left.is_zero());
+            match &end {
+                Some((outcome, _)) if late => self.leave(outcome),
+                None if late => end = Some((Outcome::Deadline, Instant::now() + GRACE)),
+                _ => self.wait(signals, left),
             }
-            self.wait(signals, left);
             if let Some(signal) = signals.stop_requested() {
-                self.leave(&Outcome::Signal(signal));
+                end.get_or_insert((Outcome::Signal(signal), Instant::now() + GRACE));
             }
         }
     }

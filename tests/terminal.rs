@@ -70,8 +70,12 @@ fn the_terminal_is_as_before_when_another_signal_ended_minivmm() {
         ("USR1", libc::SIGUSR1),
         ("USR2", libc::SIGUSR2),
         ("ALRM", libc::SIGALRM),
+        ("VTALRM", libc::SIGVTALRM),
+        ("PROF", libc::SIGPROF),
+        ("PWR", libc::SIGPWR),
         ("XCPU", libc::SIGXCPU),
         ("SYS", libc::SIGSYS),
+        ("TRAP", libc::SIGTRAP),
     ] {
         let status = 128 + number as u32;
         way_out(&after_a_key("p"), status, |_, session| session.signal(name));

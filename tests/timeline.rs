@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::time::Duration;
 
-use common::{Ended, boot_tiny, run};
+use common::{Ended, boot_tiny, run, run_with_input};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 use tempfile::NamedTempFile;
@@ -175,8 +175,19 @@ fn a_vm_that_cannot_be_built_has_a_timeline_to_there() {
 
 #[test]
 fn of_many_boots_the_first_is_told() {
-    let args = ["--on-reboot", "restart", "--deadline", "1s"];
-    let (ended, timeline) = timeline_of("ends", "bmr", &args);
+    // Each boot takes what its UART can hold; the last waits for more.
+    let file = NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    let args = [
+        "--on-reboot",
+        "restart",
+        "--deadline",
+        "3s",
+        "--timeline",
+        path,
+    ];
+    let ended = run_with_input(&mut boot_tiny("ends", "bmwr", &args), &[b'.'; 200]);
+    let timeline: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     ended.assert_code(124);
     assert!(timeline["boots"].as_u64().unwrap() >= 2, "{timeline}");
     let mut told = names(&timeline);

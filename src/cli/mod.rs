@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use log::LevelFilter;
 use serde::de::value::StrDeserializer;
 use serde::de::{DeserializeOwned, IntoDeserializer};
 
@@ -106,6 +107,18 @@ pub struct LogArgs {
     /// Say nothing: the exit status tells all
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+impl LogArgs {
+    /// The level of the log.
+    pub fn level(&self) -> LevelFilter {
+        match (self.quiet, self.verbose) {
+            (true, _) => LevelFilter::Off,
+            (_, 0) => LevelFilter::Warn,
+            (_, 1) => LevelFilter::Info,
+            _ => LevelFilter::Debug,
+        }
+    }
 }
 
 /// A parser of the words that a configuration file has for `T`, one of `names`.

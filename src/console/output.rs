@@ -18,7 +18,6 @@ use minivmm_devices::THREAD_STACK;
 use minivmm_devices::console::{ConsoleOutput, MIN_ROOM};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use vmm_sys_util::signal::block_signal;
 
 use super::pty;
 use super::transcript::Transcript;
@@ -46,21 +45,6 @@ const CANCEL_LIMIT: Duration = Duration::from_millis(100);
 const PTY_PATIENCE: Duration = Duration::from_secs(1);
 /// How long, then, between two looks at whether it has read more.
 const PTY_STEP: Duration = Duration::from_millis(2);
-/// The thread leaves these to the others, whose signalfd or handlers they are for. SIGXFSZ is its own: blocked, a file
-/// that has reached the limit is an error to report like any other.
-const BLOCKED: [libc::c_int; 11] = [
-    libc::SIGHUP,
-    libc::SIGINT,
-    libc::SIGQUIT,
-    libc::SIGUSR1,
-    libc::SIGUSR2,
-    libc::SIGALRM,
-    libc::SIGTERM,
-    libc::SIGTSTP,
-    libc::SIGXFSZ,
-    libc::SIGCHLD,
-    libc::SIGCONT,
-];
 
 /// Where the output ends.
 #[derive(Clone)]
@@ -304,9 +288,6 @@ impl Shared {
     }
 
     fn run(&self, mut destination: Option<Destination>) {
-        for signal in BLOCKED {
-            let _ = block_signal(signal);
-        }
         let mut chunk = Vec::with_capacity(CHUNK);
         while self.next_chunk(&mut chunk) {
             if chunk.is_empty() {

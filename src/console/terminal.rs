@@ -27,7 +27,8 @@ static WANTED: AtomicBool = AtomicBool::new(false);
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes the terminal on stdin raw, and arranges that a panic or a fatal signal restores it. `None` if stdin is no
+    /// Makes the terminal on stdin raw, and arranges that a fault restores it; [`crate::process::end_in_good_order`] does so
+    /// for panics and aborts, and [`crate::event_loop::Signals`] has what is sent to end the process. `None` if stdin is no
     /// terminal. In the background the terminal is left alone until the first input or [`reenter_raw`] in the
     /// foreground.
     pub fn enter() -> io::Result<Option<Self>> {
@@ -39,10 +40,7 @@ impl RawTerminal {
             let _ = ORIGINAL.set(tcgetattr(&stdin)?);
         }
         static HOOKS: Once = Once::new();
-        HOOKS.call_once(|| {
-            restore_on_panic();
-            restore_on_fatal_signals();
-        });
+        HOOKS.call_once(restore_on_fatal_signals);
         WANTED.store(true, Ordering::SeqCst);
         let guard = Self(());
         set_raw()?;
@@ -134,34 +132,12 @@ fn in_foreground(fd: impl AsFd) -> bool {
     tcgetpgrp(fd).map_or(true, |group| group == rustix::process::getpgrp())
 }
 
-fn restore_on_panic() {
-    let previous = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        restore_terminal();
-        previous(info);
-    }));
-}
-
 /// What a faulting instruction ends a process with. They come again when the handler returns.
 const FAULTS: [libc::c_int; 4] = [libc::SIGILL, libc::SIGBUS, libc::SIGFPE, libc::SIGSEGV];
 /// What was done about them before, in the same order.
 static PREVIOUS: [OnceLock<libc::sigaction>; 4] = [const { OnceLock::new() }; 4];
-/// The other signals that end a process, but for those that the event loop takes, SIGKILL and the real-time ones.
-const SENT: [libc::c_int; 13] = [
-    libc::SIGTRAP,
-    libc::SIGABRT,
-    libc::SIGSYS,
-    libc::SIGUSR1,
-    libc::SIGUSR2,
-    libc::SIGALRM,
-    libc::SIGVTALRM,
-    libc::SIGPROF,
-    libc::SIGSTKFLT,
-    libc::SIGXCPU,
-    libc::SIGXFSZ,
-    libc::SIGIO,
-    libc::SIGPWR,
-];
+/// The other signals that an instruction can set off, a breakpoint or a system call that a filter forbids.
+const TRAPS: [libc::c_int; 2] = [libc::SIGTRAP, libc::SIGSYS];
 
 #[allow(
     unsafe_code,
@@ -169,7 +145,7 @@ const SENT: [libc::c_int; 13] = [
 )]
 fn restore_on_fatal_signals() {
     let previous = PREVIOUS.iter().map(Some).chain(std::iter::repeat(None));
-    for (signal, previous) in FAULTS.into_iter().chain(SENT).zip(previous) {
+    for (signal, previous) in FAULTS.into_iter().chain(TRAPS).zip(previous) {
         // SAFETY: an all-zero sigaction is a valid value: SIG_DFL, no flags, an empty mask.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         // SAFETY: with a null new action, sigaction only writes the current one to `action`, which is ours.

@@ -14,6 +14,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::messages::escaped;
+
 pub use check::{Check, Verdict};
 pub use config::{KernelConfig, Setting};
 pub use host::check_host;
@@ -99,10 +101,10 @@ fn write_table(out: &mut dyn Write, report: &Report, colour: bool) -> io::Result
             } else {
                 ("", "")
             };
-            let (subject, found) = (&check.subject, &check.found);
+            let (subject, found) = (escaped(&check.subject), escaped(&check.found));
             writeln!(out, "  {start}{word:<4}{end}  {subject:<width$}  {found}")?;
             if let Some(hint) = &check.hint {
-                writeln!(out, "        {:<width$}  -> {hint}", "")?;
+                writeln!(out, "        {:<width$}  -> {}", "", escaped(hint))?;
             }
         }
     }

@@ -1,0 +1,119 @@
+//! The process that minivmm is: what it inherits, and how a bug or a lack of memory ends it.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::process::exit;
+
+use crate::console;
+use crate::exit_status::MONITOR_FAILED;
+use crate::messages::{TimedStderr, escaped};
+
+/// The first file descriptor behind stdin, stdout and stderr.
+const FIRST_INHERITED: u32 = 3;
+
+/// Closes what was inherited: a pipe or a lock of the caller's would be held as long as the guest runs, and be within
+/// reach of whoever breaks out of it. What an argument names, as in `--initrd <(make-initrd)`, stays. Linux before 5.9
+/// cannot do it, and then all stays open.
+///
+/// # Safety
+///
+/// To be called before anything is opened that is used afterwards.
+#[allow(unsafe_code, reason = "descriptors are closed that nothing here owns")]
+pub unsafe fn close_inherited_files(args: impl Iterator<Item = impl AsRef<OsStr>>) {
+    let mut named: Vec<u32> = args.flat_map(|arg| named_files(arg.as_ref())).collect();
+    named.sort_unstable();
+    let mut first = FIRST_INHERITED;
+    for keep in named.into_iter().chain([u32::MAX]) {
+        if let Some(last) = keep.checked_sub(1).filter(|last| *last >= first) {
+            // SAFETY: the caller sees to it that no owner of a descriptor loses it.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+        first = first.max(keep.saturating_add(1));
+    }
+}
+
+/// The file descriptors that an argument names: N in `/dev/fd/N` or `/proc/self/fd/N`, wherever in it that is.
+fn named_files(arg: &OsStr) -> Vec<u32> {
+    let text = String::from_utf8_lossy(arg.as_bytes());
+    text.split("/fd/")
+        .skip(1)
+        .filter_map(|rest| {
+            let end = rest.find(|c: char| !c.is_ascii_digit());
+            rest.get(..end.unwrap_or(rest.len()))?.parse().ok()
+        })
+        .collect()
+}
+
+/// A panic, on any thread, and an abort, which is how Rust answers a lack of memory and an overflow of a stack, end the
+/// process with the status of minivmm's own failures. As signals they would have that of a guest whose kernel panicked.
+pub fn end_in_good_order() {
+    std::panic::set_hook(Box::new(|info| {
+        console::restore_terminal();
+        // Not eprintln, which panics when nobody reads.
+        let bug = escaped(&info.to_string()).into_owned();
+        let _ = writeln!(
+            TimedStderr,
+            "minivmm: error: this is a bug in minivmm: {bug}"
+        );
+        exit(MONITOR_FAILED.into())
+    }));
+    handle_abort();
+}
+
+#[allow(
+    unsafe_code,
+    reason = "no safe interface offers a handler that never returns"
+)]
+fn handle_abort() {
+    // SAFETY: an all-zero sigaction is a valid value: no flags, an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = on_abort as *const () as usize;
+    // On the alternate stack where there is one, as a stack overflow needs.
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // SAFETY: `action` has a handler of the signature that SA_SIGINFO asks for, which does only what is
+    // async-signal-safe.
+    unsafe { libc::sigaction(libc::SIGABRT, &action, std::ptr::null_mut()) };
+}
+
+#[allow(unsafe_code, reason = "it runs as a signal handler")]
+extern "C" fn on_abort(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    const MESSAGE: &[u8] = b"minivmm: error: aborted for the reason above; if that is memory, raise its limit (ulimit -v)\n";
+
+    console::restore_terminal();
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo; getpid, write, _exit, signal and raise are
+    // async-signal-safe, and the pointer and length are those of MESSAGE.
+    unsafe {
+        // abort(3) sends it with tgkill; whoever sends it from outside wants a core dump.
+        if (*info).si_code == libc::SI_TKILL && (*info).si_pid() == libc::getpid() {
+            libc::write(2, MESSAGE.as_ptr().cast(), MESSAGE.len());
+            libc::_exit(MONITOR_FAILED.into());
+        }
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_name_file_descriptors() {
+        for (arg, named) in [
+            ("/dev/fd/63", &[63][..]),
+            ("path=/proc/self/fd/3,ro", &[3]),
+            ("file=/dev/fd/4", &[4]),
+            ("/dev/fd/", &[]),
+            ("/dev/fd/99999999999", &[]),
+            ("/fd", &[]),
+            ("/dev/fd/5/fd/6", &[5, 6]),
+        ] {
+            assert_eq!(named_files(OsStr::new(arg)), named, "{arg}");
+        }
+    }
+}

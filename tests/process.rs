@@ -1,0 +1,180 @@
+//! minivmm as a process: what it inherits, what it does without memory, what it lets through to a terminal.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use common::{Ended, PATIENCE, boot_tiny, minivmm, run, signal, tiny, wait};
+
+/// `command` behind a shell's words, such as `ulimit -v 20000;`, and before its redirections.
+fn shell(before: &str, command: &Command, redirections: &str) -> Command {
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", &format!("{before} exec \"$@\" {redirections}"), "sh"])
+        .arg(command.get_program())
+        .args(command.get_args())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    shell
+}
+
+/// The files that a process has open.
+fn open_files(pid: u32) -> Vec<String> {
+    fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .map(|target| target.display().to_string())
+        .collect()
+}
+
+#[test]
+fn inherited_files_are_closed() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    // At the first descriptor, between and far behind those that minivmm opens; a shell has one digit alone.
+    let command = boot_tiny("ends", "ms", &[]);
+    let opened = format!("3<{path} 5<{path} 9<{path}");
+    let mut child = shell("", &command, &opened).spawn().unwrap();
+    let start = Instant::now();
+    while !open_files(child.id()).iter().any(|file| file == "/dev/kvm") {
+        assert!(start.elapsed() < PATIENCE, "{:?}", open_files(child.id()));
+        assert!(child.try_wait().unwrap().is_none(), "it has ended");
+        thread::sleep(Duration::from_millis(1));
+    }
+    let open = open_files(child.id());
+    assert!(!open.iter().any(|file| file == path), "{open:?}");
+    signal(&child, "TERM");
+    assert_eq!(wait(child, PATIENCE).status.code(), Some(143));
+}
+
+#[test]
+fn what_an_argument_names_stays_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("vm.json");
+    let kernel = tiny("hello");
+    fs::write(
+        &json,
+        format!(r#"{{"memory": "16M", "kernel": {kernel:?}}}"#),
+    )
+    .unwrap();
+    let (json, kernel) = (json.to_str().unwrap(), kernel.to_str().unwrap());
+    for (args, redirections) in [
+        (&["--config", "/dev/fd/8"][..], format!("8<{json}")),
+        // As a shell gives what a command prints: a pipe.
+        (&["--config", "/dev/fd/0"], format!("<{json}")),
+        (
+            &["--memory", "16M", "--kernel", "/proc/self/fd/3"],
+            format!("3<{kernel} 4<{json}"),
+        ),
+    ] {
+        let ended = run(&mut shell("", &minivmm(args), &redirections));
+        ended.assert_code(0);
+        assert_eq!(ended.out(), "!", "{args:?}");
+    }
+}
+
+/// Whatever it is that gets no memory, the status is not that of a guest whose kernel panicked.
+#[test]
+fn a_lack_of_memory_is_minivmms_failure() {
+    let config = tempfile::NamedTempFile::new().unwrap();
+    let json = format!(r#"{{"append": "{}"}}"#, "x".repeat(1_000_000));
+    fs::write(&config, json).unwrap();
+    let command = boot_tiny("hello", "", &["--config", config.path().to_str().unwrap()]);
+    let under = |kib: u32| run(&mut shell(&format!("ulimit -v {kib};"), &command, ""));
+    // With less, not even the program can be loaded.
+    let least = (1000..100_000)
+        .step_by(100)
+        .find(|kib| under(*kib).status.code().is_some_and(|code| code != 127))
+        .expect("a limit under which it starts");
+    let mut aborted = 0;
+    for kib in (least..least + 6000).step_by(150) {
+        let ended = under(kib);
+        ended.assert_code(125);
+        assert!(
+            ended.stderr.contains("minivmm: error: "),
+            "{}",
+            ended.stderr
+        );
+        aborted += u32::from(ended.stderr.contains("memory allocation of"));
+    }
+    assert!(aborted > 0, "no allocation failed");
+}
+
+/// Nothing on stderr or stdout that a terminal would act on.
+#[track_caller]
+fn assert_harmless(ended: &Ended, status: i32, lines: Option<usize>) {
+    ended.assert_code(status);
+    let text = format!("{}{}", ended.out(), ended.stderr);
+    assert!(
+        !text.contains(|c: char| c.is_control() && c != '\n'),
+        "{text:?}"
+    );
+    assert!(text.contains("\\u{9b}31m"), "{text:?}");
+    if let Some(lines) = lines {
+        assert_eq!(text.lines().count(), lines, "{text:?}");
+    }
+}
+
+/// A name that sets a terminal's title, erases the line and goes on as another message would.
+const NASTY: &str = "\x1b]0;x\x07\x1b[2K\rminivmm: fine\n\u{9b}31mminivmm: done";
+
+#[test]
+fn names_do_not_command_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let nasty = dir.path().join(NASTY);
+    let path = nasty.to_str().unwrap();
+    let config = |name: &str, value: serde_json::Value| {
+        let path = dir.path().join(name);
+        fs::write(&path, value.to_string()).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let disk = format!("path={path}");
+    let files = [
+        config("kernel", json!({ "kernel": path })),
+        config("serial", json!({ "kernel": "k", "serial": NASTY })),
+        config("field", json!({ "kernel": "k", NASTY: 1 })),
+        config(
+            "id",
+            json!({ "kernel": "k", "disks": [{"path": "d", "id": NASTY}] }),
+        ),
+        config("disk", json!({ "kernel": "k", "disks": [{"path": path}] })),
+        config(
+            "engine",
+            json!({ "kernel": "k", "disks": [{"path": "d", "engine": NASTY}] }),
+        ),
+    ];
+    for file in &files {
+        let ended = run(&mut minivmm(&["--config", file]));
+        // What is wrong with the file's meaning counts as a wrong command line.
+        let status = if file.ends_with("/id") { 2 } else { 125 };
+        assert_harmless(&ended, status, Some(1));
+    }
+    let hello = tiny("hello");
+    let hello = hello.to_str().unwrap();
+    for (args, status, lines) in [
+        (&["--kernel", path][..], 125, Some(1)),
+        (&["--config", path], 125, Some(1)),
+        (&["--kernel", hello, "--initrd", path], 125, Some(1)),
+        (&["--kernel", hello, "--disk", &disk], 125, Some(1)),
+        (&["--memory", NASTY], 2, None),
+        (&[NASTY], 2, None),
+        (&["doctor", "--kernel", path, "--initrd", path], 1, None),
+    ] {
+        assert_harmless(&run(&mut minivmm(args)), status, lines);
+    }
+    // Nor in messages that are no errors.
+    fs::copy(hello, Path::new(path)).unwrap();
+    let ended = run(&mut minivmm(&["-vv", "--memory", "16M", "--kernel", path]));
+    assert!(
+        !ended.stderr.contains(|c: char| c.is_control() && c != '\n'),
+        "{:?}",
+        ended.stderr
+    );
+}
