@@ -1,6 +1,6 @@
 //! A minimal KVM virtual machine monitor for Linux guests on x86-64.
 //!
-//! [`vm::run`] builds and runs the VM that a [`config::VmConfig`] describes; everything else serves it.
+//! [`vmm::vm::run`] builds and runs the VM that a [`config::VmConfig`] describes; everything else serves it.
 
 pub mod acpi;
 pub mod arch;
@@ -8,24 +8,15 @@ pub mod boot;
 pub mod cli;
 pub mod config;
 pub mod console;
-pub mod device_manager;
-pub mod event_loop;
-pub mod exit_status;
 pub mod host;
-pub mod interrupts;
-pub mod json_file;
-pub mod memory;
 pub mod messages;
-pub mod post_mortem;
+pub mod observe;
 pub mod process;
 #[cfg(test)]
 #[path = "../tests/common/skip.rs"]
 mod skip;
-pub mod timeline;
 pub mod tools;
-pub mod vcpu;
-pub mod vm;
-pub mod watch;
+pub mod vmm;
 
 /// An error and its causes on one line, whatever is in them. A cause that the message ends with already, as some libraries make it, is not
 /// repeated.

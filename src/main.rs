@@ -11,14 +11,15 @@ use std::time::Instant;
 use clap::Parser;
 use minivmm::cli::{Cli, Command, DoctorArgs, VmArgs};
 use minivmm::config::ConfigError;
-use minivmm::exit_status::Outcome;
-use minivmm::json_file::JsonFile;
+use minivmm::host::json_file::JsonFile;
 use minivmm::messages::{self, Escaping, TimedStderr};
-use minivmm::timeline::{Point, Timeline};
+use minivmm::observe::timeline::{Point, Timeline};
 use minivmm::tools::error::ToolError;
 use minivmm::tools::{bench, compare, doctor};
-use minivmm::watch::Watch;
-use minivmm::{console, error_chain, exit_status, process, vm};
+use minivmm::vmm::outcome::Outcome;
+use minivmm::vmm::watch::Watch;
+use minivmm::vmm::{outcome as exit_status, vm};
+use minivmm::{console, error_chain, process};
 
 fn main() {
     let started = Instant::now();

@@ -9,7 +9,7 @@ use log::LevelFilter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::console;
-use crate::vm::NOTICE;
+use crate::vmm::vm::NOTICE;
 
 /// Starts the log: messages of `level`, and what the user has to know to go on unless it is off. Where stderr is a raw
 /// terminal, a line needs the carriage return.

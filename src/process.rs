@@ -6,8 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::process::exit;
 
 use crate::console;
-use crate::exit_status::MONITOR_FAILED;
 use crate::messages::{TimedStderr, escaped};
+use crate::vmm::outcome::MONITOR_FAILED;
 
 /// The first file descriptor behind stdin, stdout and stderr.
 const FIRST_INHERITED: u32 = 3;

@@ -18,10 +18,10 @@
 )]
 
 pub mod bus;
-pub mod console;
+pub mod chardev;
 pub mod event;
 pub mod interrupt;
-pub mod legacy;
+pub mod platform;
 #[cfg(test)]
 #[path = "../../tests/common/skip.rs"]
 mod skip;

@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use minivmm::boot::{self, BootSource};
 use minivmm::config::BootProtocol;
-use minivmm::memory;
+use minivmm::vmm::memory;
 use minivmm_fuzz::{file, path};
 
 fuzz_target!(|input: &[u8]| {

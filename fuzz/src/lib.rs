@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
-use minivmm_devices::console::{ConsoleDevice, ConsoleOutput, TerminalSize};
+use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, TerminalSize};
 use minivmm_devices::virtio::block::{Access, Block, Disk, Engine};
 use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, END, GAP, SEAM, USED};
@@ -67,7 +67,7 @@ impl ConsoleOutput for Host {
     }
 
     fn has_room(&self) -> bool {
-        *self.0.lock().unwrap() >= minivmm_devices::console::MIN_ROOM
+        *self.0.lock().unwrap() >= minivmm_devices::chardev::MIN_ROOM
     }
 
     fn call_back(&self) {}

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use minivmm_devices::console::{ConsoleDevice, TerminalSize};
+use minivmm_devices::chardev::{ConsoleDevice, TerminalSize};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::termios::tcgetwinsize;

@@ -23,14 +23,14 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use minivmm_devices::console::ConsoleOutput;
+use minivmm_devices::chardev::ConsoleOutput;
 use thiserror::Error;
 
 pub use input::{ConsoleInput, InputOutcome};
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
 use crate::config::ConsoleTarget;
-use crate::timeline::Phases;
+use crate::observe::timeline::Phases;
 use output::{Destination, Shared, Sink};
 
 /// Why the console cannot be opened.

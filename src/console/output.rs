@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use minivmm_devices::THREAD_STACK;
-use minivmm_devices::console::{ConsoleOutput, MIN_ROOM};
+use minivmm_devices::chardev::{ConsoleOutput, MIN_ROOM};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::timeline::Phases;
+use crate::observe::timeline::Phases;
 
 /// Of each line the beginning is kept: enough for a time stamp and the path of an init.
 const HEAD_LEN: usize = 256;

@@ -11,9 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use minivmm_devices::bus::BusDevice;
-use minivmm_devices::console::ConsoleDevice;
+use minivmm_devices::chardev::ConsoleDevice;
 use minivmm_devices::interrupt::IrqLine;
-use minivmm_devices::legacy::serial::Serial;
+use minivmm_devices::platform::serial::Serial;
 use rustix::termios::{LocalModes, tcgetattr};
 
 use super::output::CAPACITY;

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::phases::PhaseScanner;
-use crate::timeline::Phases;
+use crate::observe::timeline::Phases;
 
 /// What is known about the output of one run of a VM.
 #[derive(Debug, Default)]

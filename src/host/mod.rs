@@ -1,6 +1,7 @@
 //! What the host is and offers: KVM, its processor, limits, memory figures of its processes.
 
 pub mod cpu;
+pub mod json_file;
 pub mod kvm;
 pub mod limits;
 pub mod memory;

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use crate::json_file::JsonFileError;
+use crate::host::json_file::JsonFileError;
 
 /// Why a tool could not do its work.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,6 @@
 //! The MP table (Intel MultiProcessor Specification 1.4), for kernels built or booted without ACPI.
 
-use minivmm_devices::legacy::ioapic;
+use minivmm_devices::platform::ioapic;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::layout::{IOAPIC_START, LAPIC_START, MPTABLE_START};

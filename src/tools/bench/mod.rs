@@ -11,7 +11,7 @@ use super::error::{ToolError, cannot};
 use super::measure::{self, GuestShare, HostFacts, Output, Progress, Run, Summary, Watch};
 use crate::config::{Span, VmConfig};
 use crate::error_chain;
-use crate::event_loop::Signals;
+use crate::vmm::event_loop::Signals;
 
 use report::{Guest, MINIVMM, Report, VmmReport};
 use vmm::Vmm;

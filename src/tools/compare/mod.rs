@@ -17,7 +17,7 @@ use super::error::{ToolError, cannot};
 use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
 use crate::config::{MemorySize, Span};
 use crate::error_chain;
-use crate::event_loop::Signals;
+use crate::vmm::event_loop::Signals;
 
 use image::{Image, PROBE_STATUS, VmImage};
 use processes::{Seen, daemons_bytes};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::stats::Summary;
-use crate::json_file::JsonFile;
+use crate::host::json_file::JsonFile;
 use crate::tools::error::{ToolError, cannot};
 
 /// Where results go: a table or JSON to the output, JSON to a file.

@@ -19,7 +19,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::device::{Interrupt, Resources, StopMode, VirtioDevice, read_config_bytes};
 use super::queue::{Buffers, Chain, QueueError, Virtqueue};
-use crate::console::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
+use crate::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
 
 /// Device ID (§ 5).
 pub const DEVICE_TYPE: u32 = 3;

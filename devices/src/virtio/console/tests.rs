@@ -49,7 +49,7 @@ impl ConsoleOutput for Host {
     }
 
     fn has_room(&self) -> bool {
-        self.0.lock().unwrap().1 >= crate::console::MIN_ROOM
+        self.0.lock().unwrap().1 >= crate::chardev::MIN_ROOM
     }
 
     fn call_back(&self) {

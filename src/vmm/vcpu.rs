@@ -14,9 +14,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 
 use crate::arch::x86_64::{cpuid, msrs, regs};
 use crate::boot::Entry;
-use crate::exit_status::Outcome;
-use crate::timeline::{ExitProfile, Place};
-use crate::watch::Watch;
+use crate::observe::timeline::{ExitProfile, Place};
+use crate::vmm::outcome::Outcome;
+use crate::vmm::watch::Watch;
 
 /// Why a vCPU could not be made or started.
 #[derive(Debug, thiserror::Error)]

@@ -12,7 +12,7 @@ use super::process_start::Source;
 use super::{Point, Watch};
 use crate::arch::x86_64::layout::COM1_PORT;
 use crate::boot::{KernelFormat, Loading};
-use crate::device_manager::device_name;
+use crate::vmm::machine::device_name;
 
 /// Version of the JSON. It counts up when a field goes or changes its meaning; new ones may come at any time.
 const VERSION: u32 = 1;

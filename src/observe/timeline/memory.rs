@@ -50,7 +50,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::memory;
+    use crate::vmm::memory;
 
     #[test]
     fn what_the_guest_has_touched_is_the_guests() {

@@ -41,7 +41,7 @@ impl BusDevice for Pvpanic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::legacy::testing::{events, hammer, inb};
+    use crate::platform::testing::{events, hammer, inb};
 
     #[test]
     fn only_the_panic_bit_is_an_event() {

@@ -47,7 +47,7 @@ impl BusDevice for I8042 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::legacy::testing::{events, hammer, inb};
+    use crate::platform::testing::{events, hammer, inb};
 
     #[test]
     fn only_the_reset_command_is_an_event() {

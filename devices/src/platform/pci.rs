@@ -59,7 +59,7 @@ impl BusDevice for PciConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::legacy::testing::{events, hammer, inb};
+    use crate::platform::testing::{events, hammer, inb};
 
     #[test]
     fn the_mechanism_is_there_and_finds_no_device() {

@@ -5,15 +5,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use minivmm_devices::console::ConsoleDevice;
+use minivmm_devices::chardev::ConsoleDevice;
 use nix::sys::signal::{SigSet, Signal, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::{self, ConsoleInput, InputOutcome};
-use crate::exit_status::Outcome;
-use crate::vcpu::Control;
+use crate::vmm::outcome::Outcome;
+use crate::vmm::vcpu::Control;
 
 /// Signals that end the VM in good order: all that are sent to end a process, by people, supervisors, timers and limits. What
 /// an instruction sets off is not among them, nor is SIGABRT, by which a supervisor asks for a core dump.

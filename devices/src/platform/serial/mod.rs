@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 use super::{read_bytes, write_bytes};
 use crate::bus::BusDevice;
-use crate::console::{ConsoleDevice, ConsoleOutput, Kick, MIN_ROOM};
+use crate::chardev::{ConsoleDevice, ConsoleOutput, Kick, MIN_ROOM};
 use crate::interrupt::IrqLine;
 
 #[cfg(test)]

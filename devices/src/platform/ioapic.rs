@@ -183,7 +183,7 @@ impl BusDevice for Ioapic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::legacy::testing::hammer;
+    use crate::platform::testing::hammer;
     use proptest::prelude::*;
     use std::sync::{Arc, Mutex};
 

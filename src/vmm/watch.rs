@@ -15,10 +15,10 @@ use minivmm_devices::THREAD_STACK;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::console::{self, Console};
-use crate::event_loop::Signals;
-use crate::exit_status::Outcome;
-use crate::vcpu::Vcpu;
-use crate::vm::FLUSH;
+use crate::vmm::event_loop::Signals;
+use crate::vmm::outcome::Outcome;
+use crate::vmm::vcpu::Vcpu;
+use crate::vmm::vm::FLUSH;
 
 /// What the boot vCPU's thread does once there is a vCPU. It is told if the VM's end has come before.
 type Job = Box<dyn FnOnce(Option<Outcome>) -> Vcpu + Send>;

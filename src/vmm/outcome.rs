@@ -1,6 +1,6 @@
 //! Why a VM ended, and the process's exit status that says so.
 
-use crate::vcpu::VcpuFailure;
+use crate::vmm::vcpu::VcpuFailure;
 
 /// Exit status for a wrong command line.
 pub const USAGE: u8 = 2;

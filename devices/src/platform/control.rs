@@ -55,7 +55,7 @@ impl BusDevice for BootMarkPort {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::legacy::testing::{events, hammer, inb};
+    use crate::platform::testing::{events, hammer, inb};
 
     #[test]
     fn a_byte_is_an_event_whatever_the_width() {

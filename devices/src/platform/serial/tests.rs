@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::spec::*;
 use super::*;
 use crate::interrupt::Pulses;
-use crate::legacy::testing::{hammer, inb};
+use crate::platform::testing::{hammer, inb};
 
 /// A bounded host side.
 struct Host {

@@ -4,13 +4,13 @@ use std::sync::{Arc, Mutex};
 
 use minivmm_devices::bus::{Bus, BusDevice, BusError};
 use minivmm_devices::event::EventSink;
-use minivmm_devices::legacy::control::{self, BootMarkPort, ExitPort};
-use minivmm_devices::legacy::i8042::{self, I8042};
-use minivmm_devices::legacy::ioapic;
-use minivmm_devices::legacy::pci::{self, PciConfig};
-use minivmm_devices::legacy::power::{self, AcpiPower};
-use minivmm_devices::legacy::pvpanic::{self, Pvpanic};
-use minivmm_devices::legacy::serial::{self, Serial};
+use minivmm_devices::platform::control::{self, BootMarkPort, ExitPort};
+use minivmm_devices::platform::i8042::{self, I8042};
+use minivmm_devices::platform::ioapic;
+use minivmm_devices::platform::pci::{self, PciConfig};
+use minivmm_devices::platform::power::{self, AcpiPower};
+use minivmm_devices::platform::pvpanic::{self, Pvpanic};
+use minivmm_devices::platform::serial::{self, Serial};
 use minivmm_devices::virtio::block::Block;
 use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
@@ -19,12 +19,12 @@ use minivmm_devices::virtio::transport::mmio::{self, MmioTransport};
 use vm_memory::GuestMemoryMmap;
 
 use crate::acpi::{AcpiDevice, Hid};
+use crate::arch::x86_64::irqchip::Interrupts;
 use crate::arch::x86_64::layout;
 use crate::config::{VmConfig, join_words};
-use crate::interrupts::Interrupts;
-use crate::timeline::Place;
-use crate::vcpu::Buses;
-use crate::vm::VmError;
+use crate::observe::timeline::Place;
+use crate::vmm::vcpu::Buses;
+use crate::vmm::vm::VmError;
 
 /// ACPI's ID of a virtio-mmio device, as Linux knows it (drivers/virtio/virtio_mmio.c).
 const VIRTIO_MMIO_HID: &str = "LNRO0005";

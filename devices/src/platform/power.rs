@@ -73,7 +73,7 @@ impl BusDevice for AcpiPower {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::legacy::testing::{events, hammer, inb};
+    use crate::platform::testing::{events, hammer, inb};
 
     #[test]
     fn soft_off_needs_the_type_and_the_enable_bit() {

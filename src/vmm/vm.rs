@@ -6,29 +6,29 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use minivmm_devices::console::{ConsoleDevice, Kick, TerminalSize};
+use minivmm_devices::chardev::{ConsoleDevice, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
-use minivmm_devices::legacy::serial::Serial;
+use minivmm_devices::platform::serial::Serial;
 use minivmm_devices::virtio::block::{Access, Block, Disk, DiskError, DiskOptions};
 use minivmm_devices::virtio::console::Console as VirtioConsole;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi;
+use crate::arch::x86_64::irqchip::Interrupts;
 use crate::arch::x86_64::{layout, mptable, regs};
 use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{ConfigError, ConsoleKind, ConsoleTarget, MemorySize, OnReboot, VmConfig};
 use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal};
-use crate::device_manager::{self, DeviceManager, HostResources};
-use crate::event_loop::{EventLoop, Signals};
-use crate::exit_status::Outcome;
 use crate::host::kvm::{self, API_VERSION as KVM_API_VERSION, DEVICE as KVM_DEVICE};
-use crate::interrupts::Interrupts;
-use crate::memory::{self, MemoryError};
-use crate::post_mortem::{self, Scene};
-use crate::timeline::{BootMarks, Point, Timeline};
-use crate::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError, VcpuFailure};
-use crate::watch::Watch;
+use crate::observe::post_mortem::{self, Scene};
+use crate::observe::timeline::{BootMarks, Point, Timeline};
+use crate::vmm::event_loop::{EventLoop, Signals};
+use crate::vmm::machine::{self, DeviceManager, HostResources};
+use crate::vmm::memory::{self, MemoryError};
+use crate::vmm::outcome::Outcome;
+use crate::vmm::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError, VcpuFailure};
+use crate::vmm::watch::Watch;
 
 /// The log's target for what the user has to know to go on, which is no warning.
 pub const NOTICE: &str = "minivmm::notice";
@@ -179,7 +179,7 @@ pub fn run(
     timeline: &mut Timeline,
 ) -> Result<Outcome, VmError> {
     config.validate()?;
-    device_manager::check_capacity(config)?;
+    machine::check_capacity(config)?;
     let signals = Arc::clone(watch.signals());
     vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
     let deadline = config.deadline.and_then(|span| span.after(started));
@@ -279,7 +279,7 @@ struct Vm {
 impl Vm {
     /// Makes the VM and its RAM, and loads the kernel.
     fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Self, VmError> {
-        let cmdline = device_manager::cmdline_with_devices(config);
+        let cmdline = machine::cmdline_with_devices(config);
         let resources = open_resources(config)?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {

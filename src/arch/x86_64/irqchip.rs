@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use minivmm_devices::interrupt::{InterruptSink, IrqLine};
-use minivmm_devices::legacy::ioapic::{self, Ioapic, Msi, MsiRouter};
+use minivmm_devices::platform::ioapic::{self, Ioapic, Msi, MsiRouter};
 use minivmm_devices::virtio::transport::mmio::RegisterIoeventfd;
 
 /// What the guest has programmed for each I/O APIC pin.

@@ -8,8 +8,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::arch::x86_64::regs;
 use crate::boot::{Entry, LoadedKernel};
 use crate::config::ConsoleKind;
-use crate::exit_status::Outcome;
-use crate::vcpu::{Vcpu, VcpuFailure};
+use crate::vmm::outcome::Outcome;
+use crate::vmm::vcpu::{Vcpu, VcpuFailure};
 
 /// Bytes of code shown at the instruction pointer.
 const CODE_BYTES: usize = 16;

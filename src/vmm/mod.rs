@@ -1,0 +1,9 @@
+//! The virtual machine: built in boot order, run, ended.
+
+pub mod event_loop;
+pub mod machine;
+pub mod memory;
+pub mod outcome;
+pub mod vcpu;
+pub mod vm;
+pub mod watch;
