@@ -52,7 +52,7 @@ pub struct CompareArgs {
     /// Longest time of a run; a runtime that takes longer is killed, and left out from then on
     #[arg(long, value_name = "TIME", default_value = "60s")]
     timeout: Span,
-    /// Print JSON, or write it to a file beside the table
+    /// Print JSON, or also write it to a file
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     json: Option<PathBuf>,
     /// Write a report with plots

@@ -71,7 +71,7 @@ pub struct Cli {
     pub log: LogArgs,
 }
 
-/// What minivmm does besides running a VM.
+/// What minivmm does other than running a VM.
 #[derive(Debug, Subcommand)]
 // The VM path does not wait for what it has no use for.
 #[command(defer = true)]
@@ -87,10 +87,10 @@ pub enum Command {
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// Kernel file to look at
+    /// Kernel file to check
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// Initrd to look at
+    /// Initrd to check
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Print JSON

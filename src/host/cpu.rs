@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader};
 pub struct Cpu {
     /// Its model name; empty without /proc.
     pub model: String,
-    /// Whether AMD's virtualization is what it could have.
+    /// Whether its virtualization would be AMD's.
     pub amd: bool,
     /// The flag vmx or svm.
     pub virtualization: bool,

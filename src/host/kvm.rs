@@ -12,7 +12,7 @@ pub const DEVICE: &str = "/dev/kvm";
 /// The API version, unchanged since Linux 2.6.22 (Documentation/virt/kvm/api.rst § 4.1).
 pub const API_VERSION: i32 = 12;
 
-/// The modules in /sys/module; a built-in one is there as well.
+/// The modules in /sys/module, which lists built-in ones too.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Modules {
     /// kvm, which the others need.
@@ -60,7 +60,7 @@ pub fn is_pvm() -> bool {
 /// KVM that works on a processor without hardware virtualization is software. Where the processor has it, kvm_pvm counts
 /// only if neither hardware module is there, since those take precedence.
 pub(crate) fn is_software(cpu: &Cpu, modules: Modules) -> bool {
-    // Without /proc there is no model, and no saying.
+    // Without /proc there is no model: unknown.
     let software = !cpu.virtualization && !cpu.model.is_empty();
     software || (modules.pvm && !modules.intel && !modules.amd)
 }
@@ -111,5 +111,11 @@ mod tests {
         assert!(is_software(&cpu(true), pvm));
         assert!(!is_software(&cpu(true), both));
         assert!(!is_software(&Cpu::default(), both), "/proc is not mounted");
+    }
+
+    #[test]
+    fn the_hint_names_the_group() {
+        assert!(permission_hint("kvm").contains("usermod -aG kvm $USER"));
+        assert!(permission_hint("root").contains("chgrp kvm"));
     }
 }

@@ -4,12 +4,12 @@ use std::fs;
 
 use procfs::{Current, Meminfo};
 
-/// Memory in bytes that programs can still have; `None` without /proc.
+/// Memory in bytes that is available to programs; `None` without /proc.
 pub fn available_memory() -> Option<u64> {
     Meminfo::current().ok()?.mem_available
 }
 
-/// The memory limit of this process's own cgroup, in bytes. Limits further up are not looked at.
+/// The memory limit of this process's own cgroup, in bytes. Limits of parent cgroups are not read.
 pub fn cgroup_memory() -> Option<u64> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     cgroup_limit(&read("/proc/self/cgroup"), read)

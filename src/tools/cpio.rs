@@ -42,7 +42,7 @@ impl Header {
         }
     }
 
-    /// Reads a header; the content follows. Only name and size are looked at.
+    /// Reads a header; the content follows. Only name and size are kept.
     pub(super) fn read(archive: &mut impl Read) -> io::Result<Self> {
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
         let mut header = [0; HEADER_LEN];
@@ -101,8 +101,8 @@ pub(super) fn padding(size: usize) -> usize {
     size.wrapping_neg() & 3
 }
 
-/// Packs everything below `root`: owners, modes, times, links, devices. A file with several names is stored once. What another
-/// file system has mounted there stays out. Returns the bytes of the files' content.
+/// Packs everything below `root`: owners, modes, times, links, devices. A file with several names is stored once. Other file
+/// systems mounted there stay out. Returns the bytes of the files' content.
 pub(super) fn pack(root: &Path, out: &mut dyn Write) -> io::Result<u64> {
     let mut archive = Archive {
         root,
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_comes_out_as_it_went_in() {
+    fn a_packed_tree_unpacks_unchanged() {
         let root = tempfile::tempdir().unwrap();
         let file = |name: &str| root.path().join(name);
         fs::create_dir_all(file("a/b")).unwrap();
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn special_files_have_their_numbers() {
+    fn device_nodes_keep_their_numbers() {
         let mut archive = Vec::new();
         let null = Path::new("/dev/null");
         let meta = stat(null).unwrap();
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_named() {
+    fn unreadable_files_are_named() {
         let error = pack(Path::new("/nowhere"), &mut Vec::new()).unwrap_err();
         assert!(
             error.to_string().starts_with("cannot read /nowhere: "),

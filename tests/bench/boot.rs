@@ -160,7 +160,7 @@ fn one(row: &Row, cache: &Path) -> Outcome<()> {
     let watch = Watch {
         marker: Some(DEMO_MARKER),
         limit: PATIENCE,
-        look: Some(&mut look),
+        sample: Some(&mut look),
         ..Watch::default()
     };
     let run = measure::run(&row.words(&kernel), watch, &signals)?;

@@ -189,13 +189,13 @@ impl Row {
     ) -> Result<(), ToolError> {
         let report = &mut self.report;
         let mut memory = None;
-        let mut look = |pid| memory = GuestShare::read(pid, guest.memory.bytes);
+        let mut sample = |pid| memory = GuestShare::read(pid, guest.memory.bytes);
         let watch = Watch {
             marker: Some(&options.until),
             limit: options.timeout.0,
             stop_at_marker: options.stop_at_marker,
-            look: (round == 0).then_some(&mut look),
-            look_every: None,
+            sample: (round == 0).then_some(&mut sample),
+            sample_every: None,
         };
         let run = match measure::run(&self.vmm.words, watch, signals) {
             Ok(run) => run,

@@ -1,4 +1,4 @@
-//! What came out: a table for people, JSON for programs; and a comparison with an earlier run.
+//! The results as a table and as JSON, and their comparison with an earlier run.
 
 use std::fmt;
 use std::fs;

@@ -1,4 +1,4 @@
-//! The VMMs that can be measured, and how each is told of one and the same guest.
+//! The VMMs that can be measured, and the command line of each for one and the same guest.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -40,7 +40,7 @@ pub const OTHER_VMMS: [OtherVmm; 5] = [
         name: "firecracker",
         about: "Firecracker",
         programs: &["firecracker"],
-        differs: "takes an ELF vmlinux, no bzImage; has no ACPI power-off, so a guest that powers off halts for ever: have it \
+        differs: "takes an ELF vmlinux, no bzImage; has no ACPI power-off, so a guest that powers off never ends: have it \
                   reset, or give --stop-at-marker",
         arguments: firecracker,
     },
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn each_is_told_of_the_same_guest() {
+    fn all_boot_the_same_guest() {
         let cmdline = format!("{DEFAULT_CMDLINE} -- true");
         let scratch = tempfile::tempdir().unwrap();
         let guest = guest();

@@ -1,4 +1,4 @@
-//! The root file system that all run on: a copy for the containers, an initramfs of the same for the virtual machine.
+//! The root file system that all runtimes use: a copy for the containers, an initramfs of the same for the virtual machine.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufWriter, Write};
@@ -9,7 +9,7 @@ use crate::config::{DEFAULT_CMDLINE, MemorySize};
 use crate::tools::cpio;
 use crate::tools::measure::call;
 
-/// guestctl, built from its source beside the demo initramfs: first process of the virtual machine, and probe everywhere.
+/// guestctl (guest-kernels/initramfs): first process of the virtual machine, and probe everywhere.
 const GUESTCTL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guestctl"));
 
 /// Where in the root it is, with what it reads.
@@ -31,7 +31,7 @@ pub(super) const ENVIRONMENT: [&str; 2] = [
 /// Added to the virtual machine's kernel command line: nothing but the command's output on the console.
 const APPEND: &str = "loglevel=1 rdinit=/.minivmm/init";
 
-/// What all run.
+/// What every runtime runs.
 pub(super) struct Image {
     /// The name of containers and images.
     pub(super) id: String,
@@ -58,7 +58,7 @@ pub(super) struct VmImage {
 }
 
 impl Image {
-    /// Copies the root file system: what runs may write there, and the original is nobody's but its owner's.
+    /// Copies the root file system: runs may write to it, and the original stays as it is.
     pub(super) fn new(from: &Path, command: &[String], scratch: &Path) -> Result<Self, String> {
         let root = scratch.join("root");
         fs::create_dir(&root).map_err(|e| format!("cannot make {}: {e}", root.display()))?;

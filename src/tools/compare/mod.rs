@@ -24,8 +24,8 @@ use processes::{Seen, daemons_bytes};
 use report::{Report, RowReport};
 use runtime::{Job, Runtime};
 
-/// Between two looks at the memory of a run's processes.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// Interval at which the memory of a run's processes is read.
+const SAMPLE_EVERY: Duration = Duration::from_millis(5);
 
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
@@ -160,7 +160,7 @@ fn kernel(options: &CompareOptions) -> Result<PathBuf, ToolError> {
         )))
 }
 
-/// Has the kernel forget files, directories and inodes that it could read again.
+/// Drops the page cache, dentries and inodes.
 fn drop_caches() -> io::Result<()> {
     rustix::fs::sync();
     fs::write(DROP_CACHES, "3")
@@ -182,7 +182,7 @@ impl Comparison<'_> {
             self.probe(row)?;
         }
         for row in rows.iter_mut() {
-            self.look(row)?;
+            self.examine(row)?;
         }
         for round in 1..=self.options.runs {
             let title = format!("{round}/{}", self.options.runs);
@@ -231,9 +231,9 @@ impl Comparison<'_> {
         Ok(())
     }
 
-    /// A run whose processes are looked at.
-    fn look(&mut self, row: &mut Row) -> Result<(), ToolError> {
-        self.show("looking at the memory", row);
+    /// A run whose processes are examined.
+    fn examine(&mut self, row: &mut Row) -> Result<(), ToolError> {
+        self.show("measuring memory", row);
         let mut seen = Seen::before();
         self.run(row, Job::Command, Some(&mut |_| seen.look()))?;
         row.report.daemons_kib = daemons_bytes(row.runtime.daemons()) >> 10;
@@ -261,7 +261,7 @@ impl Comparison<'_> {
         &mut self,
         row: &mut Row,
         job: Job,
-        look: Option<&mut dyn FnMut(u32)>,
+        sample: Option<&mut dyn FnMut(u32)>,
     ) -> Result<Option<Run>, ToolError> {
         if row.report.error.is_some() {
             return Ok(None);
@@ -271,8 +271,8 @@ impl Comparison<'_> {
             .command(&row.program, &self.image, &self.vm, job);
         let watch = Watch {
             limit: self.options.timeout.0,
-            look_every: look.is_some().then_some(LOOK_EVERY),
-            look,
+            sample_every: sample.is_some().then_some(SAMPLE_EVERY),
+            sample,
             ..Watch::default()
         };
         let result = measure::run(&words, watch, &self.signals);

@@ -1,4 +1,4 @@
-//! The processes of one run, found while it runs: their memory and their namespaces.
+//! The processes of a run: their memory and their namespaces, read while it runs.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -18,7 +18,7 @@ pub(super) struct Seen {
     pub(super) processes: usize,
     /// Namespaces that some of them do not share with this process.
     pub(super) namespaces: BTreeSet<String>,
-    /// Shims that were there before.
+    /// Shims that ran before.
     others: HashSet<i32>,
 }
 
@@ -35,7 +35,7 @@ impl Seen {
         }
     }
 
-    /// Looks at the processes that descend from this one, or from a shim that is new.
+    /// Examines the processes that descend from this one, or from a new shim.
     pub(super) fn look(&mut self) {
         let table = table();
         let me = std::process::id() as i32;

@@ -1,4 +1,4 @@
-//! What came out: a table for people, JSON for programs.
+//! The results as a table and as JSON.
 
 use std::io::{self, Write};
 
@@ -35,7 +35,7 @@ pub(super) struct Report {
     pub(super) reference: Option<String>,
     /// Whether the command printed the same everywhere.
     pub(super) same_output: bool,
-    /// Every runtime that is there, minivmm last.
+    /// Every runtime that is installed, minivmm last.
     pub(super) rows: Vec<RowReport>,
 }
 
@@ -86,13 +86,13 @@ pub(super) struct RowReport {
     pub(super) output: String,
     /// Namespaces that the runtime's processes have of their own.
     pub(super) own_namespaces: Vec<String>,
-    /// What else of the host the command meets.
+    /// What else the command shares with the host.
     pub(super) shares: String,
     /// Why it was not measured, or not to the end.
     pub(super) error: Option<String>,
 }
 
-/// How it was measured, for every form of the report.
+/// How it was measured.
 pub(super) const METHOD: &[&str] = &[
     "Every time counts from just before the fork and exec of the runtime's command on this host. First output is the first byte of \
      the command's output that arrives here; the end is the end of that process.",

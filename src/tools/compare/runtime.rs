@@ -62,7 +62,7 @@ impl Runtime {
         }
     }
 
-    /// All programs that must be there to run something, the one that is called first.
+    /// All programs that are needed to run something; the first is the one that is called.
     fn programs(self) -> &'static [&'static str] {
         match self {
             Self::Minivmm => &[],
@@ -88,7 +88,7 @@ impl Runtime {
         }
     }
 
-    /// The program, if it is there.
+    /// The program, if it is installed.
     pub(super) fn find(self) -> Option<PathBuf> {
         match self {
             Self::Minivmm => std::env::current_exe().ok(),
@@ -125,7 +125,7 @@ impl Runtime {
         first_line(program, &["--version"]).unwrap_or("unknown".into())
     }
 
-    /// What of the host the command meets, but for namespaces, which are measured.
+    /// What the command shares with the host, except namespaces, which are measured.
     pub(super) fn shares(self) -> &'static str {
         match self {
             Self::Minivmm => {
@@ -140,7 +140,7 @@ impl Runtime {
         }
     }
 
-    /// Makes ready what every run needs: an image, a configuration. An error says what failed.
+    /// Prepares what every run needs: an image, a configuration. An error says what failed.
     pub(super) fn prepare(self, image: &Image) -> Result<(), String> {
         match self {
             Self::Minivmm | Self::Podman => Ok(()),
@@ -213,7 +213,7 @@ impl Runtime {
             }
             Self::Podman | Self::Docker => {
                 let is_podman = self == Self::Podman;
-                // Without systemd nobody makes podman's control groups, or keeps its journal.
+                // Without systemd there are no control groups made for podman, and no journal.
                 if is_podman && !Path::new("/run/systemd/system").exists() {
                     let options = ["--cgroup-manager=cgroupfs", "--events-backend=file"];
                     all.extend(options.map(OsString::from));
@@ -231,7 +231,7 @@ impl Runtime {
         all
     }
 
-    /// Takes away what a run that was killed may have left.
+    /// Removes what a killed run may have left.
     pub(super) fn clean_up(self, image: &Image) {
         let command = match self {
             Self::Minivmm => return,
@@ -242,7 +242,7 @@ impl Runtime {
         let _ = call(self.name(), &[command, "--force", &image.id]);
     }
 
-    /// Takes away what [`Self::prepare`] made outside of the scratch directory.
+    /// Removes what [`Self::prepare`] made outside of the scratch directory.
     pub(super) fn forget(self, image: &Image) {
         if self == Self::Docker {
             let _ = call("docker", &["rmi", "--force", &image.id]);

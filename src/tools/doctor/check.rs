@@ -42,7 +42,7 @@ impl Verdict {
 /// One line of the doctor's report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What was looked at.
+    /// What was checked.
     pub subject: String,
     /// What was found.
     pub found: String,

@@ -44,8 +44,8 @@ impl KernelConfig {
         })
     }
 
-    /// Looks for the configuration beside a kernel file, as distributions ship it.
-    pub(crate) fn beside(kernel: &Path, version: Option<&str>) -> Option<Self> {
+    /// Reads the configuration next to a kernel file, where distributions install it.
+    pub(crate) fn next_to(kernel: &Path, version: Option<&str>) -> Option<Self> {
         let dir = kernel.parent()?;
         let release = version.and_then(|version| version.split_whitespace().next());
         // A release comes out of the file: it may name a file here, and nothing elsewhere.
@@ -92,14 +92,14 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
     let build = |name: &str| format!("build the kernel with CONFIG_{name}=y");
     let mut checks = Vec::new();
 
-    // The ways to learn of CPUs, interrupts and devices.
+    // How the kernel finds CPUs, interrupts and devices.
     checks.push(match (config.has("ACPI"), config.has("X86_MPPARSE")) {
         (true, mp_table) => Check::ok(
             "CONFIG_ACPI",
             if mp_table {
                 "yes, and the MP table (CONFIG_X86_MPPARSE)"
             } else {
-                "yes; no MP table, so acpi=off will not do"
+                "yes; no MP table, so acpi=off does not work"
             },
         ),
         (false, true) => Check::info(
@@ -168,7 +168,7 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
         (
             "PVH",
             "yes: its vmlinux starts by PVH as well",
-            "no: its vmlinux starts by the Linux protocol alone",
+            "no: its vmlinux starts only by the Linux protocol",
         ),
     ] {
         checks.push(Check::info(
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_without_a_console_is_warned_about() {
+    fn a_kernel_without_a_console_gets_a_warning() {
         let config = KernelConfig::parse("test", "CONFIG_ACPI=y\nCONFIG_VIRTIO_MMIO=m\n").unwrap();
         let checks = check_config(&config);
         let find = |subject: &str| {

@@ -1,6 +1,7 @@
 //! What this host offers to a guest: facts are gathered first, then judged, so that the judgement is tested with made-up
 //! facts.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
@@ -47,39 +48,39 @@ struct KvmFacts {
     create_vm: Result<Duration, String>,
 }
 
-/// Whether /dev/kvm can be used.
-#[derive(Debug, Clone)]
-enum DevKvm {
-    Works(KvmFacts),
-    Absent,
-    NotADevice,
-    Denied { group: String },
-    Failed(String),
-}
-
 /// Checks what this host offers.
 pub fn check_host() -> Vec<Check> {
     let (cpu, modules) = (Cpu::read(), Modules::read());
-    let mut checks = check_kvm(&open_kvm(), &cpu, modules);
+    let mut checks = check_kvm(open_kvm(&cpu, modules), &cpu, modules);
     checks.extend(limits::check_limits());
     checks
 }
 
-fn open_kvm() -> DevKvm {
-    let metadata = match fs::metadata(kvm::DEVICE) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return DevKvm::Absent,
-        Err(error) => return DevKvm::Failed(error.to_string()),
+/// What KVM says of itself, or why it cannot be asked.
+fn open_kvm(cpu: &Cpu, modules: Modules) -> Result<KvmFacts, Check> {
+    let fail = |found: &str| Check::fail(kvm::DEVICE, found);
+    let failed = |error: &dyn fmt::Display| {
+        fail(&format!("cannot be opened: {error}")).hint(absent_hint(cpu, modules))
     };
-    if !metadata.file_type().is_char_device() {
-        return DevKvm::NotADevice;
+    match fs::metadata(kvm::DEVICE) {
+        Ok(metadata) if metadata.file_type().is_char_device() => {}
+        Ok(_) => {
+            return Err(fail("is not a character device")
+                .hint("remove it and make it again: rm /dev/kvm && mknod /dev/kvm c 10 232"));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(fail("absent").hint(absent_hint(cpu, modules)));
+        }
+        Err(error) => return Err(failed(&error)),
     }
     match Kvm::new() {
-        Ok(kvm) => DevKvm::Works(ask_kvm(&kvm)),
-        Err(error) if matches!(error.errno(), libc::EACCES | libc::EPERM) => DevKvm::Denied {
-            group: kvm::device_group(),
-        },
-        Err(error) => DevKvm::Failed(error.to_string()),
+        Ok(kvm) => Ok(ask_kvm(&kvm)),
+        Err(error) if matches!(error.errno(), libc::EACCES | libc::EPERM) => {
+            let group = kvm::device_group();
+            let found = format!("permission denied; it belongs to the group {group}");
+            Err(fail(&found).hint(kvm::permission_hint(&group)))
+        }
+        Err(error) => Err(failed(&error)),
     }
 }
 
@@ -106,41 +107,21 @@ fn ask_kvm(kvm: &Kvm) -> KvmFacts {
     }
 }
 
-fn check_kvm(dev_kvm: &DevKvm, cpu: &Cpu, modules: Modules) -> Vec<Check> {
-    let subject = kvm::DEVICE;
-    let mut checks = vec![check_cpu(cpu, matches!(dev_kvm, DevKvm::Works(_)))];
+fn check_kvm(kvm: Result<KvmFacts, Check>, cpu: &Cpu, modules: Modules) -> Vec<Check> {
+    let mut checks = vec![check_cpu(cpu, kvm.is_ok())];
     if cpu.hypervisor {
         checks.push(Check::info(
             "nested",
             "this host is itself a virtual machine: guests run slower than on bare metal",
         ));
     }
-    match dev_kvm {
-        DevKvm::Works(facts) => {
-            checks.push(Check::ok(subject, "opens"));
+    match kvm {
+        Ok(facts) => {
+            checks.push(Check::ok(kvm::DEVICE, "opens"));
             checks.push(check_module(cpu, modules));
-            checks.extend(check_facts(facts));
+            checks.extend(check_facts(&facts));
         }
-        DevKvm::Absent => {
-            checks.push(Check::fail(subject, "absent").hint(absent_hint(cpu, modules)))
-        }
-        DevKvm::NotADevice => checks.push(
-            Check::fail(subject, "is not a character device")
-                .hint("remove it and make it again: rm /dev/kvm && mknod /dev/kvm c 10 232"),
-        ),
-        DevKvm::Denied { group } => checks.push(
-            Check::fail(
-                subject,
-                format!("permission denied; it belongs to the group {group}"),
-            )
-            .hint(kvm::permission_hint(group)),
-        ),
-        DevKvm::Failed(error) => {
-            checks.push(
-                Check::fail(subject, format!("cannot be opened: {error}"))
-                    .hint(absent_hint(cpu, modules)),
-            );
-        }
+        Err(check) => checks.push(check),
     }
     checks
 }
@@ -301,20 +282,13 @@ mod tests {
 
     #[test]
     fn a_good_host_fails_nothing() {
-        assert!(
-            fails(&check_kvm(
-                &DevKvm::Works(facts()),
-                &cpu(true, false),
-                INTEL
-            ))
-            .is_empty()
-        );
+        assert!(fails(&check_kvm(Ok(facts()), &cpu(true, false), INTEL)).is_empty());
     }
 
     #[test]
     fn pvm_is_told_from_hardware() {
         for (virtualization, modules) in [(false, PVM), (false, Modules::default()), (true, PVM)] {
-            let checks = check_kvm(&DevKvm::Works(facts()), &cpu(virtualization, true), modules);
+            let checks = check_kvm(Ok(facts()), &cpu(virtualization, true), modules);
             let fails = fails(&checks);
             assert_eq!(fails.len(), 1, "{checks:?}");
             assert!(fails[0].found.contains("cannot run stock kernels"));
@@ -323,60 +297,41 @@ mod tests {
     }
 
     #[test]
-    fn each_trouble_has_its_mend() {
-        let hint = |dev_kvm: DevKvm, cpu: Cpu, modules| {
-            check_kvm(&dev_kvm, &cpu, modules)
-                .into_iter()
-                .filter(|check| check.verdict == Verdict::Fail)
-                .filter_map(|check| check.hint)
-                .collect::<Vec<_>>()
-                .join("\n")
-        };
+    fn failures_have_hints() {
         let none = Modules::default();
-        assert!(
-            hint(
-                DevKvm::Denied {
-                    group: "kvm".to_owned()
-                },
-                cpu(true, false),
-                INTEL
-            )
-            .contains("usermod -aG kvm $USER")
-        );
-        assert!(
-            hint(
-                DevKvm::Denied {
-                    group: "root".to_owned()
-                },
-                cpu(true, false),
-                INTEL
-            )
-            .contains("chgrp kvm")
-        );
-        assert!(hint(DevKvm::Absent, cpu(true, false), none).contains("modprobe kvm_intel"));
-        assert!(
-            hint(
-                DevKvm::Absent,
-                Cpu {
-                    amd: true,
-                    ..cpu(true, false)
-                },
-                none
-            )
-            .contains("modprobe kvm_amd")
-        );
-        assert!(hint(DevKvm::Absent, cpu(true, false), INTEL).contains("--device /dev/kvm"));
-        assert!(hint(DevKvm::Absent, cpu(false, false), none).contains("firmware"));
-        assert!(hint(DevKvm::Absent, cpu(false, true), none).contains("nested"));
+        let amd = Cpu {
+            amd: true,
+            ..cpu(true, false)
+        };
+        for (cpu, modules, wanted) in [
+            (cpu(true, false), none, "modprobe kvm_intel"),
+            (amd, none, "modprobe kvm_amd"),
+            (cpu(true, false), INTEL, "--device /dev/kvm"),
+            (cpu(false, false), none, "firmware"),
+            (cpu(false, true), none, "nested"),
+        ] {
+            let hint = absent_hint(&cpu, modules);
+            assert!(hint.contains(wanted), "{hint}");
+        }
+        let hint = |facts| {
+            let checks = check_kvm(Ok(facts), &cpu(true, false), INTEL);
+            let [fail] = fails(&checks)[..] else {
+                panic!("{checks:?}")
+            };
+            fail.hint.clone().unwrap()
+        };
         let old = KvmFacts {
             missing: vec!["KVM_CAP_SIGNAL_MSI"],
             ..facts()
         };
-        assert!(hint(DevKvm::Works(old), cpu(true, false), INTEL).contains("newer host kernel"));
+        assert!(hint(old).contains("newer host kernel"));
         let busy = KvmFacts {
             create_vm: Err("busy".to_owned()),
             ..facts()
         };
-        assert!(hint(DevKvm::Works(busy), cpu(true, false), INTEL).contains("VirtualBox"));
+        assert!(hint(busy).contains("VirtualBox"));
+        let absent = Check::fail("/dev/kvm", "absent");
+        let checks = check_kvm(Err(absent.clone()), &cpu(true, false), none);
+        assert_eq!(fails(&checks), [&absent]);
     }
 }

@@ -13,16 +13,16 @@ use crate::boot::input::InputFile;
 use crate::boot::{BootError, MIB, Role};
 use crate::tools::cpio::{self, Header};
 
-/// Most archives in a file that are looked at; early microcode and the rest make two.
+/// Most archives in a file that are read; early microcode and the rest make two.
 const MAX_ARCHIVES: usize = 16;
-/// Most members of an archive that are looked at.
+/// Most members of an archive that are read.
 const MAX_MEMBERS: usize = 200_000;
-/// Longest run of zeroes between two archives that is stepped over.
+/// Longest run of zeroes between two archives that is skipped.
 const MAX_PADDING: u64 = 1 << 20;
 /// Most bytes that are decompressed.
 const MAX_UNPACKED: u64 = 1 << 30;
 
-/// Looks at an initrd file, and at the kernel's configuration for what it unpacks.
+/// Inspects an initrd file, and checks that a kernel with this configuration unpacks it.
 pub fn check_initrd(path: &Path, kernel_config: Option<&KernelConfig>) -> Vec<Check> {
     inspect(path, kernel_config).unwrap_or_else(|error| vec![Check::unusable("file", &error)])
 }
@@ -53,7 +53,7 @@ fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, Boo
                 checks.push(check_compression(archive, compression, config));
                 let contents = (compression == Compression::Gzip).then(|| {
                     let mut unpacked = GzDecoder::new(&mut reader).take(MAX_UNPACKED);
-                    walk(&mut unpacked, read_over)
+                    walk(&mut unpacked, skip_by_reading)
                 });
                 reader.at = input.len();
                 ("cpio in gzip", contents)
@@ -123,7 +123,7 @@ fn check_compression(
     if compression == Compression::Lz4Frame {
         return Check::fail(
             subject,
-            "LZ4 in the frame format; Linux reads the legacy format alone",
+            "LZ4 in the frame format; Linux reads only the legacy format",
         )
         .hint("compress it with lz4 -l");
     }
@@ -166,15 +166,15 @@ impl Contents {
     }
 }
 
-/// Passes over bytes of a stream that has to be read.
-fn read_over(reader: &mut impl Read, count: u64) -> io::Result<()> {
+/// Skips bytes of a stream by reading them.
+fn skip_by_reading(reader: &mut impl Read, count: u64) -> io::Result<()> {
     match io::copy(&mut reader.take(count), &mut io::sink())? {
         copied if copied < count => Err(io::ErrorKind::UnexpectedEof.into()),
         _ => Ok(()),
     }
 }
 
-/// Steps through a cpio archive to its trailer, or through as many members as are looked at.
+/// Reads a cpio archive up to its trailer, or [`MAX_MEMBERS`].
 fn walk<R: Read>(archive: &mut R, skip: fn(&mut R, u64) -> io::Result<()>) -> io::Result<Contents> {
     let mut contents = Contents::default();
     while contents.members < MAX_MEMBERS {
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_kernel_would_not_unpack() {
+    fn unusable_initrds_are_reported() {
         assert_eq!(
             verdict(&check(&cpio(&[("bin", b"")]), ""), "/init"),
             Verdict::Warn

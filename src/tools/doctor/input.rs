@@ -16,7 +16,7 @@ impl<'a> FileReader<'a> {
         Self { input, at }
     }
 
-    /// Passes over bytes without reading them.
+    /// Skips bytes without reading them.
     pub(super) fn skip(&mut self, count: u64) -> io::Result<()> {
         self.at = self.at.saturating_add(count);
         if self.at > self.input.len() {

@@ -25,7 +25,7 @@ pub struct KernelInfo {
     pub format: KernelFormat,
     /// "6.1.0-56-cloud-amd64 (...) #1 SMP ...".
     pub version: Option<String>,
-    /// Version of the Linux boot protocol, major in the high byte; bzImage alone.
+    /// Version of the Linux boot protocol, major in the high byte; bzImage only.
     pub boot_protocol: Option<u16>,
     /// How the payload of a bzImage is compressed.
     pub compression: Option<String>,
@@ -37,15 +37,15 @@ pub struct KernelInfo {
     pub pvh_entry: Option<u32>,
     /// Where it is loaded.
     pub load_gpa: u64,
-    /// Least memory of a VM for it in MiB; what its user space needs comes on top.
+    /// Least memory of a VM for it in MiB, without what its user space needs.
     pub min_memory_mib: u64,
     /// Longest command line in bytes.
     pub cmdline_max: usize,
-    /// End of the memory where an initrd may be; bzImage alone.
+    /// End of the memory where an initrd may be; bzImage only.
     pub initrd_end_max: Option<u64>,
 }
 
-/// A kernel file with the doctor's opinion.
+/// A kernel file and its checks.
 #[derive(Debug, Serialize)]
 pub struct KernelReport {
     /// What it is, if it is a kernel that can be loaded.
@@ -62,7 +62,7 @@ pub fn check_kernel(path: &Path) -> Vec<Check> {
     inspect_kernel(path).checks
 }
 
-/// Looks at a kernel file; the checks come with what they are based on.
+/// Inspects a kernel file; the checks come with what they are based on.
 pub fn inspect_kernel(path: &Path) -> KernelReport {
     let (info, found) = match read(path) {
         Ok(read) => read,
@@ -78,7 +78,7 @@ pub fn inspect_kernel(path: &Path) -> KernelReport {
     let mut checks = check_info(&info);
     let config = found
         .config
-        .or_else(|| KernelConfig::beside(path, info.version.as_deref()));
+        .or_else(|| KernelConfig::next_to(path, info.version.as_deref()));
     match &config {
         Some(config) => {
             checks.push(Check::ok("configuration", &config.origin));
@@ -227,11 +227,11 @@ fn no_config(info: &KernelInfo) -> Check {
         .and_then(|version| version.split_whitespace().next());
     let name = release.map_or("config".to_owned(), |release| format!("config-{release}"));
     let found = if info.decompresses_itself.is_some() {
-        format!("not looked for inside the payload, and no {name} beside the kernel")
+        format!("not looked for inside the payload, and no {name} next to the kernel")
     } else {
-        format!("none embedded (CONFIG_IKCONFIG), and no {name} beside the kernel")
+        format!("none embedded (CONFIG_IKCONFIG), and no {name} next to the kernel")
     };
     Check::info("configuration", found).hint(format!(
-        "put {name} beside the kernel to have its options checked"
+        "put {name} next to the kernel to have its options checked"
     ))
 }

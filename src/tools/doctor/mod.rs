@@ -1,4 +1,4 @@
-//! What this host and this kernel file can and cannot do, with the hint.
+//! `minivmm doctor`: what this host and these files can and cannot do, with hints.
 
 mod check;
 mod config;
@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_is_aligned_and_says_what_to_do() {
+    fn the_table_is_aligned_and_has_hints() {
         let report = Report {
             can_boot: false,
             host: vec![

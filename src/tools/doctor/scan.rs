@@ -9,7 +9,7 @@ use memchr::memmem;
 use super::config::{KernelConfig, MAX_CONFIG_LEN};
 use crate::boot::bzimage::printable;
 
-/// Bytes that are looked at in one go.
+/// Bytes searched at a time.
 const CHUNK: usize = 1 << 20;
 /// Bytes kept from one chunk to the next, so that nothing is cut: the longest banner that is read.
 const OVERLAP: usize = 512;
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_found_in_nothing() {
+    fn zeroes_and_garbage_yield_nothing() {
         let found = scan([0; 5000].as_slice()).unwrap();
         assert!(found.version.is_none() && found.config.is_none());
         let found = scan(b"IKCFG_ST\x1f\x8b\x08 this is no gzip file".as_slice()).unwrap();

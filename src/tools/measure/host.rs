@@ -1,4 +1,4 @@
-//! What the host was like: without it, no time means anything to anybody else.
+//! The host that a measurement was made on.
 
 use std::fmt;
 use std::fs;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::cpu::Cpu;
 use crate::host::kvm::Modules;
 
-/// The host, as far as it decides how long a boot takes.
+/// What decides how long a boot takes on a host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HostFacts {
     /// The processor's model name.
@@ -32,7 +32,7 @@ pub struct HostFacts {
 }
 
 impl HostFacts {
-    /// Looks at this host; what cannot be read is empty or 0.
+    /// Reads this host's; what cannot be read is empty or 0.
     pub fn read() -> Self {
         let cpu = Cpu::read();
         let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();

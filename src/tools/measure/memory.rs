@@ -15,9 +15,9 @@ pub struct GuestShare {
 }
 
 impl GuestShare {
-    /// Looks at a process whose guest has `ram` bytes. The guest's RAM has no name that all VMMs agree on, but a size: it is the
+    /// Reads it of a process whose guest has `ram` bytes. VMMs do not agree on a name for the guest's RAM, but it has a size: it is the
     /// adjoining mappings that add up to exactly so much, or to the two parts that lie below and above minivmm's MMIO gap.
-    /// `None` where there are none such, or no such process, rather than a wrong number.
+    /// `None` without such mappings or such a process.
     pub fn read(pid: u32, ram: u64) -> Option<Self> {
         let maps = Process::new(pid as i32).ok()?.smaps().ok()?;
         Self::of(&maps.0, ram)
@@ -83,7 +83,7 @@ Private_Dirty:         4 kB
 ";
 
     #[test]
-    fn guest_ram_is_found_by_its_size_through_what_is_mapped_over_it() {
+    fn guest_ram_is_found_by_its_size() {
         let found = share(SMAPS, 16 << 20).unwrap();
         assert_eq!(
             (found.guest_bytes >> 10, found.own_bytes >> 10),

@@ -31,13 +31,13 @@ pub struct Watch<'a> {
     pub marker: Option<&'a str>,
     /// Longest time; then it is killed.
     pub limit: Duration,
-    /// Kill it when the marker is there.
+    /// Kill it when the marker appears.
     pub stop_at_marker: bool,
-    /// Called with the process id when the marker is there, and every so often before the end if [`Self::look_every`] says
-    /// so. What it takes delays the times behind it.
-    pub look: Option<&'a mut dyn FnMut(u32)>,
-    /// Time between two looks.
-    pub look_every: Option<Duration>,
+    /// Called with the process id when the marker appears, and at intervals of [`Self::sample_every`]. The time that it takes
+    /// delays the times measured after it.
+    pub sample: Option<&'a mut dyn FnMut(u32)>,
+    /// Interval of calls of [`Self::sample`]; without it, there is only the one at the marker.
+    pub sample_every: Option<Duration>,
 }
 
 /// What a run was like. Times count from just before the process was made.
@@ -138,7 +138,7 @@ struct Killed(Child);
 impl Drop for Killed {
     fn drop(&mut self) {
         if let Some(group) = Pid::from_raw(self.0.id() as i32) {
-            // All that is left of it; nobody, usually.
+            // Usually none of it is left.
             let _ = kill_process_group(group, Signal::KILL);
         }
         let _ = self.0.wait();
@@ -156,10 +156,10 @@ fn observe(
     let mut stdout = Pipe::new(child.stdout.take())?;
     let mut stderr = Pipe::new(child.stderr.take())?;
     let mut run = Run::default();
-    let mut next_look = watch.look_every;
+    let mut next_sample = watch.sample_every;
     while run.end.is_none() {
         let now = start.elapsed();
-        let until = next_look.map_or(watch.limit, |look| look.min(watch.limit));
+        let until = next_sample.map_or(watch.limit, |at| at.min(watch.limit));
         wait(
             &[
                 Some(process.as_fd()),
@@ -176,7 +176,7 @@ fn observe(
             run.first_output.get_or_insert(now);
             if run.marker.is_none() && watch.marker.is_some_and(|text| stdout.has_new(text)) {
                 run.marker = Some(now);
-                watch.look.iter_mut().for_each(|look| look(pid));
+                watch.sample.iter_mut().for_each(|sample| sample(pid));
                 if watch.stop_at_marker {
                     break;
                 }
@@ -192,9 +192,9 @@ fn observe(
         } else if now >= watch.limit {
             run.timed_out = true;
             break;
-        } else if next_look.is_some_and(|look| now >= look) {
-            watch.look.iter_mut().for_each(|look| look(pid));
-            next_look = watch.look_every.map(|every| start.elapsed() + every);
+        } else if next_sample.is_some_and(|at| now >= at) {
+            watch.sample.iter_mut().for_each(|sample| sample(pid));
+            next_sample = watch.sample_every.map(|every| start.elapsed() + every);
         }
     }
     run.stdout = stdout.bytes;
@@ -207,7 +207,7 @@ fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
-/// Waits until one of these can be read, or the time is over.
+/// Waits until one of these is readable, or the time is over.
 fn wait(files: &[Option<BorrowedFd<'_>>], time: Duration) -> io::Result<()> {
     let mut files: Vec<PollFd<'_>> = files
         .iter()
@@ -222,7 +222,7 @@ fn wait(files: &[Option<BorrowedFd<'_>>], time: Duration) -> io::Result<()> {
     }
 }
 
-/// The reading end of a pipe, as long as somebody writes to it, and the last of what came through.
+/// The reading end of a pipe, until its writers have closed it, and the last of what was read.
 struct Pipe<R> {
     end: Option<R>,
     bytes: Vec<u8>,
@@ -246,7 +246,7 @@ impl<R: Read + AsFd> Pipe<R> {
         self.end.as_ref().map(AsFd::as_fd)
     }
 
-    /// Takes what is there, which is not more than a pipe holds; returns whether that was anything.
+    /// Reads what the pipe holds; returns whether that was anything.
     fn read(&mut self) -> io::Result<bool> {
         if self.bytes.len() > 2 * KEPT {
             self.bytes.drain(..self.bytes.len() - KEPT);
@@ -275,7 +275,7 @@ impl<R: Read + AsFd> Pipe<R> {
     }
 }
 
-/// The file that a shell would run for this name.
+/// The program of this name on the PATH.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
@@ -347,7 +347,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     #[test]
-    fn times_stand_in_order() {
+    fn times_are_in_order() {
         let run = sh(
             "printf a; sleep 0.05; printf 'bc mar'; sleep 0.05; printf 'ker d'; sleep 0.05; echo no >&2; exit 3",
             Watch {
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn much_output_is_read_and_its_end_kept() {
+    fn the_end_of_long_output_is_kept() {
         let run = sh(
             "head -c 3000000 /dev/zero; echo marker",
             Watch {
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_too_long_is_killed_with_its_children() {
+    fn a_timeout_kills_the_process_group() {
         let run = sh(
             "sleep 1000 & echo $!; wait",
             Watch {
@@ -414,30 +414,30 @@ mod tests {
     }
 
     #[test]
-    fn it_is_looked_at_when_the_marker_is_there_and_as_often_as_wanted() {
-        let mut looks = Vec::new();
+    fn it_is_sampled_at_the_marker_and_at_intervals() {
+        let mut samples = Vec::new();
         let run = sh(
             "echo marker; sleep 1000",
             Watch {
                 marker: Some("marker"),
                 limit: LONG,
                 stop_at_marker: true,
-                look: Some(&mut |pid| {
-                    looks.push(std::path::Path::new("/proc").join(pid.to_string()).exists())
+                sample: Some(&mut |pid| {
+                    samples.push(std::path::Path::new("/proc").join(pid.to_string()).exists())
                 }),
                 ..Watch::default()
             },
         );
         assert!(run.marker.is_some() && run.end.is_none() && !run.timed_out);
-        assert_eq!(looks, [true]);
+        assert_eq!(samples, [true]);
 
         let mut count = 0;
         sh(
             "sleep 0.2",
             Watch {
                 limit: LONG,
-                look: Some(&mut |_| count += 1),
-                look_every: Some(Duration::from_millis(10)),
+                sample: Some(&mut |_| count += 1),
+                sample_every: Some(Duration::from_millis(10)),
                 ..Watch::default()
             },
         );
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_is_not_there_is_named() {
+    fn a_missing_program_is_named() {
         let words = [OsString::from("/nowhere/vmm")];
         let watch = Watch::default();
         let error = run(&words, watch, &Signals::none().unwrap()).unwrap_err();

@@ -1,4 +1,4 @@
-//! How far a long measurement has come, for whoever waits at a terminal.
+//! The progress of a long measurement, on a terminal.
 
 use std::io::{self, IsTerminal, Write};
 

@@ -1,4 +1,4 @@
-//! What many runs come to.
+//! Statistics of many runs.
 
 use std::time::Duration;
 
