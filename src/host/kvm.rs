@@ -4,6 +4,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use kvm_ioctls::Kvm;
+
 use super::cpu::Cpu;
 
 /// KVM's device file.
@@ -11,6 +13,38 @@ pub const DEVICE: &str = "/dev/kvm";
 
 /// The API version, unchanged since Linux 2.6.22 (Documentation/virt/kvm/api.rst § 4.1).
 pub const API_VERSION: i32 = 12;
+
+/// Why KVM cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The device does not open.
+    #[error("cannot open {DEVICE}: {0}")]
+    Device(String),
+    /// The device is not KVM's.
+    #[error(
+        "{DEVICE} has API version {0}, not {API_VERSION}: it is not KVM's device; make it again (rm {DEVICE}; mknod {DEVICE} c \
+         10 232)"
+    )]
+    ApiVersion(i32),
+}
+
+/// Opens KVM; an error has a hint.
+pub fn open() -> Result<Kvm, OpenError> {
+    let kvm = Kvm::new().map_err(|error| {
+        OpenError::Device(match error.errno() {
+            libc::ENOENT => "it does not exist; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
+                             firmware, or turn nested virtualization on for this VM"
+                .into(),
+            libc::EACCES => format!("permission denied; {}", permission_hint(&device_group())),
+            libc::ENODEV => "no KVM behind it; load it (modprobe kvm_intel or kvm_amd)".into(),
+            _ => error.to_string(),
+        })
+    })?;
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        other => Err(OpenError::ApiVersion(other)),
+    }
+}
 
 /// The modules in /sys/module, which lists built-in ones too.
 #[derive(Debug, Clone, Copy, Default)]

@@ -20,7 +20,7 @@ use crate::arch::x86_64::{layout, mptable, regs};
 use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{ConfigError, ConsoleKind, ConsoleTarget, MemorySize, OnReboot, VmConfig};
 use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal};
-use crate::host::kvm::{self, API_VERSION as KVM_API_VERSION, DEVICE as KVM_DEVICE};
+use crate::host::kvm::{self, OpenError, open as open_kvm};
 use crate::observe::post_mortem::{self, Scene};
 use crate::observe::timeline::{BootMarks, Point, Timeline};
 use crate::vmm::event_loop::{EventLoop, Signals};
@@ -71,17 +71,8 @@ pub enum VmError {
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
     /// No KVM for this process.
-    #[error("cannot open {KVM_DEVICE}: {why}")]
-    OpenKvm {
-        /// What is wrong, and the mend.
-        why: String,
-    },
-    /// KVM is not what it should be.
-    #[error(
-        "{KVM_DEVICE} has API version {0}, not {KVM_API_VERSION}: it is not KVM's device; make it again (rm {KVM_DEVICE}; \
-         mknod {KVM_DEVICE} c 10 232)"
-    )]
-    ApiVersion(i32),
+    #[error(transparent)]
+    OpenKvm(#[from] OpenError),
     /// Another hypervisor has the processor.
     #[error(
         "KVM refused to create a VM: another hypervisor (VirtualBox, VMware) holds the processor's virtualization; stop it"
@@ -559,23 +550,6 @@ fn event_sink(control: &Arc<Control>, marks: Option<BootMarks>) -> EventSink {
             log::info!("boot mark {mark}");
         }
     })
-}
-
-fn open_kvm() -> Result<Kvm, VmError> {
-    let kvm = Kvm::new().map_err(|e| VmError::OpenKvm {
-        why: match e.errno() {
-            libc::ENOENT => "it is not there; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
-                             firmware, or turn nested virtualization on for this VM"
-                .into(),
-            libc::EACCES => format!("permission denied; {}", kvm::permission_hint(&kvm::device_group())),
-            libc::ENODEV => "no KVM behind it; load it (modprobe kvm_intel or kvm_amd)".into(),
-            _ => e.to_string(),
-        },
-    })?;
-    match kvm.get_api_version() {
-        KVM_API_VERSION => Ok(kvm),
-        other => Err(VmError::ApiVersion(other)),
-    }
 }
 
 /// KVM_CREATE_VM is broken off by any signal that arrives in it.
