@@ -32,7 +32,7 @@ pub enum OpenError {
 pub fn open() -> Result<Kvm, OpenError> {
     let kvm = Kvm::new().map_err(|error| {
         OpenError::Device(match error.errno() {
-            libc::ENOENT => "it does not exist; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
+            libc::ENOENT => "it is not there; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
                              firmware, or turn nested virtualization on for this VM"
                 .into(),
             libc::EACCES => format!("permission denied; {}", permission_hint(&device_group())),
