@@ -33,6 +33,8 @@ const ENTRY_64_OFFSET: u64 = 0x200;
 const MIN_HEADER_END: usize = 0x268;
 /// A sector of the setup part.
 const SECTOR: u64 = 512;
+/// What `syssize` counts.
+const SYSSIZE_UNIT: u64 = 16;
 /// Longest version string that is looked at.
 const VERSION_MAX: usize = 256;
 
@@ -105,7 +107,12 @@ impl BzImage {
             u64::from(header.setup_sects)
         };
         let code_offset = (setup_sects + 1) * SECTOR;
-        let code_len = u64::from(header.syssize) * 16;
+        // syssize counts units of 16 bytes, and the file may end within the last.
+        let file_len = input.len().saturating_sub(code_offset);
+        let code_len = match u64::from(header.syssize) * SYSSIZE_UNIT {
+            len if len > file_len && len - file_len < SYSSIZE_UNIT => file_len,
+            len => len,
+        };
         if code_len <= ENTRY_64_OFFSET {
             return Err(input.malformed(format!(
                 "its protected-mode part has {code_len} bytes (syssize)"

@@ -14,6 +14,63 @@ pub(crate) fn words(cmdline: &str) -> impl Iterator<Item = &str> {
     cmdline.split_whitespace().take_while(|word| *word != "--")
 }
 
+/// What a kernel cannot do on this machine, what it is told instead, and why: people bring command lines that were published for
+/// other monitors, with more hardware or less.
+const UNSUITED: [(&str, &str, &str); 11] = [
+    ("noapic", "", NO_8259),
+    ("acpi=noirq", "", NO_8259),
+    ("acpi=ht", "", NO_8259),
+    ("pci=noacpi", "", NO_8259),
+    // Both also mean noapic.
+    ("nosmp", "maxcpus=1", NO_8259),
+    ("maxcpus=0", "maxcpus=1", NO_8259),
+    ("nolapic", "", NO_OTHER_TIMER),
+    ("disableapic", "", NO_OTHER_TIMER),
+    ("nolapic_timer", "", NO_OTHER_TIMER),
+    ("no-kvmclock", "", NO_OTHER_CLOCK),
+    ("nopv", "", NO_OTHER_CLOCK),
+];
+const NO_8259: &str = "interrupts come by the I/O APIC and ACPI, and there is no 8259";
+const NO_OTHER_TIMER: &str = "the local APIC has the only timer";
+const NO_OTHER_CLOCK: &str = "kvm-clock alone tells how fast the TSC is";
+
+/// The command line, with a warning for each word in it that cannot work and is left out or replaced.
+pub(crate) fn suit(cmdline: &str) -> String {
+    edit(cmdline, |word| {
+        let (_, new, why) = UNSUITED.iter().find(|(unsuited, ..)| word == *unsuited)?;
+        let change = match *new {
+            "" => "is left out of the kernel command line".to_owned(),
+            new => format!("becomes {new} on the kernel command line"),
+        };
+        log::warn!("{word} {change}: {why} in this machine");
+        Some(new)
+    })
+}
+
+/// The command line without `acpi=off`, and without what tells a kernel without ACPI of its devices.
+pub(crate) fn with_acpi(cmdline: &str) -> String {
+    edit(cmdline, |word| {
+        let unwanted = word == "acpi=off" || word.starts_with("virtio_mmio.device=");
+        unwanted.then_some("")
+    })
+}
+
+/// The command line, in which `new` replaces words of the kernel's; by nothing, where it says so.
+fn edit(cmdline: &str, new: impl Fn(&str) -> Option<&'static str>) -> String {
+    // Behind "--" it is init's, and stays as it is, quotes and spaces and all.
+    let init_at = [
+        cmdline.starts_with("-- ").then_some(0),
+        cmdline.find(" -- "),
+    ];
+    let init_at = init_at.into_iter().flatten().min().unwrap_or(cmdline.len());
+    let (kernel, init) = cmdline.split_at(init_at);
+    let words = kernel.split(' ').filter_map(|word| match new(word) {
+        Some("") => None,
+        new => Some(new.unwrap_or(word)),
+    });
+    words.collect::<Vec<_>>().join(" ") + init
+}
+
 /// Whether a Linux with this command line resets the machine by a triple fault: `reboot=t`, and `reboot=p`, which first
 /// tries a port that is not there (kernel/reboot.c, reboot_setup; arch/x86/kernel/reboot.c).
 pub(crate) fn reboots_by_triple_fault(cmdline: &str) -> bool {
@@ -56,6 +113,22 @@ pub(crate) fn write(mem: &GuestMemory, cmdline: &str, kernel_max: usize) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_work_is_left_out_or_replaced() {
+        let published = "console=ttyS0 reboot=k panic=1 pci=off noapic acpi=off  a=\"b  c\" nosmp -- sh  -c noapic";
+        assert_eq!(
+            suit(published),
+            "console=ttyS0 reboot=k panic=1 pci=off acpi=off  a=\"b  c\" maxcpus=1 -- sh  -c noapic"
+        );
+        assert_eq!(
+            with_acpi("acpi=off a virtio_mmio.device=4K@0xd0000000:5 -- acpi=off"),
+            "a -- acpi=off"
+        );
+        for same in ["", " ", "-- nosmp", "a  b", "noapicx maxcpus=01 x=noapic "] {
+            assert_eq!(suit(same), same);
+        }
+    }
 
     #[test]
     fn the_last_way_to_reboot_counts() {

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::GuestMemory;
 use super::bytes::{array, u16_at, u32_at, u64_at};
 use super::error::BootError;
+use super::foreign;
 use super::input::InputFile;
 use super::memory_map::check_fits;
 use crate::arch::x86_64::layout;
@@ -22,6 +23,7 @@ const ET_DYN: u16 = 3;
 const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
+const PT_DYNAMIC: u32 = 2;
 const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 
@@ -55,6 +57,8 @@ pub(crate) struct ElfKernel {
     pub(crate) segments: Vec<Segment>,
     /// Where the PVH protocol enters.
     pub(crate) pvh_entry: Option<u32>,
+    /// It has a dynamic section, to be relocated by; Linux has none.
+    dynamic: bool,
 }
 
 /// One program header.
@@ -68,8 +72,24 @@ struct ProgramHeader {
 }
 
 impl ElfKernel {
-    /// Reads and checks the headers and notes; `head` is the file's beginning.
+    /// Reads and checks the headers and notes; `head` is the file's beginning. Other systems' kernels, which would be started by
+    /// other protocols, are refused by name.
     pub(crate) fn parse(input: &InputFile, head: &[u8]) -> Result<Self, BootError> {
+        let parsed = Self::parse_headers(input, head);
+        if parsed
+            .as_ref()
+            .is_ok_and(|kernel| kernel.pvh_entry.is_some())
+        {
+            return parsed;
+        }
+        let odd = parsed.as_ref().map_or(true, |kernel| kernel.dynamic);
+        match foreign::refuse(input, odd)? {
+            Some(foreign) => Err(foreign),
+            None => parsed,
+        }
+    }
+
+    fn parse_headers(input: &InputFile, head: &[u8]) -> Result<Self, BootError> {
         let class = check_ident(input, head)?;
         let (entry, table) = match class {
             Class::Bits64 => (u64_at(head, 24), u64_at(head, 32)),
@@ -108,6 +128,7 @@ impl ElfKernel {
             entry,
             segments,
             pvh_entry,
+            dynamic: headers.iter().any(|header| header.kind == PT_DYNAMIC),
         })
     }
 

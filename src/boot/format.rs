@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::bytes::has_magic;
 use super::error::{BootError, Role};
+use super::foreign;
 use super::input::InputFile;
 
 /// Compression formats that Linux uses for kernels and initrds (boot.rst, "payload_offset"; lib/decompress.c).
@@ -148,6 +149,9 @@ pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> Bo
     let shown = path.display();
     let (what, mend) = match kind {
         FileKind::BzImage | FileKind::Elf | FileKind::Unknown => {
+            if let Ok(Some(foreign)) = foreign::refuse(input, true) {
+                return foreign;
+            }
             return BootError::NotAKernel {
                 path: path.to_owned(),
                 len: input.len(),

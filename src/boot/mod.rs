@@ -20,7 +20,9 @@ mod decompress;
 pub(crate) mod direct;
 pub(crate) mod elf;
 mod error;
+mod foreign;
 pub(crate) mod format;
+mod image;
 mod initrd;
 pub(crate) mod input;
 mod kaslr;
@@ -45,12 +47,15 @@ use crate::config::BootProtocol;
 use crate::error_chain;
 use bzimage::BzImage;
 pub use cache::default_dir as default_cache_dir;
-pub(crate) use cmdline::{DEFAULT_MAX as CMDLINE_DEFAULT_MAX, reboots_by_triple_fault};
+pub(crate) use cmdline::{
+    DEFAULT_MAX as CMDLINE_DEFAULT_MAX, reboots_by_triple_fault, suit as suit_cmdline,
+};
 use direct::DirectKernel;
 use elf::{Class, ElfKernel};
 pub use error::{BootError, Role};
 pub use format::Compression;
 use format::FileKind;
+pub use image::panic_message;
 use input::InputFile;
 use memory_map::check_fits;
 
@@ -182,6 +187,9 @@ fn load_bzimage(
             (image.load(input, mem)?, Loading::Copied)
         }
     };
+    if loading != Loading::Copied {
+        keep_acpi(mem, source.cmdline, &kernel.range, image.cmdline_max())?;
+    }
     boot_params::write(
         mem,
         &image.header_bytes,
@@ -232,6 +240,7 @@ fn load_elf(
     };
     let kernel_range = kernel.load(input, mem)?;
     cmdline::write(mem, source.cmdline, cmdline::DEFAULT_MAX)?;
+    keep_acpi(mem, source.cmdline, &kernel_range, cmdline::DEFAULT_MAX)?;
     // A kernel without a setup header names no limit; only a 32-bit one has one, its direct map.
     let initrd_ceiling = match kernel.class {
         Class::Bits64 => u64::MAX,
@@ -264,6 +273,24 @@ fn load_elf(
         kernel_range,
         initrd_range,
     })
+}
+
+/// Without ACPI, Linux finds processors and interrupts in the MP table. A kernel that cannot read one keeps ACPI.
+fn keep_acpi(
+    mem: &GuestMemory,
+    cmdline: &str,
+    kernel: &Range<u64>,
+    cmdline_max: usize,
+) -> Result<(), BootError> {
+    if !cmdline::words(cmdline).any(|word| word == "acpi=off")
+        || image::reads_mp_tables(mem, kernel)
+    {
+        return Ok(());
+    }
+    log::warn!(
+        "acpi=off is left out of the kernel command line: this kernel cannot read an MP table (CONFIG_X86_MPPARSE)"
+    );
+    cmdline::write(mem, &cmdline::with_acpi(cmdline), cmdline_max)
 }
 
 fn load_initrd(

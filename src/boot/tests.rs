@@ -469,6 +469,31 @@ fn files_that_are_no_kernels() {
     put(&mut arm, 0x38, b"ARM\x64");
     contains(&error(&arm), &["ARM64", "x86_64"]);
 
+    let mut multiboot = elf64(&[]);
+    put(&mut multiboot, 0x304, &0x1bad_b002u32.to_le_bytes());
+    contains(&error(&multiboot), &["a multiboot kernel", "PVH"]);
+    put(&mut multiboot, 0x340, b"This is GNU Mach 1.8");
+    contains(&error(&multiboot), &["is GNU Mach;"]);
+    put(&mut multiboot, 0x340, b"Xen version %d.%d");
+    contains(&error(&multiboot), &["is the Xen hypervisor;"]);
+    // With the PVH entry it can be started.
+    let mut pvh = elf64(&notes(&(LOAD as u32).to_le_bytes()));
+    put(&mut pvh, 0x304, &0x1bad_b002u32.to_le_bytes());
+    load_bytes(&pvh, &mem(64)).unwrap();
+    contains(
+        &error(b"\x48\x89\xe7 U-Boot 2023.01"),
+        &["is the boot loader U-Boot;"],
+    );
+    let mut dynamic = elf64(&[0; 4]);
+    put(&mut dynamic, 64 + 2 * 56, &[2]);
+    load_bytes(&dynamic, &mem(64)).unwrap();
+    put(&mut dynamic, 0x340, b"U-Boot 2023.01");
+    contains(&error(&dynamic), &["is the boot loader U-Boot;"]);
+    let mut high = elf32(&[0; 16]);
+    put(&mut high, 52 + 12, &0xfff0_0000u32.to_le_bytes());
+    put(&mut high, 0x200, b"U-Boot 2023.01");
+    contains(&error(&high), &["is the boot loader U-Boot;"]);
+
     let mut elf = elf64(&[]);
     put(&mut elf, 18, &183u16.to_le_bytes());
     contains(&error(&elf), &["an ELF file for ARM64"]);
@@ -488,6 +513,16 @@ fn files_that_are_no_kernels() {
             &["the initrd", expected],
         );
     }
+}
+
+#[test]
+fn a_file_may_end_within_the_last_unit_of_its_size() {
+    let mut image = bzimage();
+    image.truncate(image.len() - 15);
+    let loaded = load_bytes(&image, &mem(64)).unwrap();
+    assert_eq!(loaded.kernel_bytes, 4096 - 15);
+    image.truncate(image.len() - 1);
+    contains(&error(&image), &["truncated"]);
 }
 
 #[test]
@@ -648,6 +683,35 @@ fn command_lines() {
         &try_line("ab\nb").unwrap_err().to_string(),
         &["a line break at byte 2"],
     );
+}
+
+#[test]
+fn acpi_stays_where_a_kernel_cannot_do_without() {
+    let mut kernel = elf64(&[]);
+    for reads_mp_tables in [false, true] {
+        if reads_mp_tables {
+            put(
+                &mut kernel,
+                0x210,
+                b"Intel MultiProcessor Specification v1.%d",
+            );
+        }
+        let (kernel, mem) = (file(&kernel), mem(64));
+        let cmdline = "a acpi=off virtio_mmio.device=4K@0xd0000000:5 -- b";
+        let source = BootSource {
+            cmdline,
+            ..source(kernel.path())
+        };
+        load(&mem, &source).unwrap();
+        let mut bytes = [0; 64];
+        mem.read_slice(&mut bytes, GuestAddress(layout::CMDLINE_START))
+            .unwrap();
+        let expected = if reads_mp_tables { cmdline } else { "a -- b" };
+        assert_eq!(
+            bytes[..=expected.len()],
+            format!("{expected}\0").into_bytes()
+        );
+    }
 }
 
 #[test]

@@ -16,7 +16,7 @@ pub struct GuestArgs {
     #[arg(short, long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 quiet pci=conf1,noearly
-    /// noreplace-smp cryptomgr.notests"; with --console virtio console=hvc0, and earlycon=uart,io,0x3f8 behind it]
+    /// swiotlb=noforce noreplace-smp cryptomgr.notests"; with --console virtio console=hvc0, and earlycon=uart,io,0x3f8 behind it]
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// Add to the kernel command line, as in --append 'loglevel=7 -- /bin/sh'; may be given again

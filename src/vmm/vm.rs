@@ -270,7 +270,7 @@ struct Vm {
 impl Vm {
     /// Makes the VM and its RAM, and loads the kernel.
     fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Self, VmError> {
-        let cmdline = machine::cmdline_with_devices(config);
+        let cmdline = boot::suit_cmdline(&machine::cmdline_with_devices(config));
         let resources = open_resources(config)?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {
