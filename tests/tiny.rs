@@ -59,6 +59,39 @@ fn every_end_has_its_status() {
 }
 
 #[test]
+fn a_kernel_that_hangs_after_its_panic_has_panicked() {
+    let ended = run(&mut boot_tiny("ends", "PEs", &["--deadline", "200s"]));
+    ended.assert_code(134);
+    assert!(ended.out().ends_with("tiny ]---\r\n"), "{}", ended.out());
+    // The line alone may be an old log's, and the kernel may go on.
+    run(&mut boot_tiny("ends", "PPp", &["--deadline", "200s"])).assert_code(0);
+    let ended = run(&mut boot_tiny("log", "", &["--deadline", "200s"]));
+    ended.assert_code(7);
+    assert!(ended.out().contains("tiny ]---\r\n"), "{}", ended.out());
+}
+
+#[test]
+fn a_panic_that_nobody_hears_is_found_in_the_kernels_log() {
+    // All of them have the line in their memory, and none on the console.
+    for (cmdline, status) in [("r", 0), ("Tr", 134), ("Tp", 0), ("Tt reboot=t", 134)] {
+        let ended = run(&mut boot_tiny("ends", cmdline, &[]));
+        assert_eq!(ended.code(), status, "{cmdline}: {}", ended.stderr);
+        let told = ended
+            .stderr
+            .contains("panicked, and did not say so on the console: tiny;");
+        assert_eq!(told, status == 134, "{cmdline}: {}", ended.stderr);
+    }
+    // One that hangs is not known to have panicked until somebody looks.
+    let ended = run(&mut boot_tiny("ends", "s", &["--deadline", "300ms"]));
+    ended.assert_code(124);
+    assert!(
+        ended.stderr.contains("the kernel panicked: tiny;"),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[test]
 fn an_init_to_the_boot_processor_is_a_reset() {
     for (cmdline, by) in [("l", "its local APIC"), ("i", "the I/O APIC")] {
         let args = ["--deadline", "60s"];

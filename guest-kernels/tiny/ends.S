@@ -29,6 +29,8 @@ next_letter:
     je   panic_line
     cmp  $'E', %al
     je   panic_end
+    cmp  $'T', %al
+    je   timer_on
     cmp  $'t', %al
     je   triple_fault
     cmp  $'h', %al
@@ -78,6 +80,11 @@ panic_line:                     # "Pr" is an early panic: the line, then the res
 panic_end:                      # "PEs" is a panic without panic=: the last line, then nothing any more
     lea  end_line(%rip), %rsi
     puts_rsi
+    jmp  next_letter
+timer_on:                       # as a kernel leaves its local APIC that resets the machine because it has panicked
+    mov  $0xfee00000, %edi
+    movl $0x1ff, 0xf0(%rdi)     # spurious vector 0xff, APIC on
+    movl $0x30, 0x320(%rdi)     # LVT timer: vector 0x30, unmasked; it does not count
     jmp  next_letter
 triple_fault:
     lidt no_idt(%rip)

@@ -138,6 +138,11 @@ impl Console {
         self.0.shared.transcript().phases()
     }
 
+    /// Sets what to call after what looks like a panic's last line, for this run of a VM. It is called on the console's thread.
+    pub fn on_panic_end(&self, callback: Option<Arc<dyn Fn() + Send + Sync>>) {
+        self.0.shared.transcript().on_panic_end = callback;
+    }
+
     /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.
     pub fn saw_panic(&self) -> bool {
         self.0.shared.transcript().saw_panic()

@@ -1,14 +1,22 @@
 //! What is read in the guest's output: whether the kernel panicked, and when the boot's phases were.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::phases::PhaseScanner;
 use crate::observe::timeline::Phases;
 
+/// Most last lines of a panic that are reported: who is told has to find out whether the kernel wrote the line, and a guest may
+/// write any number of them.
+const MAX_PANIC_ENDS: u32 = 8;
+
 /// What is known about the output of one run of a VM.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Transcript {
     panic: PanicScanner,
+    panic_ends: u32,
+    /// To be called after what looks like the last line of a panic.
+    pub(super) on_panic_end: Option<Arc<dyn Fn() + Send + Sync>>,
     phases: Option<PhaseScanner>,
 }
 
@@ -23,7 +31,12 @@ impl Transcript {
     /// Bytes that came at this time.
     pub(super) fn push(&mut self, bytes: &[u8], came: Instant) {
         for byte in bytes {
-            self.panic.push(*byte);
+            if self.panic.push(*byte) && self.panic_ends < MAX_PANIC_ENDS {
+                self.panic_ends += 1;
+                if let Some(callback) = &self.on_panic_end {
+                    callback();
+                }
+            }
         }
         if let Some(phases) = &mut self.phases {
             phases.push(bytes, came);
@@ -53,10 +66,14 @@ struct PanicScanner {
     /// The line's beginning is no longer in `line`.
     cut: bool,
     seen: bool,
+    /// The current line is the last of a panic.
+    ending: bool,
 }
 
 impl PanicScanner {
     const PANIC: &[u8] = b"Kernel panic - not syncing";
+    /// Linux ends with it where it does not reset the machine (kernel/panic.c).
+    const PANIC_END: &[u8] = b"---[ end Kernel panic";
     const ORDERLY: [&[u8]; 3] = [
         b"reboot: Restarting system",
         b"reboot: Power down",
@@ -65,11 +82,12 @@ impl PanicScanner {
     /// Enough for a time stamp, a caller's id and the longest message.
     const WINDOW: usize = 128;
 
-    fn push(&mut self, byte: u8) {
+    /// Whether this byte ends a panic's last line.
+    fn push(&mut self, byte: u8) -> bool {
         if byte == b'\n' || byte == b'\r' {
             self.line.clear();
             self.cut = false;
-            return;
+            return byte == b'\n' && std::mem::take(&mut self.ending);
         }
         if self.line.len() == Self::WINDOW {
             self.line.drain(..Self::WINDOW / 2);
@@ -78,9 +96,12 @@ impl PanicScanner {
         self.line.push(byte);
         if self.message_is(Self::PANIC) {
             self.seen = true;
+        } else if self.message_is(Self::PANIC_END) {
+            self.ending = self.seen;
         } else if self.seen && Self::ORDERLY.iter().any(|message| self.message_is(message)) {
             self.seen = false;
         }
+        false
     }
 
     /// Whether the line ends with `message`, in a place where the kernel's log would have it.
@@ -111,6 +132,8 @@ fn ends_with_stamp(before: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
     use proptest::prelude::*;
 
@@ -151,6 +174,34 @@ mod tests {
         assert!(seen(&format!(
             "{long}[    1.000000] Kernel panic - not syncing"
         )));
+    }
+
+    #[test]
+    fn the_last_line_of_a_panic_is_reported_when_it_is_whole() {
+        let ends = |text: &str| {
+            let count = Arc::new(AtomicU32::new(0));
+            let counter = Arc::clone(&count);
+            let mut transcript = Transcript {
+                on_panic_end: Some(Arc::new(move || {
+                    _ = counter.fetch_add(1, Ordering::Relaxed)
+                })),
+                ..Transcript::default()
+            };
+            transcript.push(text.as_bytes(), Instant::now());
+            count.load(Ordering::Relaxed)
+        };
+        let panic = "[    1.5] Kernel panic - not syncing: VFS: no root\r\n";
+        let end = "[    1.6] ---[ end Kernel panic - not syncing: VFS: no root ]---";
+        assert_eq!(ends(&format!("{panic}{end}")), 0);
+        assert_eq!(ends(&format!("{panic}{end}\r\n")), 1);
+        assert_eq!(ends(&format!("{panic}{end}\r\nmore\r\n\n")), 1);
+        assert_eq!(ends(&format!("{end}\r\n")), 0);
+        assert_eq!(ends(&format!("{panic}# echo {end}\r\n")), 1);
+        assert_eq!(ends(&format!("{panic}grep: ---[ end Kernel panic\r\n")), 0);
+        assert_eq!(
+            ends(&format!("{panic}{end}\n").repeat(1000)),
+            MAX_PANIC_ENDS
+        );
     }
 
     #[test]

@@ -6,7 +6,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::arch::x86_64::regs;
-use crate::boot::{Entry, LoadedKernel};
+use crate::boot::{self, Entry, LoadedKernel};
 use crate::config::ConsoleKind;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::vcpu::{Vcpu, VcpuFailure};
@@ -75,9 +75,26 @@ impl Scene<'_> {
             Ok((regs, sregs)) => self.registers(&mut out, regs, sregs),
             Err(e) => _ = writeln!(out, "registers: KVM does not give them: {e}"),
         }
+        if let Some(message) = self.unheard_panic() {
+            let _ = write!(
+                out,
+                "  the kernel panicked: {message}; with panic=-1 on its command line it would reset the machine then"
+            );
+            return out;
+        }
         let rip = registers.map(|(regs, _)| regs.rip).ok();
         let _ = write!(out, "likely cause: {}", self.likely_cause(rip));
         out
+    }
+
+    /// The message of a kernel that has hung since it panicked.
+    fn unheard_panic(&self) -> Option<String> {
+        let stopped = matches!(
+            self.outcome,
+            Outcome::Deadline | Outcome::Quit | Outcome::Signal(_)
+        );
+        let message = || boot::panic_message(self.mem, &self.kernel.kernel_range);
+        stopped.then(message).flatten()
     }
 
     fn registers(&self, out: &mut String, regs: &kvm_regs, sregs: &kvm_sregs) {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use kvm_bindings::{CpuId, Msrs, kvm_run, kvm_sregs};
+use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_run, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::THREAD_STACK;
 use minivmm_devices::bus::Bus;
@@ -331,6 +331,13 @@ impl Vcpu {
     pub fn may_have_reset_by_triple_fault(&self) -> bool {
         let invalidated = |sregs: kvm_sregs| sregs.idt.limit == 0;
         self.is_at_reset_vector() || self.fd.get_sregs().is_ok_and(invalidated)
+    }
+
+    /// Whether its local APIC's timer can interrupt: bit 16 of the LVT timer register, at 0x320, is clear. Linux masks it before it
+    /// reboots, but not where it cannot go through its shutdown any more (arch/x86/kernel/reboot.c, native_machine_shutdown).
+    pub fn has_timer_on(&self) -> bool {
+        let mask = |lapic: kvm_lapic_state| lapic.regs.get(0x322).is_some_and(|byte| byte & 1 == 0);
+        self.fd.get_lapic().is_ok_and(mask)
     }
 
     /// Enters the guest once and handles the exit.

@@ -405,6 +405,58 @@ impl Vm {
     }
 }
 
+impl Vm {
+    /// What the machine's end says of its kernel, and the message of a panic that did not come to the console.
+    fn explain(
+        &self,
+        ended: Outcome,
+        culprit: Option<&Vcpu>,
+        vcpus: &[Vcpu],
+        console: &Console,
+    ) -> (Outcome, Option<String>) {
+        let is_reset = match ended {
+            Outcome::Reset => true,
+            Outcome::VcpuFailed(VcpuFailure::TripleFault) => {
+                boot::reboots_by_triple_fault(&self.cmdline)
+                    && culprit.is_some_and(Vcpu::may_have_reset_by_triple_fault)
+            }
+            _ => false,
+        };
+        if !is_reset {
+            return (ended, None);
+        }
+        // Early in its boot a kernel cannot tell pvpanic: the panic is a line on the console, then a reset.
+        if console.saw_panic() {
+            return (Outcome::Panicked, None);
+        }
+        // If nobody hears that console, the line is still in its log.
+        let unheard = vcpus
+            .iter()
+            .any(Vcpu::has_timer_on)
+            .then(|| self.panic_message());
+        match unheard.flatten() {
+            Some(message) => (Outcome::Panicked, Some(message)),
+            None => (Outcome::Reset, None),
+        }
+    }
+
+    fn panic_message(&self) -> Option<String> {
+        boot::panic_message(&self.mem, &self.kernel.kernel_range)
+    }
+
+    /// What to do after what looks like the last line of a panic, after which a kernel hangs: end, unless somebody prints an old log,
+    /// which the kernel's own does not have.
+    fn on_panic_end(&self, control: &Arc<Control>) -> Arc<dyn Fn() + Send + Sync> {
+        let (mem, kernel) = (self.mem.clone(), self.kernel.kernel_range.clone());
+        let control = Arc::clone(control);
+        Arc::new(move || {
+            if boot::panic_message(&mem, &kernel).is_some() {
+                control.end(Outcome::Panicked);
+            }
+        })
+    }
+}
+
 /// A VM that is ready for its first instruction.
 struct BootedVm {
     vcpus: Vec<Vcpu>,
@@ -430,6 +482,8 @@ impl BootedVm {
         let signals = Arc::clone(watch.signals());
         let events = EventLoop::new(&self.control, &signals, input, self.guest_ready, deadline)
             .map_err(host("the event loop"))?;
+        self.console
+            .on_panic_end(Some(self.vm.on_panic_end(&self.control)));
         let buses = Arc::new(self.devices.buses);
         let mut running: Vec<RunningVcpu> = Vec::with_capacity(self.vcpus.len());
         let mut started = Ok(());
@@ -450,24 +504,16 @@ impl BootedVm {
         self.control.end(Outcome::Quit);
         running.iter().for_each(RunningVcpu::kick);
         let vcpus: Vec<Vcpu> = running.into_iter().filter_map(RunningVcpu::join).collect();
+        self.console.on_panic_end(None);
         let profiles = vcpus.iter().filter_map(|vcpu| vcpu.profile.as_ref());
         let (phases, bytes) = (self.console.phases(), self.console.bytes_out());
         timeline.end_of_boot(profiles, phases, bytes, &self.vm.mem);
         started?;
         looped.map_err(host("the event loop"))?;
 
-        let (mut outcome, culprit) = self.control.outcome().unwrap_or((Outcome::Quit, None));
-        let culprit_vcpu = vcpus.get(usize::from(culprit.unwrap_or(0)));
-        if outcome == Outcome::VcpuFailed(VcpuFailure::TripleFault)
-            && boot::reboots_by_triple_fault(&self.vm.cmdline)
-            && culprit_vcpu.is_some_and(Vcpu::may_have_reset_by_triple_fault)
-        {
-            outcome = Outcome::Reset;
-        }
-        // Early in its boot a kernel cannot tell pvpanic: the panic is a line on the console, then a reset.
-        if outcome == Outcome::Reset && self.console.saw_panic() {
-            outcome = Outcome::Panicked;
-        }
+        let (ended, culprit) = self.control.outcome().unwrap_or((Outcome::Quit, None));
+        let culprit = vcpus.get(usize::from(culprit.unwrap_or(0)));
+        let (outcome, unheard) = self.vm.explain(ended, culprit, &vcpus, &self.console);
         let summary = format!(
             "the VM ended: {outcome:?}; vCPU exits: {}; unclaimed accesses: {} reads, {} writes",
             vcpus.iter().map(|v| v.exits).sum::<u64>(),
@@ -475,6 +521,13 @@ impl BootedVm {
             buses.pio.unclaimed_writes() + buses.mmio.unclaimed_writes(),
         );
         let mut last_words = vec![(log::Level::Info, summary)];
+        if let Some(message) = unheard {
+            let error = format!(
+                "the guest's kernel panicked, and did not say so on the console: {message}; does its command line name {}?",
+                self.vm.console.parameter()
+            );
+            last_words.push((log::Level::Error, error));
+        }
         let lost = self
             .serial
             .lock()
@@ -489,7 +542,7 @@ impl BootedVm {
         let console_bytes = self.console.bytes_out();
         if let Some(level) = post_mortem::level(&outcome, console_bytes)
             && log::log_enabled!(level)
-            && let Some(vcpu) = culprit_vcpu
+            && let Some(vcpu) = culprit
         {
             let scene = Scene {
                 outcome: &outcome,
