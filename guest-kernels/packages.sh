@@ -28,7 +28,7 @@ need() {
         die "cannot install ${missing[*]}"
 }
 
-# download PACKAGE: its file, into the current directory; nothing is installed.
+# download PACKAGE...: their files, into the current directory; nothing is installed.
 download() {
-    apt-get download -q -o APT::Sandbox::User=root "$1" >&2
+    apt-get download -q -o APT::Sandbox::User=root "$@" >&2
 }
