@@ -3,12 +3,14 @@
 mod common;
 
 use std::fs;
-use std::process::Command;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use common::boot_tiny;
 use common::terminal::{Session, Terminal};
+use common::{PATIENCE, boot_tiny, wait};
 
 /// What `ends` prints for "m": words without an end of line.
 const PROMPT: &str = "tiny# ";
@@ -359,4 +361,30 @@ fn a_reader_that_stalls_does_not_take_the_keyboard_away() {
     session.wait_for_state('S');
     terminal.type_in("\x03");
     assert_eq!(session.status(), 0);
+}
+
+#[test]
+fn interrupts_alone_carry_a_conversation() {
+    let mut child = boot_tiny("talk", "", &[])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let (sender, echo) = mpsc::channel();
+    thread::spawn(move || {
+        let mut byte = [0];
+        while output.read_exact(&mut byte).is_ok() && sender.send(byte[0]).is_ok() {}
+    });
+    let heard = |wanted: u8| assert_eq!(echo.recv_timeout(PATIENCE), Ok(wanted));
+    heard(b'!');
+    // Around the length of the FIFOs; each in two parts, so that one comes while the other is served.
+    for len in (1..=40).chain([700]).cycle().take(400) {
+        let words: Vec<u8> = (b' '..=b'~').cycle().take(len).collect();
+        for part in words.chunks(len.div_ceil(2)) {
+            input.write_all(part).unwrap();
+        }
+        words.into_iter().for_each(heard);
+    }
+    input.write_all(&[4]).unwrap();
+    assert_eq!(wait(child, PATIENCE).status.code(), Some(0));
 }
