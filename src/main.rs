@@ -21,6 +21,11 @@ use minivmm::vmm::watch::Watch;
 use minivmm::vmm::{outcome as exit_status, vm};
 use minivmm::{console, error_chain, process};
 
+/// musl's own takes memory from the kernel and gives it back in small pieces: some 60 system calls for a command line.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() {
     let started = Instant::now();
     #[allow(unsafe_code, reason = "it closes descriptors that nothing here owns")]
