@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use minivmm_devices::THREAD_STACK;
 use minivmm_devices::chardev::{ConsoleDevice, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::platform::serial::Serial;
@@ -256,7 +258,7 @@ fn say(words: LastWords) {
 struct Vm {
     // Dropped in this order: KVM's view of the memory goes before the memory.
     fd: Arc<VmFd>,
-    kvm: Kvm,
+    kvm: Arc<Kvm>,
     /// The CPUID that this host's KVM can give a guest.
     supported: CpuId,
     mem: GuestMemoryMmap,
@@ -270,6 +272,8 @@ struct Vm {
 impl Vm {
     /// Makes the VM and its RAM, and loads the kernel.
     fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Self, VmError> {
+        let kvm = Arc::new(open_kvm()?);
+        let supported = ask_for_cpuid(&kvm);
         let cmdline = boot::suit_cmdline(&machine::cmdline_with_devices(config));
         let resources = open_resources(config)?;
         let mem = memory::create(config.memory.bytes)?;
@@ -291,7 +295,6 @@ impl Vm {
         )?;
         timeline.note_kernel(&kernel);
 
-        let kvm = open_kvm()?;
         if is_stock_linux(&kernel) && kvm::is_pvm() {
             return Err(VmError::SoftwareKvm {
                 kernel: config.kernel.clone(),
@@ -304,12 +307,10 @@ impl Vm {
                 max,
             });
         }
-        // Before the memslots, where KVM would refuse the address with an error number alone.
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(refused("tell the CPUID that it supports"))?;
-        check_address_bits(config.memory, &supported)?;
         let fd = create_vm(&kvm)?;
+        let supported = supported()?;
+        // Before the memslots, where KVM would refuse the address with an error number alone.
+        check_address_bits(config.memory, &supported)?;
         // Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
         memory::register(&fd, &mem)?;
         fd.set_tss_address(layout::KVM_TSS_START as usize)
@@ -603,6 +604,24 @@ fn event_sink(control: &Arc<Control>, marks: Option<BootMarks>) -> EventSink {
             log::info!("boot mark {mark}");
         }
     })
+}
+
+/// Asks KVM which CPUID it can give a guest, on a thread of its own; what is returned waits for the answer. KVM executes some 30
+/// CPUID instructions for it. Where the host is a virtual machine itself, each is an exit: 0.3 ms in all, while a kernel can be
+/// loaded and a VM made.
+fn ask_for_cpuid(kvm: &Arc<Kvm>) -> impl FnOnce() -> Result<CpuId, VmError> {
+    let kvm = Arc::clone(kvm);
+    let ask = move || kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+    let thread = thread::Builder::new()
+        .name("cpuid".to_owned())
+        .stack_size(THREAD_STACK)
+        .spawn(ask.clone());
+    move || {
+        let answer = thread.ok().and_then(|thread| thread.join().ok());
+        answer
+            .unwrap_or_else(ask)
+            .map_err(refused("tell the CPUID that it supports"))
+    }
 }
 
 /// KVM_CREATE_VM is broken off by any signal that arrives in it.
