@@ -1,4 +1,5 @@
-//! Start-up, whole processes side by side: what KVM costs at the least, minivmm, QEMU's microvm, a container.
+//! Start-up, whole processes side by side: what KVM costs at the least (a C program, with either C library), minivmm, QEMU's
+//! microvm, a container.
 //!
 //! `make bench`, or `cargo bench --bench startup -- [RUNS]`. Every round runs each command once, so that what disturbs the
 //! host disturbs all alike. What is not installed is left out, and said to be.
@@ -119,28 +120,58 @@ fn main() -> Outcome<()> {
     for row in &rows {
         println!("{}: {}", row.name, command_line(&row.command));
     }
-    println!("\n{host}; load average {} after", load());
+    let target = if cfg!(target_env = "musl") {
+        "musl"
+    } else {
+        "glibc"
+    };
+    println!(
+        "\nminivmm is built for {target}; {host}; load average {} after",
+        load()
+    );
     Ok(())
 }
 
-/// All that is to be measured and can be, the floor first.
+/// All that is to be measured and can be, the lowest floor first.
 fn rows() -> Outcome<Vec<Row>> {
     let minivmm = env!("CARGO_BIN_EXE_minivmm");
-    let floor = build_floor()?;
     let hello = path_text(tiny("hello"))?;
-    let vm =
-        |name, args: &[&str]| Row::new(name, minivmm, &[args, &["--kernel", &hello]].concat(), "!");
-    let mut rows = vec![
-        Row::new("floor: bare KVM", &floor, &[&hello], "!")?,
-        vm("minivmm", &["--memory", "16M"])?,
-        vm("minivmm, 1 GiB", &["--memory", "1G"])?,
-        vm("minivmm, 2 vCPUs", &["--memory", "16M", "--cpus", "2"])?,
-    ];
+    let disk = path_text(Path::new(env!("CARGO_TARGET_TMPDIR")).join("startup.img"))?;
+    File::create(&disk)?.set_len(1 << 20)?;
+    let disk_option = format!("path={disk}");
+
+    let mut rows = Vec::new();
+    let floor = build_floor("cc", "floor-glibc", &[])?;
+    // musl-gcc knows no headers but musl's own; KVM's are the kernel's.
+    let kernel_headers = ["/usr/include", "/usr/include/x86_64-linux-gnu"];
+    let idirafter = kernel_headers.map(|dir| ["-idirafter", dir]).concat();
+    match build_floor("musl-gcc", "floor-musl", &idirafter) {
+        Ok(floor) => rows.push(Row::new("floor: bare KVM, musl", &floor, &[&hello], "!")?),
+        Err(e) => println!("left out: bare KVM, musl (apt-get install musl-tools): {e}"),
+    }
+    rows.push(Row::new("floor: bare KVM, glibc", &floor, &[&hello], "!")?);
+
+    let vm = |name, args: &[&str]| {
+        let args = [&["--kernel", &hello, "--memory"], args].concat();
+        Row::new(name, minivmm, &args, "!")
+    };
+    rows.push(vm("minivmm", &["16M"])?);
+    rows.push(vm("minivmm, a disk", &["16M", "--disk", &disk_option])?);
+    let reads = path_text(tiny("reads"))?;
+    let args = ["--memory", "16M", "--disk", &disk_option];
+    let args = [&args[..], &["--cmdline", "16", "--kernel", &reads]].concat();
+    rows.push(Row::new("minivmm, 16 reads of it", minivmm, &args, "")?);
+    rows.push(vm("minivmm, 1 GiB", &["1G"])?);
+    rows.push(vm("minivmm, 2 vCPUs", &["16M", "--cpus", "2"])?);
     if version_of(QEMU).is_some() {
         let pvh = path_text(tiny("hello-pvh"))?;
+        let drive = format!("file={disk},format=raw,if=none,id=d");
         let guest = ["-m", "16M", "-kernel", &pvh];
         let args: Vec<&str> = QEMU_MICROVM.split(' ').chain(guest).collect();
         rows.push(Row::new("QEMU microvm", QEMU, &args, "!")?);
+        let disk = ["-drive", &drive, "-device", "virtio-blk-device,drive=d"];
+        let args = [&args[..], &disk].concat();
+        rows.push(Row::new("QEMU microvm, a disk", QEMU, &args, "!")?);
     } else {
         println!("left out: QEMU microvm (apt-get install qemu-system-x86)");
     }
@@ -165,10 +196,12 @@ fn rows() -> Outcome<Vec<Row>> {
 }
 
 /// Compiles the bare sequence of KVM calls.
-fn build_floor() -> Outcome<PathBuf> {
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("floor");
-    let status = Command::new("cc")
-        .args(["-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o"])
+fn build_floor(compiler: &str, name: &str, options: &[&str]) -> Outcome<PathBuf> {
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let status = Command::new(compiler)
+        .args(["-O2", "-static", "-Wall", "-Wextra", "-Werror"])
+        .args(options)
+        .arg("-o")
         .args([&program, &project("tests/bench/floor.c")])
         .status()?;
     status
