@@ -29,6 +29,11 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Whether the VM was stopped from outside, by somebody who does not want to wait for it.
+    pub fn is_external(&self) -> bool {
+        matches!(self, Self::Signal(_) | Self::Quit | Self::Deadline)
+    }
+
     /// The process's exit status.
     pub fn exit_status(&self) -> u8 {
         match self {

@@ -1,5 +1,6 @@
 //! A VM: built in boot order, run, ended.
 
+use std::mem;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
@@ -29,15 +30,15 @@ use crate::vmm::event_loop::{EventLoop, Signals};
 use crate::vmm::machine::{self, DeviceManager, HostResources};
 use crate::vmm::memory::{self, MemoryError};
 use crate::vmm::outcome::Outcome;
+use crate::vmm::release;
 use crate::vmm::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError, VcpuFailure};
 use crate::vmm::watch::Watch;
 
 /// The log's target for what the user has to know to go on, which is no warning.
 pub const NOTICE: &str = "minivmm::notice";
 
-/// How long the reader of the last output may take before it is somebody's business: a VM that was stopped from outside
-/// waits no longer.
-pub(crate) const FLUSH: Duration = Duration::from_millis(100);
+/// After a stop from outside, the last console output may take so long to be read.
+pub(crate) const FLUSH: Duration = Duration::from_millis(50);
 
 /// A console device, in the hands of its bus and of the event loop.
 type SharedConsole = Arc<Mutex<dyn ConsoleDevice>>;
@@ -194,10 +195,9 @@ pub fn run(
     let ended = run_boots(vm, watch, config, &console, &mut input, deadline, timeline);
     // A guest that ended by itself, or cannot be started again, has its last words delivered however slow the reader is.
     // Whoever stops a VM does not want to wait for that.
-    let stopped = matches!(
-        ended,
-        Ok((Outcome::Signal(_) | Outcome::Quit | Outcome::Deadline, _))
-    );
+    let stopped = ended
+        .as_ref()
+        .is_ok_and(|(outcome, _)| outcome.is_external());
     let limit = Instant::now() + FLUSH;
     console.finish(&|| {
         let late = Instant::now() > limit;
@@ -266,6 +266,7 @@ struct Vm {
     cmdline: String,
     cpus: u8,
     console: ConsoleKind,
+    has_disks: bool,
     resources: HostResources,
 }
 
@@ -325,6 +326,7 @@ impl Vm {
             cmdline,
             cpus: config.cpus,
             console: config.console,
+            has_disks: !resources.disks.is_empty(),
             resources,
         })
     }
@@ -373,7 +375,7 @@ impl Vm {
             &self.mem,
             serial,
             virtio,
-            std::mem::take(&mut self.resources),
+            mem::take(&mut self.resources),
         )?;
         let serial = Arc::clone(&devices.serial);
         let com1: SharedConsole = serial.clone();
@@ -509,17 +511,28 @@ impl BootedVm {
         let profiles = vcpus.iter().filter_map(|vcpu| vcpu.profile.as_ref());
         let (phases, bytes) = (self.console.phases(), self.console.bytes_out());
         timeline.end_of_boot(profiles, phases, bytes, &self.vm.mem);
+
+        let (ended, culprit) = self.control.outcome().unwrap_or((Outcome::Quit, None));
+        let reads = buses.pio.unclaimed_reads() + buses.mmio.unclaimed_reads();
+        let writes = buses.pio.unclaimed_writes() + buses.mmio.unclaimed_writes();
+        let interrupted = if self.vm.has_disks {
+            release::release(buses, &self.vm.mem, &ended, &signals, deadline)
+        } else {
+            drop(buses);
+            None
+        };
         started?;
         looped.map_err(host("the event loop"))?;
 
-        let (ended, culprit) = self.control.outcome().unwrap_or((Outcome::Quit, None));
         let culprit = vcpus.get(usize::from(culprit.unwrap_or(0)));
-        let (outcome, unheard) = self.vm.explain(ended, culprit, &vcpus, &self.console);
+        let (mut outcome, unheard) = self.vm.explain(ended, culprit, &vcpus, &self.console);
+        // A guest that ended by itself has its own status, but is not booted again.
+        if let (Outcome::Reset, Some(stop)) = (&outcome, interrupted) {
+            outcome = stop;
+        }
         let summary = format!(
-            "the VM ended: {outcome:?}; vCPU exits: {}; unclaimed accesses: {} reads, {} writes",
+            "the VM ended: {outcome:?}; vCPU exits: {}; unclaimed accesses: {reads} reads, {writes} writes",
             vcpus.iter().map(|v| v.exits).sum::<u64>(),
-            buses.pio.unclaimed_reads() + buses.mmio.unclaimed_reads(),
-            buses.pio.unclaimed_writes() + buses.mmio.unclaimed_writes(),
         );
         let mut last_words = vec![(log::Level::Info, summary)];
         if let Some(message) = unheard {

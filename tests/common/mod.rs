@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod fuse;
 pub(crate) mod linux;
 pub(crate) mod skip;
 pub(crate) mod terminal;

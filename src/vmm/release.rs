@@ -1,0 +1,99 @@
+//! The end of a VM's devices, which may be in the hands of a host that does not answer.
+
+use std::mem;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::console;
+use crate::vmm::event_loop::Signals;
+use crate::vmm::memory;
+use crate::vmm::outcome::Outcome;
+use crate::vmm::vcpu::Buses;
+
+/// After a stop from outside, the host may take so long to finish with the disks.
+const LIMIT: Duration = Duration::from_millis(30);
+
+/// A VM that waits for longer says so.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often a stop from outside is looked for.
+const PERIOD: Duration = Duration::from_millis(5);
+
+/// Stops the devices and closes their files. That takes as long as the host likes: it may hold a request that cannot be
+/// cancelled, and to close a file may be to wait for a server that does not answer. So a thread does it, which keeps alive what
+/// the host may still use, guest memory above all, until the process ends.
+///
+/// A VM that has ended for this `outcome` by itself waits for that thread; the result is what broke the wait off. One that was
+/// stopped from outside waits no longer than [`LIMIT`].
+pub fn release(
+    buses: Arc<Buses>,
+    mem: &GuestMemoryMmap,
+    outcome: &Outcome,
+    signals: &Signals,
+    deadline: Option<Instant>,
+) -> Option<Outcome> {
+    let start = Instant::now();
+    let (alive_until_drop, alive) = mpsc::channel::<()>();
+    let thread = thread::Builder::new()
+        .name("release".into())
+        .spawn(move || {
+            let _alive = alive_until_drop;
+            drop(buses);
+        });
+    if let Err(e) = thread {
+        log::debug!("no thread to stop the devices: {e}");
+    }
+    let mut told = false;
+    while alive.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
+        if outcome.is_external() {
+            if start.elapsed() > LIMIT {
+                log::info!("the host has not finished with the disks: not waiting for it");
+                leave_files(mem);
+                return None;
+            }
+            continue;
+        }
+        let stop = signals.stop_requested().map(Outcome::Signal);
+        let is_late = deadline.is_some_and(|deadline| Instant::now() > deadline);
+        if let Some(stop) = stop.or(is_late.then_some(Outcome::Deadline)) {
+            leave_files(mem);
+            return Some(stop);
+        }
+        if start.elapsed() > PATIENCE && !mem::replace(&mut told, true) {
+            // Keys go nowhere any more; cooked, Ctrl-C at least is a signal.
+            console::lend_terminal();
+            log::warn!("the guest has ended; waiting for the host to finish with its disks");
+        }
+    }
+    None
+}
+
+/// Leaves the open files to a process of their own. The kernel closes a process's files at its end, and waits there for the server
+/// of a file on FUSE or NFS, SIGKILL or not; of a table that is shared, only when its last process ends.
+#[allow(
+    unsafe_code,
+    reason = "no safe interface makes a process that shares its files"
+)]
+fn leave_files(mem: &GuestMemoryMmap) {
+    // With gigabytes of page tables to copy, it would take too long.
+    memory::keep_from_children(mem);
+    let parent = std::process::id().cast_signed();
+    // SAFETY: without CLONE_VM this is a fork: the child has one thread, on a copy of this one's stack, and calls nothing but
+    // functions that are async-signal-safe. Guest memory, which it does not have, it does not touch.
+    unsafe {
+        if libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) == 0 {
+            while libc::getppid() == parent {
+                libc::usleep(1000);
+            }
+            // Whoever reads the output waits for its end.
+            for fd in 0..3 {
+                libc::close(fd);
+            }
+            libc::_exit(0);
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Whoever started a VM can stop it, whatever its disk does.
+
+mod common;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::fuse::{Fuse, Mode};
+use common::{PATIENCE, boot_tiny, run, signal, wait};
+
+/// A deadline for tests that wait for what should come, so that they end if it does not.
+const PATIENT: &str = "100s";
+
+const ENGINES: [&str; 2] = ["io_uring", "sync"];
+
+/// A guest that wants 1 TiB of its disk at once: see guest-kernels/tiny/hog.S.
+fn hog(cmdline: &str, disk: &str, deadline: &str) -> std::process::Command {
+    let mut command = boot_tiny("hog", cmdline, &["--disk", disk]);
+    command.args(["--deadline", deadline]);
+    command
+}
+
+/// Waits for what the guest writes.
+fn expect(child: &mut Child, wanted: &str) {
+    let mut got = vec![0; wanted.len()];
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_exact(&mut got).expect("the guest's output");
+    assert_eq!(String::from_utf8_lossy(&got), wanted);
+}
+
+#[test]
+fn a_guest_with_a_tebibyte_of_requests_is_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    File::create(&path).unwrap().set_len(8 << 30).unwrap();
+    for engine in ENGINES {
+        for access in [",ro", "", ",ephemeral"] {
+            if (engine, access) == ("io_uring", ",ephemeral") {
+                continue;
+            }
+            let disk = format!("path={}{access},engine={engine}", path.display());
+            let mut child = hog("hr", &disk, PATIENT).spawn().unwrap();
+            expect(&mut child, "S");
+            signal(&child, "TERM");
+            assert_eq!(wait(child, PATIENCE).status.code(), Some(143), "{disk}");
+            run(&mut hog("hr", &disk, "300ms")).assert_code(124);
+            // It resets the disk with all that in flight.
+            for after in ["pr", "rr"] {
+                run(&mut hog(after, &disk, PATIENT)).assert_code(0);
+            }
+        }
+    }
+}
+
+/// Waits for the end of a VM on a hung disk. Should it not end, the disk has to go first: such a process cannot be killed.
+fn end_of(mut child: Child, disk: Fuse) -> Output {
+    let limit = Instant::now() + PATIENCE;
+    while child.try_wait().unwrap().is_none() && Instant::now() < limit {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let ended = child.try_wait().unwrap().is_some();
+    drop(disk);
+    let output = wait(child, PATIENCE);
+    assert!(ended, "it hung with its disk: {output:?}");
+    output
+}
+
+/// A VM on a disk that has just hung.
+fn on_a_hung_disk(
+    cmdline: &str,
+    mode: Mode,
+    engine: &str,
+    deadline: &str,
+) -> Option<(Child, Fuse)> {
+    let disk = Fuse::mount()?;
+    let access = if cmdline[1..].starts_with('r') {
+        ",ro"
+    } else {
+        ""
+    };
+    let option = format!("path={}{access},engine={engine}", disk.disk().display());
+    let mut child = hog(cmdline, &option, deadline)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    expect(&mut child, "S");
+    disk.set(mode);
+    let limit = Instant::now() + PATIENCE;
+    while !disk.is_hung() {
+        assert!(Instant::now() < limit, "nothing comes to the disk");
+        thread::sleep(Duration::from_millis(1));
+    }
+    // The guest goes on.
+    child.stdin.take().unwrap().write_all(b"!").unwrap();
+    Some((child, disk))
+}
+
+#[test]
+fn a_hung_disk_cannot_keep_a_vm() {
+    for engine in ENGINES {
+        // Not a write that the server has taken: the host's kernel lets no process go before that is answered.
+        for mode in [Mode::Holds, Mode::Deaf] {
+            let Some((child, disk)) = on_a_hung_disk("hr", mode, engine, PATIENT) else {
+                return;
+            };
+            signal(&child, "TERM");
+            let status = end_of(child, disk).status.code();
+            assert_eq!(status, Some(143), "{engine} {mode:?}");
+        }
+        let Some((child, disk)) = on_a_hung_disk("hr", Mode::Holds, engine, "2s") else {
+            return;
+        };
+        assert_eq!(end_of(child, disk).status.code(), Some(124), "{engine}");
+    }
+}
+
+#[test]
+fn a_guest_that_ends_with_its_disk_hung_has_its_own_status_once_it_is_stopped() {
+    for engine in ENGINES {
+        let Some((child, disk)) = on_a_hung_disk("rri", Mode::Holds, engine, "2s") else {
+            return;
+        };
+        assert_eq!(end_of(child, disk).status.code(), Some(0), "{engine}");
+        let Some((mut child, disk)) = on_a_hung_disk("rri", Mode::Holds, engine, PATIENT) else {
+            return;
+        };
+        let mut said = String::new();
+        let mut stderr = BufReader::new(child.stderr.as_mut().unwrap());
+        stderr.read_line(&mut said).unwrap();
+        assert!(said.contains("the guest has ended"), "{said}");
+        signal(&child, "TERM");
+        assert_eq!(end_of(child, disk).status.code(), Some(0), "{engine}");
+    }
+}
+
+#[test]
+fn a_reset_waits_for_the_disk_and_the_vcpu_does_not() {
+    for engine in ENGINES {
+        let Some((mut child, disk)) = on_a_hung_disk("pri", Mode::Holds, engine, PATIENT) else {
+            return;
+        };
+        expect(&mut child, "P");
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(child.try_wait().unwrap(), None, "{engine}");
+        disk.set(Mode::Fails);
+        assert_eq!(end_of(child, disk).status.code(), Some(0), "{engine}");
+    }
+}
