@@ -1,6 +1,6 @@
 //! The VMMs that can be measured, and the command line of each for one and the same guest.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -9,9 +9,6 @@ use serde_json::json;
 use super::report::MINIVMM;
 use crate::config::VmConfig;
 use crate::tools::measure::{find_program, first_line};
-
-/// The arguments that boot a guest; the path is a directory for files.
-type Arguments = fn(&VmConfig, &Path) -> io::Result<Vec<OsString>>;
 
 /// A VMM besides minivmm.
 #[derive(Debug)]
@@ -24,8 +21,23 @@ pub struct OtherVmm {
     pub(super) programs: &'static [&'static str],
     /// What differs from the others, for the report.
     differs: &'static str,
-    arguments: Arguments,
+    /// Its arguments, as [`expand`] takes them.
+    arguments: &'static str,
 }
+
+/// QEMU's options for its machine type microvm without a PC's legacy devices (docs/system/i386/microvm.rst), and more.
+macro_rules! qemu_microvm {
+    ($more:literal) => {
+        concat!(
+            "-M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -nodefaults -no-user-config ",
+            "-no-reboot -display none -serial stdio",
+            $more
+        )
+    };
+}
+
+/// QEMU's options for its machine type microvm; the guest's follow.
+pub const QEMU_MICROVM: &str = qemu_microvm!("");
 
 /// All that are known.
 pub const OTHER_VMMS: [OtherVmm; 5] = [
@@ -34,7 +46,9 @@ pub const OTHER_VMMS: [OtherVmm; 5] = [
         about: "QEMU's machine type microvm",
         programs: &["qemu-system-x86_64"],
         differs: "microvm without PIT, PIC and RTC; firmware (qboot) runs before a bzImage; isa-serial on stdio",
-        arguments: qemu,
+        arguments: qemu_microvm!(
+            " -smp {cpus} -m {mib}M -kernel {kernel} -append {cmdline} -initrd {initrd}"
+        ),
     },
     OtherVmm {
         name: "firecracker",
@@ -42,14 +56,17 @@ pub const OTHER_VMMS: [OtherVmm; 5] = [
         programs: &["firecracker"],
         differs: "takes an ELF vmlinux, no bzImage; has no ACPI power-off, so a guest that powers off never ends: have it \
                   reset, or give --stop-at-marker",
-        arguments: firecracker,
+        // docs/getting-started.md; only errors are logged, since the log goes to stdout.
+        arguments: "--no-api --level Error --config-file {config}",
     },
     OtherVmm {
         name: "cloud-hypervisor",
         about: "Cloud Hypervisor",
         programs: &["cloud-hypervisor"],
         differs: "takes a PVH vmlinux, newer versions a bzImage; PCI; serial on stdio",
-        arguments: cloud_hypervisor,
+        // README.md, "Custom Kernel and Disk Image"
+        arguments: "--serial tty --console off --cpus boot={cpus} --memory size={mib}M --kernel {kernel} --cmdline {cmdline} \
+                    --initramfs {initrd}",
     },
     OtherVmm {
         name: KVMTOOL,
@@ -57,14 +74,18 @@ pub const OTHER_VMMS: [OtherVmm; 5] = [
         programs: &["lkvm", "kvmtool"],
         differs: "puts options of its own before the command line (noapic noacpi pci=conf1 reboot=k panic=1 ...); prints messages \
                   of its own to stdout, so its first console byte is not known",
-        arguments: kvmtool,
+        // Documentation/kvmtool.1
+        arguments: "run --console serial --network mode=none --cpus {cpus} --mem {mib} --kernel {kernel} --params {cmdline} \
+                    --initrd {initrd}",
     },
     OtherVmm {
         name: "crosvm",
         about: "crosvm",
         programs: &["crosvm"],
         differs: "one process (--disable-sandbox); adds options for its virtual hardware to the command line; serial on stdout",
-        arguments: crosvm,
+        // docs/book/src/running_crosvm/
+        arguments: "run --disable-sandbox --serial type=stdout,hardware=serial,num=1 --cpus {cpus} --mem {mib} --params {cmdline} \
+                    --initrd {initrd} {kernel}",
     },
 ];
 
@@ -86,7 +107,7 @@ impl OtherVmm {
             return Ok(None);
         };
         let mut words = vec![program.into_os_string()];
-        words.extend((self.arguments)(guest, scratch)?);
+        words.extend(expand(self.arguments, guest, scratch)?);
         Ok(Some(Vmm {
             name: self.name,
             words,
@@ -97,21 +118,12 @@ impl OtherVmm {
 
 /// minivmm itself: the very program that measures.
 pub(super) fn minivmm(guest: &VmConfig) -> io::Result<Vmm> {
-    let mut all: Vec<OsString> = vec![std::env::current_exe()?.into()];
-    all.extend(words(
-        guest,
-        "--serial stdio",
-        &[
-            ("--cpus", &guest.cpus.to_string()),
-            ("--memory", &guest.memory.to_string()),
-            ("--kernel", &guest.kernel),
-            ("--cmdline", &guest.kernel_cmdline()),
-        ],
-        "--initrd",
-    ));
+    let mut words = vec![std::env::current_exe()?.into_os_string()];
+    let arguments = "--serial stdio --cpus {cpus} --memory {mib}M --kernel {kernel} --cmdline {cmdline} --initrd {initrd}";
+    words.extend(expand(arguments, guest, Path::new(""))?);
     Ok(Vmm {
         name: MINIVMM,
-        words: all,
+        words,
         differs: "",
     })
 }
@@ -135,110 +147,42 @@ impl Vmm {
     }
 }
 
-fn mib(guest: &VmConfig) -> u64 {
-    guest.memory.bytes >> 20
-}
-
-/// Fixed words, then options with their values, then the initrd if there is one.
-fn words(
-    guest: &VmConfig,
-    fixed: &str,
-    options: &[(&str, &dyn AsRef<OsStr>)],
-    initrd: &str,
-) -> Vec<OsString> {
-    let mut words: Vec<OsString> = fixed.split(' ').map(OsString::from).collect();
-    let initrd = guest
-        .initrd
-        .iter()
-        .map(|path| (initrd, path as &dyn AsRef<OsStr>));
-    for (option, value) in options.iter().copied().chain(initrd) {
-        words.extend([option.into(), value.as_ref().to_owned()]);
+/// The words of a command line for a guest: {kernel}, {initrd}, {cmdline}, {cpus}, {mib}, and {config} for a file in `scratch`
+/// as Firecracker reads it. Without an initrd, its option goes too.
+fn expand(arguments: &str, guest: &VmConfig, scratch: &Path) -> io::Result<Vec<OsString>> {
+    let mut words: Vec<&str> = arguments.split(' ').collect();
+    if guest.initrd.is_none()
+        && let Some(at) = words.iter().position(|word| *word == "{initrd}")
+    {
+        words.drain(at - 1..=at);
     }
-    words
-}
-
-/// QEMU's options for its machine type microvm without what a PC has from before (docs/system/i386/microvm.rst); the guest's own
-/// follow.
-pub const QEMU_MICROVM: &str = "-M microvm,pit=off,pic=off,rtc=off -enable-kvm -cpu host,-arch-capabilities -nodefaults \
-     -no-user-config -no-reboot -display none -serial stdio";
-
-fn qemu(guest: &VmConfig, _: &Path) -> io::Result<Vec<OsString>> {
-    Ok(words(
-        guest,
-        QEMU_MICROVM,
-        &[
-            ("-smp", &guest.cpus.to_string()),
-            ("-m", &format!("{}M", mib(guest))),
-            ("-kernel", &guest.kernel),
-            ("-append", &guest.kernel_cmdline()),
-        ],
-        "-initrd",
-    ))
-}
-
-/// docs/getting-started.md; only errors are logged, since the log goes to stdout.
-fn firecracker(guest: &VmConfig, scratch: &Path) -> io::Result<Vec<OsString>> {
-    let file = scratch.join("firecracker.json");
-    let config = json!({
-        "boot-source": {
-            "kernel_image_path": guest.kernel,
-            "initrd_path": guest.initrd,
-            "boot_args": guest.kernel_cmdline(),
-        },
-        "drives": [],
-        "machine-config": { "vcpu_count": guest.cpus, "mem_size_mib": mib(guest) },
+    let mib = guest.memory.bytes >> 20;
+    let expanded = words.into_iter().map(|word| {
+        Ok(match word {
+            "{kernel}" => guest.kernel.clone().into(),
+            "{initrd}" => guest.initrd.clone().unwrap_or_default().into(),
+            "{cmdline}" => guest.kernel_cmdline().into(),
+            "{config}" => {
+                let file = scratch.join("firecracker.json");
+                let config = json!({
+                    "boot-source": {
+                        "kernel_image_path": guest.kernel,
+                        "initrd_path": guest.initrd,
+                        "boot_args": guest.kernel_cmdline(),
+                    },
+                    "drives": [],
+                    "machine-config": { "vcpu_count": guest.cpus, "mem_size_mib": mib },
+                });
+                std::fs::write(&file, config.to_string())?;
+                file.into()
+            }
+            _ => word
+                .replace("{cpus}", &guest.cpus.to_string())
+                .replace("{mib}", &mib.to_string())
+                .into(),
+        })
     });
-    std::fs::write(&file, config.to_string())?;
-    let fixed = ["--no-api", "--level", "Error", "--config-file"];
-    let mut words: Vec<OsString> = fixed.map(OsString::from).into();
-    words.push(file.into());
-    Ok(words)
-}
-
-/// README.md, "Custom Kernel and Disk Image"
-fn cloud_hypervisor(guest: &VmConfig, _: &Path) -> io::Result<Vec<OsString>> {
-    Ok(words(
-        guest,
-        "--serial tty --console off",
-        &[
-            ("--cpus", &format!("boot={}", guest.cpus)),
-            ("--memory", &format!("size={}M", mib(guest))),
-            ("--kernel", &guest.kernel),
-            ("--cmdline", &guest.kernel_cmdline()),
-        ],
-        "--initramfs",
-    ))
-}
-
-/// Documentation/kvmtool.1
-fn kvmtool(guest: &VmConfig, _: &Path) -> io::Result<Vec<OsString>> {
-    Ok(words(
-        guest,
-        "run --console serial --network mode=none",
-        &[
-            ("--cpus", &guest.cpus.to_string()),
-            ("--mem", &mib(guest).to_string()),
-            ("--kernel", &guest.kernel),
-            ("--params", &guest.kernel_cmdline()),
-        ],
-        "--initrd",
-    ))
-}
-
-/// docs/book/src/running_crosvm/
-fn crosvm(guest: &VmConfig, _: &Path) -> io::Result<Vec<OsString>> {
-    let mut words = words(
-        guest,
-        "run --disable-sandbox --serial type=stdout,hardware=serial,num=1",
-        &[
-            ("--cpus", &guest.cpus.to_string()),
-            ("--mem", &mib(guest).to_string()),
-            ("--params", &guest.kernel_cmdline()),
-        ],
-        "--initrd",
-    );
-    words.push(guest.kernel.clone().into());
-    Ok(words)
+    expanded.collect()
 }
 
 #[cfg(test)]
@@ -259,7 +203,7 @@ mod tests {
 
     fn arguments(name: &str, guest: &VmConfig) -> Vec<OsString> {
         let vmm = OTHER_VMMS.iter().find(|vmm| vmm.name == name).unwrap();
-        (vmm.arguments)(guest, Path::new("")).unwrap()
+        expand(vmm.arguments, guest, Path::new("")).unwrap()
     }
 
     #[test]
@@ -267,7 +211,8 @@ mod tests {
         let cmdline = format!("{DEFAULT_CMDLINE} -- true");
         let scratch = tempfile::tempdir().unwrap();
         let guest = guest();
-        let json = firecracker(&guest, scratch.path()).unwrap();
+        let firecracker = &OTHER_VMMS[1];
+        let json = expand(firecracker.arguments, &guest, scratch.path()).unwrap();
         let json = std::fs::read_to_string(json.last().unwrap()).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert_eq!(

@@ -57,11 +57,6 @@ pub struct KernelReport {
     pub config: Option<KernelConfig>,
 }
 
-/// Looks at a kernel file.
-pub fn check_kernel(path: &Path) -> Vec<Check> {
-    inspect_kernel(path).checks
-}
-
 /// Inspects a kernel file; the checks come with what they are based on.
 pub fn inspect_kernel(path: &Path) -> KernelReport {
     let (info, found) = match read(path) {

@@ -20,7 +20,7 @@ pub use check::{Check, Verdict};
 pub use config::{KernelConfig, Setting};
 pub use host::check_host;
 pub use initrd::check_initrd;
-pub use kernel::{KernelInfo, KernelReport, check_kernel, inspect_kernel};
+pub use kernel::{KernelInfo, KernelReport, inspect_kernel};
 
 /// All that the doctor found, as `--json` prints it.
 #[derive(Debug, Serialize)]
