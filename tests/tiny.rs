@@ -73,7 +73,7 @@ fn a_kernel_that_hangs_after_its_panic_has_panicked() {
 #[test]
 fn a_panic_that_nobody_hears_is_found_in_the_kernels_log() {
     // All of them have the line in their memory, and none on the console.
-    for (cmdline, status) in [("r", 0), ("Tr", 134), ("Tp", 0), ("Tt reboot=t", 134)] {
+    for (cmdline, status) in [("r", 0), ("Cr", 134), ("Cp", 0), ("Ct reboot=t", 134)] {
         let ended = run(&mut boot_tiny("ends", cmdline, &[]));
         assert_eq!(ended.code(), status, "{cmdline}: {}", ended.stderr);
         let told = ended

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_run, kvm_sregs};
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_run, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::THREAD_STACK;
 use minivmm_devices::bus::Bus;
@@ -333,11 +333,19 @@ impl Vcpu {
         self.is_at_reset_vector() || self.fd.get_sregs().is_ok_and(invalidated)
     }
 
-    /// Whether its local APIC's timer can interrupt: bit 16 of the LVT timer register, at 0x320, is clear. Linux masks it before it
-    /// reboots, but not where it cannot go through its shutdown any more (arch/x86/kernel/reboot.c, native_machine_shutdown).
-    pub fn has_timer_on(&self) -> bool {
-        let mask = |lapic: kvm_lapic_state| lapic.regs.get(0x322).is_some_and(|byte| byte & 1 == 0);
-        self.fd.get_lapic().is_ok_and(mask)
+    /// Whether KVM still tells it the time. Linux has that stopped before it reboots, but not where it resets the machine because it
+    /// has panicked (arch/x86/kernel/kvm.c, kvm_guest_cpu_offline).
+    pub fn has_kvm_clock_on(&self) -> bool {
+        const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+        const ENABLED: u64 = 1;
+        let entry = kvm_msr_entry {
+            index: MSR_KVM_SYSTEM_TIME_NEW,
+            ..Default::default()
+        };
+        Msrs::from_entries(&[entry]).is_ok_and(|mut msrs| {
+            let known = self.fd.get_msrs(&mut msrs) == Ok(1);
+            known && msrs.as_slice().iter().any(|msr| msr.data & ENABLED != 0)
+        })
     }
 
     /// Enters the guest once and handles the exit.

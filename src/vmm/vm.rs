@@ -435,7 +435,7 @@ impl Vm {
         // If nobody hears that console, the line is still in its log.
         let unheard = vcpus
             .iter()
-            .any(Vcpu::has_timer_on)
+            .any(Vcpu::has_kvm_clock_on)
             .then(|| self.panic_message());
         match unheard.flatten() {
             Some(message) => (Outcome::Panicked, Some(message)),
