@@ -137,6 +137,49 @@ fn little_memory_and_much() {
 }
 
 #[test]
+fn memory_above_4_gib_takes_none_away() {
+    let cloud = kernel("cloud", "bzImage");
+    let [below, above] = ["3072M", "3073M"].map(|size| {
+        let args = ["--memory", size];
+        let ended = expect(&cloud, &args, "cat /proc/meminfo", &["MemTotal"]);
+        mem_total_mib(&ended.out())
+    });
+    // With bounce buffers it would be 66 MiB.
+    assert!(above + 8 > below, "{below} MiB, {above} MiB");
+}
+
+#[test]
+fn a_default_boot_says_nothing() {
+    for flavor in ["cloud", "generic", "6.12"] {
+        let mut command = minivmm(&["--kernel", &kernel(flavor, "bzImage")]);
+        command.args(["--initrd", &initramfs(), "--deadline", "100s"]);
+        let ended = run(command.args(["--append", "-- true"]));
+        ended.assert_code(0);
+        assert_eq!(ended.out(), "minivmm-demo: userspace\r\n", "{flavor}");
+        assert_eq!(ended.stderr, "", "{flavor}");
+    }
+}
+
+#[test]
+fn a_command_line_for_other_monitors_works() {
+    let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage")]);
+    command.args(["--initrd", &initramfs(), "--deadline", "100s", "--cmdline"]);
+    command.arg(
+        "console=ttyS0 reboot=k panic=1 pci=off noapic acpi=off nosmp nolapic no-kvmclock quiet -- cat /proc/cmdline",
+    );
+    let ended = run(&mut command);
+    ended.assert_code(0);
+    ended.assert_printed(&["\nconsole=ttyS0 reboot=k panic=1 pci=off maxcpus=1 quiet -- cat"]);
+    for word in ["noapic", "acpi=off", "nosmp", "nolapic", "no-kvmclock"] {
+        assert!(
+            ended.stderr.contains(&format!("warning: {word} ")),
+            "{}",
+            ended.stderr
+        );
+    }
+}
+
+#[test]
 fn a_poweroff_is_0_and_takes_no_time() {
     let mut command = minivmm(&[
         "--kernel",
