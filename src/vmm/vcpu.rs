@@ -1,11 +1,13 @@
 //! vCPUs: set-up, the run loop, and what each exit means.
 
+mod run_page;
+
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_run, kvm_sregs};
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::THREAD_STACK;
 use minivmm_devices::bus::Bus;
@@ -17,6 +19,7 @@ use crate::boot::Entry;
 use crate::observe::timeline::{ExitProfile, Place};
 use crate::vmm::outcome::Outcome;
 use crate::vmm::watch::Watch;
+use run_page::RunPage;
 
 /// Why a vCPU could not be made or started.
 #[derive(Debug, thiserror::Error)]
@@ -203,6 +206,7 @@ impl fmt::Display for Access {
 pub struct Vcpu {
     /// KVM's handle.
     pub fd: VcpuFd,
+    page: Arc<RunPage>,
     /// Its index, which is its APIC ID.
     pub index: u8,
     /// The last access that left the guest.
@@ -257,8 +261,12 @@ impl Vcpu {
             fd.set_fpu(&regs::boot_fpu())
                 .map_err(refused("set the floating-point state"))?;
         }
+        let page = RunPage::map(&fd).map_err(|e| {
+            refused("map the shared page")(kvm_ioctls::Error::new(e.raw_os_error()))
+        })?;
         Ok(Self {
             fd,
+            page: Arc::new(page),
             index,
             last_access: None,
             exits: 0,
@@ -274,12 +282,7 @@ impl Vcpu {
         watch: Option<Watch>,
     ) -> Result<RunningVcpu, VcpuError> {
         let index = self.index;
-        let immediate_exit: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
-        #[allow(unsafe_code, reason = "KVM shares this byte with other threads")]
-        // SAFETY: the byte lies in the vCPU's shared mapping, which lives as long as `self.fd`: that moves to the
-        // thread, which hands it back, even after a panic, through the join handle that `RunningVcpu` keeps beside this
-        // reference. An atomic has the layout of its integer, and the kernel reads the byte only.
-        let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
+        let page = Arc::clone(&self.page);
         let run = move |ended: Option<Outcome>| {
             if let Some(outcome) = ended {
                 control.end(outcome);
@@ -299,10 +302,7 @@ impl Vcpu {
                 .spawn(move || Some(run(None)))
                 .map_err(|source| VcpuError::Thread { index, source })?,
         };
-        Ok(RunningVcpu {
-            thread,
-            immediate_exit,
-        })
+        Ok(RunningVcpu { thread, page })
     }
 
     fn run(&mut self, buses: &Buses, control: &Control) {
@@ -350,8 +350,6 @@ impl Vcpu {
 
     /// Enters the guest once and handles the exit.
     fn step(&mut self, buses: &Buses) -> Result<Option<Outcome>, VcpuFailure> {
-        // The exit borrows the shared page that says how wide a port access is; it is there once KVM_RUN has returned.
-        let run: *const kvm_run = self.fd.get_kvm_run();
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(None),
@@ -363,19 +361,12 @@ impl Vcpu {
         }
         match exit {
             VcpuExit::IoIn(port, data) => {
-                #[allow(unsafe_code, reason = "kvm-ioctls hides the width of a port access")]
-                // SAFETY: `run` points to the vCPU's shared page, alive as long as `self.fd`; after this exit reason the
-                // union holds `io`. `data` lies behind the structure, not in it.
-                let width = unsafe { (*run).__bindgen_anon_1.io.size };
-                port_read(&buses.pio, port, width, data);
+                port_read(&buses.pio, port, self.page.port_width(), data);
                 self.last_access = Some(Access::new(port.into(), true, false, data));
             }
             VcpuExit::IoOut(port, data) => {
-                #[allow(unsafe_code, reason = "kvm-ioctls hides the width of a port access")]
-                // SAFETY: as above.
-                let width = unsafe { (*run).__bindgen_anon_1.io.size };
                 self.last_access = Some(Access::new(port.into(), true, true, data));
-                port_write(&buses.pio, port, width, data);
+                port_write(&buses.pio, port, self.page.port_width(), data);
             }
             VcpuExit::MmioRead(address, data) => {
                 buses.mmio.read(address, data);
@@ -386,9 +377,7 @@ impl Vcpu {
                 buses.mmio.write(address, data);
             }
             VcpuExit::InternalError => {
-                #[allow(unsafe_code, reason = "kvm-ioctls does not decode this exit")]
-                // SAFETY: as above; after this exit reason the union holds `internal`.
-                let suberror = unsafe { (*run).__bindgen_anon_1.internal.suberror };
+                let suberror = self.page.internal_error();
                 // An INIT to the boot vCPU: it would start again from the firmware, and KVM finds no memory there.
                 if self.is_at_reset_vector() {
                     return Ok(Some(Outcome::Reset));
@@ -416,13 +405,13 @@ impl Vcpu {
 /// A vCPU on its thread.
 pub struct RunningVcpu {
     thread: JoinHandle<Option<Vcpu>>,
-    immediate_exit: &'static AtomicU8,
+    page: Arc<RunPage>,
 }
 
 impl RunningVcpu {
     /// Makes KVM_RUN return now and whenever it is called again; the vCPU thread then sees that the VM has ended.
     pub fn kick(&self) {
-        self.immediate_exit.store(1, Ordering::Release);
+        self.page.request_exit();
         if let Err(e) = self.thread.kill(SIGRTMIN()) {
             log::debug!("vCPU thread has gone: {e}");
         }
