@@ -69,8 +69,8 @@ fn says_with_dev(make_kvm: &str, fragments: &[&str]) {
     command
         .args(["--map-root-user", "--mount", "sh", "-c", &script, "sh"])
         .arg(env!("CARGO_BIN_EXE_minivmm"))
-        .arg("--kernel")
-        .arg(tiny("hello"))
+        // Before any other file is looked at.
+        .args(["--kernel", "/no/where"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());

@@ -1,7 +1,22 @@
-//! The host's processor, from /proc/cpuinfo.
+//! The host's processor: what a boot asks, from CPUID; the rest, from /proc/cpuinfo, which takes long to read where there are
+//! hundreds of processors.
 
+use std::arch::x86_64::__cpuid;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+
+/// Whether the processor has hardware virtualization: VT-x (SDM vol. 2, CPUID leaf 1, ECX bit 5) or AMD-V (APM vol. 3, leaf
+/// 0x80000001, ECX bit 2).
+pub fn has_virtualization() -> bool {
+    #[allow(
+        unsafe_code,
+        unused_unsafe,
+        reason = "a safe function only in newer versions of Rust"
+    )]
+    // SAFETY: every x86-64 processor has the instruction.
+    let ecx = |leaf| unsafe { __cpuid(leaf) }.ecx;
+    ecx(1) & 1 << 5 != 0 || ecx(0x8000_0001) & 1 << 2 != 0
+}
 
 /// The first processor of /proc/cpuinfo.
 #[derive(Debug, Clone, Default)]

@@ -170,7 +170,9 @@ fn absent_hint(cpu: &Cpu, modules: Modules) -> String {
 }
 
 fn check_module(cpu: &Cpu, modules: Modules) -> Check {
-    if kvm::is_software(cpu, modules) {
+    // Without /proc there is no model, and no saying.
+    let virtualization = cpu.virtualization || cpu.model.is_empty();
+    if kvm::is_software(virtualization, modules) {
         let name = if modules.pvm {
             "PVM (kvm_pvm)"
         } else {
