@@ -1,6 +1,7 @@
 //! A minimal KVM virtual machine monitor for Linux guests on x86-64.
 //!
-//! [`vmm::vm::run`] builds and runs the VM that a [`config::VmConfig`] describes; everything else serves it.
+//! [`vmm::vm::Vm`] is the VM that a [`config::VmConfig`] describes; [`cli::run`] is what the program does with one. Each module imports
+//! only from those below it, as docs/architecture.md draws them.
 
 pub mod acpi;
 pub mod arch;
@@ -9,27 +10,15 @@ pub mod cli;
 pub mod config;
 pub mod console;
 pub mod host;
-pub mod messages;
 pub mod observe;
-pub mod process;
 #[cfg(test)]
 #[path = "../tests/common/skip.rs"]
 mod skip;
+mod text;
 pub mod tools;
 pub mod vmm;
 
-/// An error and its causes on one line, whatever is in them. A cause that the message ends with already, as some libraries make it, is not
-/// repeated.
-pub fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut chain = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !chain.ends_with(&text) {
-            chain.push_str(": ");
-            chain.push_str(&text);
-        }
-        cause = error.source();
-    }
-    messages::escaped(&chain).into_owned()
-}
+pub use text::{Escaping, error_chain, escaped};
+
+/// The log's target for what the user has to know to go on, which is no warning.
+pub const NOTICE: &str = "minivmm::notice";

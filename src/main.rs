@@ -9,17 +9,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use minivmm::cli::{Cli, Command, DoctorArgs, VmArgs};
+use minivmm::cli::exit_status::{USAGE, VMM_FAILED, exit_status, of_signal};
+use minivmm::cli::log::{TimedStderr, start_log};
+use minivmm::cli::run::RunError;
+use minivmm::cli::watch::Watch;
+use minivmm::cli::{Cli, Command, DoctorArgs, VmArgs, process, run};
 use minivmm::config::ConfigError;
 use minivmm::host::json_file::JsonFile;
-use minivmm::messages::{self, Escaping, TimedStderr};
 use minivmm::observe::timeline::{Point, Timeline};
 use minivmm::tools::error::ToolError;
 use minivmm::tools::{bench, compare, doctor};
-use minivmm::vmm::outcome::Outcome;
-use minivmm::vmm::watch::Watch;
-use minivmm::vmm::{outcome as exit_status, vm};
-use minivmm::{console, error_chain, process};
+use minivmm::vmm::error::VmError;
+use minivmm::{Escaping, console, error_chain};
 
 /// musl's own takes memory from the kernel and gives it back in small pieces: some 60 system calls for a command line.
 #[cfg(target_env = "musl")]
@@ -35,7 +36,7 @@ fn main() {
     }
     process::end_in_good_order();
     let cli = Cli::try_parse().unwrap_or_else(|e| wrong_command_line(&e));
-    messages::start_log(cli.log.level());
+    start_log(cli.log.level());
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),
         Some(Command::Bench(args)) => {
@@ -69,7 +70,7 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
     };
     // Before any file is opened: each of them may be where nobody answers.
     let deadline = args.deadline.and_then(|span| span.after(started));
-    let watch = match vm::watch(deadline) {
+    let watch = match run::watch(deadline) {
         Ok(watch) => watch,
         Err(e) => return failure(&e),
     };
@@ -83,12 +84,12 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
         Ok(file) => file,
         Err(e) => return failure(&e),
     };
-    let status = match vm::run(&config, started, watch, &mut timeline) {
-        Ok(outcome) => outcome.exit_status(),
-        Err(vm::VmError::Config(e)) => return usage_error(&e),
-        Err(e @ vm::VmError::TooManyDevices(_)) => {
+    let status = match run::run(&config, started, watch, &mut timeline) {
+        Ok(outcome) => exit_status(&outcome),
+        Err(RunError::Vm(VmError::Config(e))) => return usage_error(&e),
+        Err(e @ RunError::Vm(VmError::TooManyDevices(_))) => {
             failure(&e);
-            return exit_status::USAGE;
+            return USAGE;
         }
         Err(e) => failure(&e),
     };
@@ -115,7 +116,7 @@ fn usage_error(error: &ConfigError) -> u8 {
         ConfigError::NoKernel
         | ConfigError::Cpus(_)
         | ConfigError::Disk { .. }
-        | ConfigError::Memory(..) => exit_status::USAGE,
+        | ConfigError::Memory(..) => USAGE,
     }
 }
 
@@ -123,7 +124,7 @@ fn usage_error(error: &ConfigError) -> u8 {
 fn failure(error: &dyn Error) -> u8 {
     console::restore_terminal();
     log::error!("{}", error_chain(error));
-    exit_status::MONITOR_FAILED
+    VMM_FAILED
 }
 
 /// A tool's exit status: 1 where it says no.
@@ -133,8 +134,8 @@ fn tool_status(result: Result<bool, ToolError>) -> u8 {
         Err(e) => {
             let status = failure(&e);
             match e {
-                ToolError::Usage(_) => exit_status::USAGE,
-                ToolError::Stopped(signal) => Outcome::Signal(signal).exit_status(),
+                ToolError::Usage(_) => USAGE,
+                ToolError::Stopped(signal) => of_signal(signal),
                 ToolError::Failed { .. } | ToolError::Output(_) => status,
             }
         }

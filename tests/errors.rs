@@ -128,7 +128,8 @@ fn a_kernel_for_another_machine() {
 #[test]
 fn a_truncated_kernel() {
     let image = bzimage();
-    for cut in [0x210, 600, image.len() - 1] {
+    // The header counts units of 16 bytes: up to 15 may be missing.
+    for cut in [0x210, 600, image.len() - 16] {
         let ended = kernel("vmlinuz", &image[..cut], &[]);
         says(&ended, &["truncated", &format!("{cut} bytes"), "again"]);
     }

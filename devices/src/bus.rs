@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use thiserror::Error;
 
@@ -15,7 +15,7 @@ pub trait BusDevice: Send {
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// Why a device cannot be put on a bus.
+/// Why a device cannot be mapped.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BusError {
     /// The range has no addresses.
@@ -45,14 +45,16 @@ pub enum BusError {
     },
 }
 
-struct Range {
+/// A named range of addresses and the device behind it.
+struct Region {
+    name: String,
     base: u64,
     /// Inclusive, so that a range may end with the address space.
     last: u64,
     device: Arc<Mutex<dyn BusDevice>>,
 }
 
-impl Range {
+impl Region {
     fn lock(&self) -> MutexGuard<'_, dyn BusDevice + 'static> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -63,12 +65,12 @@ impl Range {
     }
 }
 
-/// Devices by address. It is filled while the VM is built and only read afterwards, so vCPUs share it without a lock of
-/// its own; an access locks the one device that it reaches.
+/// Devices by address. Regions are mapped and unmapped at any time, also while vCPUs access others; an access locks the one device
+/// that it reaches, and holds no lock of the bus meanwhile.
 #[derive(Default)]
 pub struct Bus {
     /// Sorted by `base`, disjoint.
-    ranges: Vec<Range>,
+    regions: RwLock<Vec<Arc<Region>>>,
     unclaimed_reads: AtomicU64,
     unclaimed_writes: AtomicU64,
 }
@@ -79,9 +81,10 @@ impl Bus {
         Self::default()
     }
 
-    /// Puts `device` at `base..base + len`. A device may be inserted at several ranges; offsets are relative to each.
-    pub fn insert(
-        &mut self,
+    /// Maps `device` at `base..base + len`. A device may be mapped at several ranges; offsets are relative to each.
+    pub fn map(
+        &self,
+        name: &str,
         base: u64,
         len: u64,
         device: Arc<Mutex<dyn BusDevice>>,
@@ -90,8 +93,9 @@ impl Bus {
         let last = base
             .checked_add(reach)
             .ok_or(BusError::Overflow { base, len })?;
-        let index = self.ranges.partition_point(|r| r.last < base);
-        if let Some(other) = self.ranges.get(index).filter(|r| r.base <= last) {
+        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
+        let index = regions.partition_point(|r| r.last < base);
+        if let Some(other) = regions.get(index).filter(|r| r.base <= last) {
             return Err(BusError::Overlap {
                 base,
                 last,
@@ -99,8 +103,22 @@ impl Bus {
                 other_last: other.last,
             });
         }
-        self.ranges.insert(index, Range { base, last, device });
+        let region = Region {
+            name: name.to_owned(),
+            base,
+            last,
+            device,
+        };
+        regions.insert(index, Arc::new(region));
         Ok(())
+    }
+
+    /// Unmaps the region that begins at `base`; `false` if there is none. An access that has begun still ends.
+    pub fn unmap(&self, base: u64) -> bool {
+        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
+        let len = regions.len();
+        regions.retain(|region| region.base != base);
+        regions.len() != len
     }
 
     /// Reads; returns whether a device answered. Where none does, `data` becomes all ones.
@@ -109,33 +127,38 @@ impl Bus {
     /// exit port is common. The rest, which a real bus would give to the next device, reads as ones or is lost.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
-        let Some((range, offset)) = self.find(addr) else {
+        let Some((region, offset)) = self.find(addr) else {
             self.unclaimed_reads.fetch_add(1, Ordering::Relaxed);
             return false;
         };
-        let len = range.reach(addr, data.len());
+        let len = region.reach(addr, data.len());
         if let Some(data) = data.get_mut(..len) {
-            range.lock().read(offset, data);
+            region.lock().read(offset, data);
         }
         true
     }
 
     /// Writes; returns whether a device took it.
     pub fn write(&self, addr: u64, data: &[u8]) -> bool {
-        let Some((range, offset)) = self.find(addr) else {
+        let Some((region, offset)) = self.find(addr) else {
             self.unclaimed_writes.fetch_add(1, Ordering::Relaxed);
             return false;
         };
-        let len = range.reach(addr, data.len());
+        let len = region.reach(addr, data.len());
         if let Some(data) = data.get(..len) {
-            range.lock().write(offset, data);
+            region.lock().write(offset, data);
         }
         true
     }
 
-    /// The first address of the range that `addr` lies in; `None` where no device is.
+    /// The first address of the region that `addr` lies in; `None` where no device is.
     pub fn base_of(&self, addr: u64) -> Option<u64> {
-        self.find(addr).map(|(range, _)| range.base)
+        self.find(addr).map(|(region, _)| region.base)
+    }
+
+    /// The name of the region that `addr` lies in; `None` where no device is.
+    pub fn name_of(&self, addr: u64) -> Option<String> {
+        self.find(addr).map(|(region, _)| region.name.clone())
     }
 
     /// How many reads no device answered.
@@ -148,23 +171,18 @@ impl Bus {
         self.unclaimed_writes.load(Ordering::Relaxed)
     }
 
-    fn find(&self, addr: u64) -> Option<(&Range, u64)> {
-        let range = self
-            .ranges
-            .get(self.ranges.partition_point(|r| r.last < addr))?;
-        Some((range, addr.checked_sub(range.base)?))
+    fn find(&self, addr: u64) -> Option<(Arc<Region>, u64)> {
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let region = regions.get(regions.partition_point(|r| r.last < addr))?;
+        Some((Arc::clone(region), addr.checked_sub(region.base)?))
     }
 }
 
 impl fmt::Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list()
-            .entries(
-                self.ranges
-                    .iter()
-                    .map(|r| format!("{:#x}..={:#x}", r.base, r.last)),
-            )
-            .finish()
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let shown = |r: &Arc<Region>| format!("{} {:#x}..={:#x}", r.name, r.base, r.last);
+        f.debug_list().entries(regions.iter().map(shown)).finish()
     }
 }
 
@@ -197,10 +215,10 @@ mod tests {
 
     #[test]
     fn accesses_reach_their_device_by_offset() {
-        let mut bus = Bus::new();
+        let bus = Bus::new();
         let (a, b) = (device(0x10), device(0x20));
-        bus.insert(0x3f8, 8, a.clone()).unwrap();
-        bus.insert(0x60, 5, b.clone()).unwrap();
+        bus.map("test", 0x3f8, 8, a.clone()).unwrap();
+        bus.map("test", 0x60, 5, b.clone()).unwrap();
         let mut data = [0];
         assert!(bus.read(0x3ff, &mut data));
         assert_eq!(data, [0x17]);
@@ -213,10 +231,10 @@ mod tests {
 
     #[test]
     fn a_device_gets_what_lies_in_its_range() {
-        let mut bus = Bus::new();
+        let bus = Bus::new();
         let (a, b) = (device(0x10), device(0x20));
-        bus.insert(0xf4, 1, a.clone()).unwrap();
-        bus.insert(u64::MAX - 1, 2, b.clone()).unwrap();
+        bus.map("test", 0xf4, 1, a.clone()).unwrap();
+        bus.map("test", u64::MAX - 1, 2, b.clone()).unwrap();
         let mut data = [0; 4];
         assert!(bus.read(0xf4, &mut data));
         assert_eq!(data, [0x10, 0xff, 0xff, 0xff]);
@@ -230,8 +248,8 @@ mod tests {
 
     #[test]
     fn unclaimed_accesses_read_ones_and_are_counted() {
-        let mut bus = Bus::new();
-        bus.insert(0x100, 4, device(0)).unwrap();
+        let bus = Bus::new();
+        bus.map("test", 0x100, 4, device(0)).unwrap();
         for (addr, len) in [
             (0xff, 1),
             (0xff, 2),
@@ -250,17 +268,17 @@ mod tests {
 
     #[test]
     fn bad_ranges_are_refused() {
-        let mut bus = Bus::new();
-        assert_eq!(bus.insert(7, 0, device(0)), Err(BusError::Empty(7)));
+        let bus = Bus::new();
+        assert_eq!(bus.map("test", 7, 0, device(0)), Err(BusError::Empty(7)));
         assert_eq!(
-            bus.insert(u64::MAX, 2, device(0)),
+            bus.map("test", u64::MAX, 2, device(0)),
             Err(BusError::Overflow {
                 base: u64::MAX,
                 len: 2
             })
         );
-        bus.insert(u64::MAX, 1, device(0)).unwrap();
-        bus.insert(0x100, 0x10, device(0)).unwrap();
+        bus.map("test", u64::MAX, 1, device(0)).unwrap();
+        bus.map("test", 0x100, 0x10, device(0)).unwrap();
         for (base, len) in [
             (0x100, 0x10),
             (0xff, 2),
@@ -270,21 +288,43 @@ mod tests {
         ] {
             assert!(
                 matches!(
-                    bus.insert(base, len, device(0)),
+                    bus.map("test", base, len, device(0)),
                     Err(BusError::Overlap { .. })
                 ),
                 "{base:#x}"
             );
         }
-        bus.insert(0xff, 1, device(0)).unwrap();
-        bus.insert(0x110, 1, device(0)).unwrap();
+        bus.map("test", 0xff, 1, device(0)).unwrap();
+        bus.map("test", 0x110, 1, device(0)).unwrap();
+    }
+
+    #[test]
+    fn regions_come_and_go_while_others_are_accessed() {
+        let bus = Bus::new();
+        bus.map("stays", 0, 1, device(1)).unwrap();
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                (0..10_000).all(|_| {
+                    let mut data = [0];
+                    bus.read(0, &mut data) && data == [1]
+                })
+            });
+            for _ in 0..1000 {
+                bus.map("comes", 0x10, 1, device(2)).unwrap();
+                assert_eq!(bus.name_of(0x10).as_deref(), Some("comes"));
+                assert!(bus.unmap(0x10));
+                assert_eq!(bus.name_of(0x10), None);
+            }
+            assert!(reader.join().unwrap());
+        });
+        assert!(!bus.unmap(0x10));
     }
 
     #[test]
     fn a_device_that_panicked_once_is_still_reachable() {
-        let mut bus = Bus::new();
+        let bus = Bus::new();
         let dev = device(1);
-        bus.insert(0, 1, dev.clone()).unwrap();
+        bus.map("test", 0, 1, dev.clone()).unwrap();
         let _ = std::thread::spawn(move || {
             let _guard = dev.lock().unwrap();
             panic!("poison the lock");
@@ -301,11 +341,11 @@ mod tests {
             ranges in proptest::collection::vec((0u64..200, 1u64..20), 0..12),
             accesses in proptest::collection::vec((0u64..240, 1usize..9), 1..40),
         ) {
-            let mut bus = Bus::new();
+            let bus = Bus::new();
             let mut kept: Vec<(u64, u64)> = Vec::new();
             for (base, len) in ranges {
                 let free = kept.iter().all(|(b, l)| base + len <= *b || b + l <= base);
-                prop_assert_eq!(bus.insert(base, len, device(0)).is_ok(), free);
+                prop_assert_eq!(bus.map("test", base, len, device(0)).is_ok(), free);
                 if free {
                     kept.push((base, len));
                 }

@@ -13,9 +13,7 @@ use acpi_tables::xsdt::XSDT;
 use minivmm_devices::platform::power;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::arch::x86_64::layout::{
-    ACPI_MAX_SIZE, ACPI_POWER_PORT, ACPI_START, IOAPIC_START, LAPIC_START,
-};
+use crate::arch::layout::{ACPI_MAX_SIZE, ACPI_POWER_PORT, ACPI_START, IOAPIC_START, LAPIC_START};
 
 const OEM_ID: [u8; 6] = *b"MINIVM";
 const OEM_TABLE_ID: [u8; 8] = *b"MINIVMM ";

@@ -1,3 +1,6 @@
-//! Architecture-specific parts.
+//! What is particular to a processor's architecture: nothing outside names one. docs/architecture.md says what a second one needs.
 
-pub mod x86_64;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::*;

@@ -9,7 +9,7 @@ use super::GuestMemory;
 use super::bzimage::{BOOT_FLAG, HEADER_MAGIC, LOADED_HIGH, SETUP_HEADER_OFFSET};
 use super::error::BootError;
 use super::memory_map::memory_map;
-use crate::arch::x86_64::layout;
+use crate::arch::layout;
 
 /// `loadflags`: the kernel's image has been placed at random (boot.rst, "loadflags", bit 1).
 const KASLR_FLAG: u8 = 1 << 1;

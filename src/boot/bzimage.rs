@@ -8,7 +8,7 @@ use super::error::BootError;
 use super::input::InputFile;
 use super::memory_map::{Loaded, check_fits};
 use super::{GuestMemory, MIB};
-use crate::arch::x86_64::layout;
+use crate::arch::layout;
 
 /// Offset of the setup header in the file and in boot_params (boot.rst, "The Real-Mode Kernel Header").
 pub(crate) const SETUP_HEADER_OFFSET: usize = 0x1f1;

@@ -4,7 +4,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::GuestMemory;
 use super::error::BootError;
-use crate::arch::x86_64::layout;
+use crate::arch::layout;
 
 /// Longest command line of a kernel that does not say, without the NUL: x86 Linux has COMMAND_LINE_SIZE 2048.
 pub(crate) const DEFAULT_MAX: usize = 2047;

@@ -9,7 +9,7 @@ use super::error::BootError;
 use super::foreign;
 use super::input::InputFile;
 use super::memory_map::check_fits;
-use crate::arch::x86_64::layout;
+use crate::arch::layout;
 
 /// Most program headers that are looked at; Linux has five.
 const MAX_PROGRAM_HEADERS: u16 = 128;

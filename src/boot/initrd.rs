@@ -8,7 +8,7 @@ use super::format::check_initrd_kind;
 use super::input::InputFile;
 use super::memory_map::{low_ram_end, mib_ceil};
 use super::{GuestMemory, MIB};
-use crate::arch::x86_64::layout;
+use crate::arch::layout;
 
 const PAGE: u64 = 4096;
 

@@ -7,7 +7,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::error::BootError;
 use super::input::InputFile;
 use super::{GuestMemory, MIB};
-use crate::arch::x86_64::layout;
+use crate::arch::layout;
 
 /// A kernel in guest memory.
 pub(crate) struct Loaded {

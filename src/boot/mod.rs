@@ -8,7 +8,7 @@
 //! Copied, not mapped from the file: a mapped kernel is loaded sooner, but the guest has it in pages of 4 KiB, each a fault of its
 //! own. For Debian's vmlinux in an emulated host that was 0.02 s of loading instead of 0.32, and 1.4 s more in the guest.
 //! Nor would guests share its text: while it boots, Linux changes 2,558 of that kernel's 2,579 pages of text itself, at return
-//! sites, alternatives and calls. (They can have it merged when that is done, see [`let_merge`](crate::vmm::memory::let_merge).) And
+//! sites, alternatives and calls. (They can have it merged when that is done, see [`enable_ksm`](crate::vmm::memory::enable_ksm).) And
 //! nothing that happens to a file reaches a running guest.
 
 mod boot_params;
@@ -41,8 +41,8 @@ use std::path::Path;
 use serde::Serialize;
 use vm_memory::{ByteValued, GuestMemoryMmap};
 
-use crate::arch::x86_64::layout;
-pub use crate::arch::x86_64::regs::Entry;
+use crate::arch::layout;
+pub use crate::arch::regs::Entry;
 use crate::config::BootProtocol;
 use crate::error_chain;
 use bzimage::BzImage;

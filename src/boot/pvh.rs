@@ -11,7 +11,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress};
 use super::GuestMemory;
 use super::error::BootError;
 use super::memory_map::memory_map;
-use crate::arch::x86_64::layout;
+use crate::arch::layout;
 
 /// "xEn3" with bit 7 of the E set.
 const START_MAGIC: u32 = 0x336e_c578;

@@ -2,7 +2,13 @@
 
 mod bench;
 mod compare;
+pub mod exit_status;
 mod guest;
+pub mod log;
+pub mod process;
+mod release;
+pub mod run;
+pub mod watch;
 
 pub use bench::BenchArgs;
 pub use compare::CompareArgs;
@@ -10,9 +16,9 @@ pub use guest::GuestArgs;
 
 use std::path::PathBuf;
 
+use ::log::LevelFilter;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
-use log::LevelFilter;
 use serde::de::value::StrDeserializer;
 use serde::de::{DeserializeOwned, IntoDeserializer};
 

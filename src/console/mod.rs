@@ -1,7 +1,7 @@
 //! Where the guest's console goes on the host: terminal, pty, file or nowhere.
 //!
-//! [`Console`] is the output: a [sink](Console::sink) for its device, a bounded buffer, a thread that drains it, and what
-//! is remembered for the post-mortem. [`ConsoleInput`] is the input, driven by the event loop. [`RawTerminal`] keeps the
+//! [`Console`] is the output: a [sink](Console::sink) for its device, a bounded buffer, and a thread that drains it and
+//! shows it to an [observer](OutputObserver). [`ConsoleInput`] is the input, driven by the event loop. [`RawTerminal`] keeps the
 //! terminal raw while the VM runs.
 //!
 //! Flow control goes all the way both ways: a slow reader makes the guest wait, and input waits in its pipe or terminal
@@ -10,27 +10,27 @@
 mod escape;
 mod input;
 mod output;
-mod phases;
 mod pty;
+mod signals;
 mod terminal;
 #[cfg(test)]
 mod tests;
-mod transcript;
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use minivmm_devices::chardev::ConsoleOutput;
 use thiserror::Error;
 
 pub use input::{ConsoleInput, InputOutcome};
+pub use signals::Signals;
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
 use crate::config::ConsoleTarget;
-use crate::observe::timeline::Phases;
 use output::{Destination, Shared, Sink};
 
 /// Why the console cannot be opened.
@@ -50,6 +50,12 @@ pub enum ConsoleError {
     /// The output thread cannot be started.
     #[error("cannot start the output of the console")]
     Start(#[source] io::Error),
+}
+
+/// Reads the guest's output as it comes, on the console's thread.
+pub trait OutputObserver: Send {
+    /// Bytes that came at this time.
+    fn push(&mut self, bytes: &[u8], came: Instant);
 }
 
 /// The host's side of the console's output. A cheap handle: clones are the same console. It outlives the VM, so
@@ -127,25 +133,15 @@ impl Console {
         self.0.shared.set_ready(callback);
     }
 
-    /// Forgets the output of the VM before: its panic and byte count. On a terminal, the next begins a line. With
-    /// `watch_phases`, the output is searched for what [`Console::phases`] tells.
-    pub fn start_of_vm(&self, watch_phases: bool) {
-        self.0.shared.start_of_vm(watch_phases);
+    /// Forgets the output of the VM before; on a terminal, the next begins a line. From here on `observer` is given all that the
+    /// guest sends, with `watch_arrivals` as exactly in time as it came.
+    pub fn start_of_vm(&self, observer: Box<dyn OutputObserver>, watch_arrivals: bool) {
+        self.0.shared.start_of_vm(observer, watch_arrivals);
     }
 
-    /// When the guest's output told how far its boot was, if that is watched.
-    pub fn phases(&self) -> Phases {
-        self.0.shared.transcript().phases()
-    }
-
-    /// Sets what to call after what looks like a panic's last line, for this run of a VM. It is called on the console's thread.
-    pub fn on_panic_end(&self, callback: Option<Arc<dyn Fn() + Send + Sync>>) {
-        self.0.shared.transcript().on_panic_end = callback;
-    }
-
-    /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.
-    pub fn saw_panic(&self) -> bool {
-        self.0.shared.transcript().saw_panic()
+    /// Gives the observer all that has come, now.
+    pub fn observe(&self) {
+        self.0.shared.observe();
     }
 
     /// How many bytes the guest has sent.

@@ -4,7 +4,7 @@
 //! transmitter, a virtio console leaves what comes in its queue, and the guest waits; when half of it is free again, the
 //! device is told.
 //!
-//! Locks: `transcript` comes before `state`; `ready` is taken alone. The device's lock is held by callers of [`Sink`], so
+//! Locks: `observer` comes before `state`; `ready` is taken alone. The device's lock is held by callers of [`Sink`], so
 //! the callback in `ready`, which takes that lock, is called with none held.
 
 use std::collections::VecDeque;
@@ -19,8 +19,8 @@ use minivmm_devices::chardev::{ConsoleOutput, MIN_ROOM};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
+use super::OutputObserver;
 use super::pty;
-use super::transcript::Transcript;
 
 /// Bytes that wait for the host at most.
 pub(super) const CAPACITY: usize = 1 << 20;
@@ -59,7 +59,7 @@ type Callback = Arc<dyn Fn() + Send + Sync>;
 
 /// What the sinks, the thread and the [`super::Console`] share.
 pub(super) struct Shared {
-    transcript: Mutex<Transcript>,
+    observer: Mutex<Option<Box<dyn OutputObserver>>>,
     state: Mutex<State>,
     /// The thread has something to do.
     work: Condvar,
@@ -74,7 +74,7 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct State {
     pending: VecDeque<u8>,
-    /// Bytes at the front of `pending` that the transcript has.
+    /// Bytes at the front of `pending` that the observer has.
     read: usize,
     /// When the bytes that it has not came, and how many at a time. Empty if nobody wants to know.
     arrivals: VecDeque<(Instant, usize)>,
@@ -116,7 +116,7 @@ impl State {
         }
     }
 
-    /// Copies the next bytes that the transcript does not have, and says when they came.
+    /// Copies the next bytes that the observer does not have, and says when they came.
     fn read(&mut self, bytes: &mut Vec<u8>) -> Instant {
         let mut len = CHUNK.min(self.pending.len() - self.read);
         let mut came = Instant::now();
@@ -142,11 +142,6 @@ impl State {
     pub(super) fn is_running(&self) -> bool {
         self.running
     }
-
-    #[cfg(test)]
-    pub(super) fn is_read(&self) -> bool {
-        self.read == self.pending.len()
-    }
 }
 
 #[derive(Default, PartialEq)]
@@ -164,7 +159,7 @@ impl Shared {
         on_terminal: bool,
     ) -> io::Result<Arc<Self>> {
         let shared = Arc::new(Self {
-            transcript: Mutex::default(),
+            observer: Mutex::default(),
             state: Mutex::new(State {
                 running: true,
                 on_terminal,
@@ -188,34 +183,34 @@ impl Shared {
     }
 
     /// Forgets the output of the VM before: see [`super::Console::start_of_vm`].
-    pub(super) fn start_of_vm(&self, watch_phases: bool) {
-        let mut transcript = self.lock_transcript();
-        *transcript = Transcript::new(watch_phases);
+    pub(super) fn start_of_vm(&self, observer: Box<dyn OutputObserver>, watch_arrivals: bool) {
+        let mut current = self.observer();
+        *current = Some(observer);
         let mut state = self.state();
         state.end_line();
         state.read = state.pending.len();
         state.arrivals.clear();
-        state.watch_arrivals = watch_phases;
+        state.watch_arrivals = watch_arrivals;
         (state.bytes, state.last) = (0, None);
     }
 
-    /// The transcript of all that has come.
-    pub(super) fn transcript(&self) -> MutexGuard<'_, Transcript> {
-        let mut transcript = self.lock_transcript();
+    /// Gives the observer all that has come.
+    pub(super) fn observe(&self) {
+        let mut observer = self.observer();
         let mut piece = Vec::new();
         loop {
             let came = self.state().read(&mut piece);
             if piece.is_empty() {
-                return transcript;
+                return;
             }
-            transcript.push(&piece, came);
+            if let Some(observer) = &mut *observer {
+                observer.push(&piece, came);
+            }
         }
     }
 
-    fn lock_transcript(&self) -> MutexGuard<'_, Transcript> {
-        self.transcript
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn observer(&self) -> MutexGuard<'_, Option<Box<dyn OutputObserver>>> {
+        self.observer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -351,7 +346,7 @@ impl Shared {
         if owes_call {
             self.tell_ready();
         }
-        drop(self.transcript());
+        self.observe();
         let state = self.state();
         chunk.clear();
         chunk.extend(state.pending.iter().take(CHUNK.min(state.read)));

@@ -27,8 +27,8 @@ static WANTED: AtomicBool = AtomicBool::new(false);
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes the terminal on stdin raw, and arranges that a fault restores it; [`crate::process::end_in_good_order`] does so
-    /// for panics and aborts, and [`crate::vmm::event_loop::Signals`] has what is sent to end the process. `None` if stdin is no
+    /// Makes the terminal on stdin raw, and arranges that a fault restores it; [`crate::cli::process::end_in_good_order`] does so
+    /// for panics and aborts, and [`crate::console::Signals`] has what is sent to end the process. `None` if stdin is no
     /// terminal. In the background the terminal is left alone until the first input or [`reenter_raw`] in the
     /// foreground.
     pub fn enter() -> io::Result<Option<Self>> {

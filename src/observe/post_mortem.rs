@@ -2,37 +2,31 @@
 
 use std::fmt::Write;
 
-use kvm_bindings::{kvm_regs, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
-use crate::arch::x86_64::regs;
-use crate::boot::{self, Entry, LoadedKernel};
+use crate::arch;
+use crate::boot::{self, Entry};
 use crate::config::ConsoleKind;
-use crate::vmm::outcome::Outcome;
-use crate::vmm::vcpu::{Vcpu, VcpuFailure};
+use crate::vmm::outcome::{Outcome, VcpuFailure};
+use crate::vmm::vcpu::Vcpu;
+use crate::vmm::vm::Vm;
 
 /// Bytes of code shown at the instruction pointer.
 const CODE_BYTES: usize = 16;
 
-/// What the VM has to say about its end.
-pub struct Scene<'a> {
+/// What is to be said of a VM that has ended.
+pub struct CrashReport<'a> {
     /// Why the VM ended.
     pub outcome: &'a Outcome,
     /// The vCPU to look at: the one that failed, or the boot vCPU.
     pub vcpu: &'a Vcpu,
-    /// Guest RAM.
-    pub mem: &'a GuestMemoryMmap,
-    /// What was loaded.
-    pub kernel: &'a LoadedKernel,
-    /// Which device the console is.
-    pub console: ConsoleKind,
+    /// The VM.
+    pub vm: &'a Vm,
     /// Bytes that the guest has written to its console.
     pub console_bytes: u64,
-    /// The kernel command line.
-    pub cmdline: &'a str,
 }
 
-impl Scene<'_> {
+impl CrashReport<'_> {
     /// One line: how the VM ended.
     pub fn headline(&self) -> String {
         match self.outcome {
@@ -56,11 +50,7 @@ impl Scene<'_> {
     /// A few lines for stderr.
     pub fn report(&self) -> String {
         let mut out = String::new();
-        let registers = self
-            .vcpu
-            .fd
-            .get_regs()
-            .and_then(|r| Ok((r, self.vcpu.fd.get_sregs()?)));
+        let registers = arch::vcpu::Registers::read(&self.vcpu.fd);
         // Writing to a string cannot fail.
         let _ = writeln!(
             out,
@@ -72,7 +62,16 @@ impl Scene<'_> {
             None => _ = writeln!(out, "last access: none, the guest never left its memory"),
         }
         match &registers {
-            Ok((regs, sregs)) => self.registers(&mut out, regs, sregs),
+            Ok(registers) => {
+                let _ = writeln!(out, "{registers}");
+                let code = registers
+                    .instruction_pointer()
+                    .and_then(|ip| self.code_at(ip));
+                if let Some(code) = code {
+                    let hex: Vec<String> = code.iter().map(|b| format!("{b:02x}")).collect();
+                    let _ = writeln!(out, "code at rip: {}", hex.join(" "));
+                }
+            }
             Err(e) => _ = writeln!(out, "registers: KVM does not give them: {e}"),
         }
         if let Some(message) = self.unheard_panic() {
@@ -82,8 +81,10 @@ impl Scene<'_> {
             );
             return out;
         }
-        let rip = registers.map(|(regs, _)| regs.rip).ok();
-        let _ = write!(out, "likely cause: {}", self.likely_cause(rip));
+        let ip = registers
+            .ok()
+            .and_then(|registers| registers.instruction_pointer());
+        let _ = write!(out, "likely cause: {}", self.likely_cause(ip));
         out
     }
 
@@ -93,50 +94,18 @@ impl Scene<'_> {
             self.outcome,
             Outcome::Deadline | Outcome::Quit | Outcome::Signal(_)
         );
-        let message = || boot::panic_message(self.mem, &self.kernel.kernel_range);
+        let message = || boot::panic_message(self.vm.mem(), &self.vm.kernel().kernel_range);
         stopped.then(message).flatten()
     }
 
-    fn registers(&self, out: &mut String, regs: &kvm_regs, sregs: &kvm_sregs) {
-        if regs::are_at_reset_vector(regs, sregs) {
-            let _ = writeln!(
-                out,
-                "registers: those after a reset (AMD processors do not keep the others at a triple fault)"
-            );
-            return;
-        }
-        let rows = [
-            [
-                ("rip", regs.rip),
-                ("rsp", regs.rsp),
-                ("rflags", regs.rflags),
-            ],
-            [("rax", regs.rax), ("rbx", regs.rbx), ("rcx", regs.rcx)],
-            [("rdx", regs.rdx), ("rsi", regs.rsi), ("rdi", regs.rdi)],
-            [("cr0", sregs.cr0), ("cr2", sregs.cr2), ("cr3", sregs.cr3)],
-            [
-                ("cr4", sregs.cr4),
-                ("efer", sregs.efer),
-                ("cs", sregs.cs.selector.into()),
-            ],
-        ];
-        for row in rows {
-            let row = row.map(|(name, value)| format!("{name:>6}={value:#018x}"));
-            let _ = writeln!(out, "{}", row.join(" "));
-        }
-        if let Some(code) = self.code_at(regs.rip) {
-            let hex: Vec<String> = code.iter().map(|b| format!("{b:02x}")).collect();
-            let _ = writeln!(out, "code at rip: {}", hex.join(" "));
-        }
-    }
-
     /// The bytes at a guest virtual address, if it is mapped to RAM.
-    fn code_at(&self, rip: u64) -> Option<[u8; CODE_BYTES]> {
-        let translation = self.vcpu.fd.translate_gva(rip).ok()?;
+    fn code_at(&self, ip: u64) -> Option<[u8; CODE_BYTES]> {
+        let translation = self.vcpu.fd.translate_gva(ip).ok()?;
         let mut code = [0; CODE_BYTES];
         (translation.valid != 0)
             .then(|| {
-                self.mem
+                self.vm
+                    .mem()
                     .read_slice(&mut code, GuestAddress(translation.physical_address))
                     .ok()
             })
@@ -144,12 +113,13 @@ impl Scene<'_> {
         Some(code)
     }
 
-    fn likely_cause(&self, rip: Option<u64>) -> &'static str {
+    fn likely_cause(&self, ip: Option<u64>) -> &'static str {
         let at_entry = matches!(
-            (self.kernel.entry, rip),
-            (Entry::Linux64 { rip: entry, .. }, Some(rip)) if rip == entry
+            (self.vm.kernel().entry, ip),
+            (Entry::Linux64 { rip: entry, .. }, Some(ip)) if ip == entry
         );
-        let listens = self.cmdline.contains(self.console.parameter());
+        let console = self.vm.config().console;
+        let listens = self.vm.cmdline().contains(console.parameter());
         match self.outcome {
             Outcome::VcpuFailed(VcpuFailure::TripleFault)
                 if self.console_bytes == 0 && at_entry =>
@@ -176,7 +146,7 @@ impl Scene<'_> {
             }
             Outcome::VcpuFailed(_) => "this host's KVM; `minivmm doctor` says what it offers",
             _ if self.console_bytes > 0 => "the last lines on the console tell more",
-            _ if !listens => match self.console {
+            _ if !listens => match console {
                 ConsoleKind::Serial => {
                     "the kernel command line names no console=ttyS0, so that the guest may well have run, unseen"
                 }
@@ -184,7 +154,7 @@ impl Scene<'_> {
                     "the kernel command line names no console=hvc0, so that the guest may well have run, unseen"
                 }
             },
-            _ if self.console == ConsoleKind::Virtio => {
+            _ if console == ConsoleKind::Virtio => {
                 "the guest may well have run, unseen: virtio_mmio and virtio_console must be built into the kernel, or \
                  modules that the initrd loads; `--console serial` needs neither"
             }

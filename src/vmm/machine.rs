@@ -1,8 +1,11 @@
-//! From the configuration to devices: address, interrupt and bus of each.
+//! The machine: which devices it has, at which addresses and interrupts, and how a guest finds them.
+//!
+//! [`virtio_devices`] is the one list of virtio devices, in the order of their slots. What else speaks of devices (ACPI's tables,
+//! the kernel's `virtio_mmio.device=`, names in logs and timelines, the number of slots in use) is taken from it.
 
 use std::sync::{Arc, Mutex};
 
-use minivmm_devices::bus::{Bus, BusDevice, BusError};
+use minivmm_devices::bus::{BusDevice, BusError};
 use minivmm_devices::event::EventSink;
 use minivmm_devices::platform::control::{self, BootMarkPort, ExitPort};
 use minivmm_devices::platform::i8042::{self, I8042};
@@ -11,46 +14,79 @@ use minivmm_devices::platform::pci::{self, PciConfig};
 use minivmm_devices::platform::power::{self, AcpiPower};
 use minivmm_devices::platform::pvpanic::{self, Pvpanic};
 use minivmm_devices::platform::serial::{self, Serial};
-use minivmm_devices::virtio::block::Block;
-use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
-use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::transport::mmio::{self, MmioTransport};
 use vm_memory::GuestMemoryMmap;
 
+use super::error::VmError;
+use super::vcpu::exit::Buses;
+use super::vcpu::profile::Place;
 use crate::acpi::{AcpiDevice, Hid};
-use crate::arch::x86_64::irqchip::Interrupts;
-use crate::arch::x86_64::layout;
-use crate::config::{VmConfig, join_words};
-use crate::observe::timeline::Place;
-use crate::vmm::vcpu::Buses;
-use crate::vmm::vm::VmError;
+use crate::arch::irqchip::Interrupts;
+use crate::arch::layout;
+use crate::config::{ConsoleKind, DiskConfig, VmConfig, join_words};
 
 /// ACPI's ID of a virtio-mmio device, as Linux knows it (drivers/virtio/virtio_mmio.c).
 const VIRTIO_MMIO_HID: &str = "LNRO0005";
 
-/// What the configuration's devices need from the host, opened.
-#[derive(Default)]
-pub struct HostResources {
-    /// Disks in the order in which the guest finds them.
-    pub disks: Vec<Block>,
-    /// Whether there is an entropy device.
-    pub rng: bool,
+/// What COM1 is called.
+pub const COM1: &str = "COM1";
+
+/// A virtio device that a configuration asks for.
+#[derive(Debug, Clone, Copy)]
+pub enum VirtioSpec<'a> {
+    /// A disk, with its place among the disks.
+    Disk(usize, &'a DiskConfig),
+    /// The entropy device.
+    Rng,
+    /// The console on hvc0.
+    Console,
 }
 
-/// A virtio device's place: what a kernel's `virtio_mmio.device=` tells.
+impl VirtioSpec<'_> {
+    /// What logs and timelines call it.
+    pub fn name(self) -> String {
+        match self {
+            Self::Disk(index, _) => format!("disk {index}"),
+            Self::Rng => "rng".into(),
+            Self::Console => "console".into(),
+        }
+    }
+}
+
+/// The virtio devices of a VM in the order of their slots.
+pub fn virtio_devices(config: &VmConfig) -> Vec<VirtioSpec<'_>> {
+    let disks = config.disks.iter().enumerate();
+    disks
+        .map(|(index, disk)| VirtioSpec::Disk(index, disk))
+        .chain(config.rng.then_some(VirtioSpec::Rng))
+        .chain((config.console == ConsoleKind::Virtio).then_some(VirtioSpec::Console))
+        .collect()
+}
+
+/// The place of a virtio device: its registers and its interrupt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VirtioSlot(usize);
+struct VirtioSlot(usize);
 
 impl VirtioSlot {
     /// GPA of the registers.
-    pub fn base(self) -> u64 {
+    fn base(self) -> u64 {
         layout::VIRTIO_MMIO_START + self.0 as u64 * layout::VIRTIO_MMIO_SIZE
     }
 
     /// GSI of the interrupt.
-    pub fn gsi(self) -> u32 {
+    fn gsi(self) -> u32 {
         layout::VIRTIO_GSI_FIRST + self.0 as u32
+    }
+
+    /// The parameter that tells a kernel without ACPI of the device (Documentation/admin-guide/kernel-parameters.txt).
+    fn parameter(self) -> String {
+        let size_kib = layout::VIRTIO_MMIO_SIZE >> 10;
+        format!(
+            "virtio_mmio.device={size_kib}K@{:#x}:{}",
+            self.base(),
+            self.gsi()
+        )
     }
 }
 
@@ -66,189 +102,111 @@ pub fn cmdline_with_devices(config: &VmConfig) -> String {
     if !kernel.split_whitespace().any(|word| word == "acpi=off") {
         return line;
     }
-    let devices = virtio_parameters(config.virtio_devices());
-    join_words([kernel, &devices, init])
+    let slots = (0..virtio_devices(config).len()).map(VirtioSlot);
+    let parameters: Vec<String> = slots.map(VirtioSlot::parameter).collect();
+    join_words([kernel, &parameters.join(" "), init])
 }
 
-/// Refuses a configuration with more virtio devices than there are addresses and interrupts for.
+/// Refuses a configuration with more virtio devices than there are slots.
 pub fn check_capacity(config: &VmConfig) -> Result<(), VmError> {
-    match config.virtio_devices() {
+    match virtio_devices(config).len() {
         count if count > layout::MAX_VIRTIO_DEVICES => Err(VmError::TooManyDevices(count)),
         _ => Ok(()),
     }
 }
 
-/// The parameters that tell a kernel without ACPI of `count` virtio devices, which it cannot find by itself
-/// (Documentation/admin-guide/kernel-parameters.txt).
-fn virtio_parameters(count: usize) -> String {
-    let parameters: Vec<String> = (0..count)
-        .map(VirtioSlot)
-        .map(|slot| {
-            let size_kib = layout::VIRTIO_MMIO_SIZE >> 10;
-            format!(
-                "virtio_mmio.device={size_kib}K@{:#x}:{}",
-                slot.base(),
-                slot.gsi()
-            )
-        })
-        .collect();
-    parameters.join(" ")
-}
-
-/// What people call the device at `place`.
-pub fn device_name(place: Place) -> String {
-    const PORTS: [(u16, &str); 7] = [
-        (layout::EXIT_PORT, "exit port"),
-        (layout::BOOT_MARK_PORT, "boot-mark port"),
-        (layout::I8042_PORT, "i8042"),
-        (layout::COM1_PORT, "COM1"),
-        (layout::PVPANIC_PORT, "pvpanic"),
-        (layout::ACPI_POWER_PORT, "ACPI power"),
-        (layout::PCI_CONFIG_PORT, "PCI"),
-    ];
-    match (place.is_port, place.base) {
-        (true, None) => "ports without a device".into(),
-        (false, None) => "addresses without a device".into(),
-        (true, Some(base)) => match PORTS.iter().find(|(port, _)| u64::from(*port) == base) {
-            Some((_, name)) => (*name).into(),
-            None => format!("port {base:#x}"),
-        },
-        (false, Some(layout::IOAPIC_START)) => "I/O APIC".into(),
-        (false, Some(base)) => match base.checked_sub(layout::VIRTIO_MMIO_START) {
-            Some(offset) => format!("virtio {}", offset / layout::VIRTIO_MMIO_SIZE),
-            None => format!("address {base:#x}"),
-        },
-    }
-}
-
 /// The VM's devices and how a guest finds them.
-pub struct DeviceManager {
-    /// The buses that vCPUs access.
-    pub buses: Buses,
+pub struct Machine {
+    /// What vCPUs access.
+    pub buses: Arc<Buses>,
     /// What the DSDT tells.
     pub acpi: Vec<AcpiDevice>,
-    /// COM1.
-    pub serial: Arc<Mutex<Serial>>,
-    virtio_devices: usize,
+    next_slot: usize,
 }
 
-impl DeviceManager {
-    /// Attaches every device. The configuration has been checked to have room for all.
+impl Machine {
+    /// A machine with the devices that every VM has: I/O APIC, COM1, and the ports by which a guest ends or reports.
     pub fn new(
         interrupts: &Interrupts,
         events: &EventSink,
-        mem: &GuestMemoryMmap,
-        serial: Serial,
-        console: Option<Console>,
-        resources: HostResources,
-    ) -> Result<Self, VmError> {
-        let mut devices = Self {
-            buses: Buses {
-                pio: Bus::default(),
-                mmio: Bus::default(),
-            },
+        serial: &Arc<Mutex<Serial>>,
+    ) -> Result<Self, BusError> {
+        let mut machine = Self {
+            buses: Arc::default(),
             acpi: Vec::new(),
-            serial: Arc::new(Mutex::new(serial)),
-            virtio_devices: 0,
+            next_slot: 0,
         };
-        devices
-            .buses
-            .mmio
-            .insert(layout::IOAPIC_START, ioapic::LEN, interrupts.ioapic.clone())?;
-        devices.attach_port(
-            layout::EXIT_PORT,
-            control::PORT_LEN,
-            ExitPort::new(events.clone()),
+        machine.buses.mmio.map(
+            "I/O APIC",
+            layout::IOAPIC_START,
+            ioapic::LEN,
+            interrupts.ioapic.clone(),
         )?;
-        devices.attach_port(
-            layout::BOOT_MARK_PORT,
-            control::PORT_LEN,
-            BootMarkPort::new(events.clone()),
-        )?;
-        devices.attach_port(layout::I8042_PORT, i8042::LEN, I8042::new(events.clone()))?;
-        devices.attach_port(
-            layout::ACPI_POWER_PORT,
-            power::LEN,
-            AcpiPower::new(events.clone()),
-        )?;
-        devices.attach_port(
-            layout::PCI_CONFIG_PORT,
-            pci::LEN,
-            PciConfig::new(events.clone()),
-        )?;
-        devices.attach_pvpanic(events)?;
-        devices.attach_serial()?;
-        let HostResources { disks, rng } = resources;
-        for disk in disks {
-            devices.attach_virtio(Box::new(disk), mem, interrupts)?;
-        }
-        if rng {
-            devices.attach_virtio(Box::<Rng>::default(), mem, interrupts)?;
-        }
-        if let Some(console) = console {
-            devices.attach_virtio(Box::new(console), mem, interrupts)?;
-        }
-        Ok(devices)
-    }
-
-    fn attach_port(
-        &mut self,
-        port: u16,
-        count: u64,
-        device: impl BusDevice + 'static,
-    ) -> Result<(), BusError> {
-        self.buses
-            .pio
-            .insert(port.into(), count, Arc::new(Mutex::new(device)))
-    }
-
-    fn attach_pvpanic(&mut self, events: &EventSink) -> Result<(), BusError> {
-        self.attach_port(
-            layout::PVPANIC_PORT,
-            pvpanic::PORT_LEN,
-            Pvpanic::new(events.clone()),
-        )?;
-        self.acpi.push(AcpiDevice {
+        let event = || events.clone();
+        let exit = ExitPort::new(event());
+        let mark = BootMarkPort::new(event());
+        let (exit_len, pvpanic_len) = (control::PORT_LEN, pvpanic::PORT_LEN);
+        machine.attach_port("exit port", layout::EXIT_PORT, exit_len, exit)?;
+        machine.attach_port("boot-mark port", layout::BOOT_MARK_PORT, exit_len, mark)?;
+        machine.attach_port("i8042", layout::I8042_PORT, i8042::LEN, I8042::new(event()))?;
+        let power = AcpiPower::new(event());
+        machine.attach_port("ACPI power", layout::ACPI_POWER_PORT, power::LEN, power)?;
+        let pci = PciConfig::new(event());
+        machine.attach_port("PCI", layout::PCI_CONFIG_PORT, pci::LEN, pci)?;
+        let pvpanic = Pvpanic::new(event());
+        machine.attach_port("pvpanic", layout::PVPANIC_PORT, pvpanic_len, pvpanic)?;
+        machine.acpi.push(AcpiDevice {
             name: "PEVT".into(),
             hid: Hid::Acpi("QEMU0001"),
             uid: 0,
-            ports: Some((layout::PVPANIC_PORT, pvpanic::PORT_LEN as u8)),
+            ports: Some((layout::PVPANIC_PORT, pvpanic_len as u8)),
             mmio: None,
             gsi: None,
         });
-        Ok(())
-    }
-
-    fn attach_serial(&mut self) -> Result<(), BusError> {
-        self.buses.pio.insert(
+        machine.buses.pio.map(
+            COM1,
             layout::COM1_PORT.into(),
             serial::PORT_LEN,
-            self.serial.clone(),
+            serial.clone(),
         )?;
-        self.acpi.push(AcpiDevice {
-            name: "COM1".into(),
+        machine.acpi.push(AcpiDevice {
+            name: COM1.into(),
             hid: Hid::Eisa("PNP0501"),
             uid: 0,
             ports: Some((layout::COM1_PORT, serial::PORT_LEN as u8)),
             mmio: None,
             gsi: Some(layout::COM1_GSI),
         });
-        Ok(())
+        Ok(machine)
     }
 
-    fn attach_virtio(
+    fn attach_port(
         &mut self,
+        name: &str,
+        port: u16,
+        count: u64,
+        device: impl BusDevice + 'static,
+    ) -> Result<(), BusError> {
+        let device = Arc::new(Mutex::new(device));
+        self.buses.pio.map(name, port.into(), count, device)
+    }
+
+    /// Puts a virtio device into the next slot.
+    pub fn attach_virtio(
+        &mut self,
+        name: &str,
         device: Box<dyn VirtioDevice>,
         mem: &GuestMemoryMmap,
         interrupts: &Interrupts,
-    ) -> Result<(), VmError> {
-        let index = self.virtio_devices;
+    ) -> Result<(), BusError> {
+        let index = self.next_slot;
         let slot = VirtioSlot(index);
-        self.virtio_devices += 1;
+        self.next_slot += 1;
         let line = interrupts.line(slot.gsi());
         let mut transport = MmioTransport::new(device, mem.clone(), line);
         transport.use_ioeventfds(interrupts.ioeventfds(slot.base() + mmio::QUEUE_NOTIFY));
-        self.buses.mmio.insert(
+        self.buses.mmio.map(
+            name,
             slot.base(),
             layout::VIRTIO_MMIO_SIZE,
             Arc::new(Mutex::new(transport)),
@@ -263,6 +221,25 @@ impl DeviceManager {
         });
         Ok(())
     }
+
+    /// Takes the devices away, for whoever stops them: the machine has none from here on.
+    pub fn take_devices(&mut self) -> Arc<Buses> {
+        std::mem::take(&mut self.buses)
+    }
+
+    /// What people call the device at `place`.
+    pub fn name_of(&self, place: Place) -> String {
+        let bus = if place.is_port {
+            &self.buses.pio
+        } else {
+            &self.buses.mmio
+        };
+        let name = place.base.and_then(|base| bus.name_of(base));
+        name.unwrap_or_else(|| {
+            let what = if place.is_port { "ports" } else { "addresses" };
+            format!("{what} without a device")
+        })
+    }
 }
 
 #[cfg(test)]
@@ -271,21 +248,10 @@ mod tests {
     use crate::config::{DEFAULT_CMDLINE, DiskConfig};
 
     #[test]
-    fn devices_have_names() {
-        let name = |is_port, base| device_name(Place { is_port, base });
-        assert_eq!(name(true, Some(layout::COM1_PORT.into())), "COM1");
-        assert_eq!(name(true, Some(1)), "port 0x1");
-        assert_eq!(name(false, Some(VirtioSlot(3).base())), "virtio 3");
-        assert_eq!(name(false, Some(layout::IOAPIC_START)), "I/O APIC");
-        assert_eq!(name(false, Some(0xa000)), "address 0xa000");
-        assert_eq!(name(false, None), "addresses without a device");
-    }
-
-    #[test]
     fn every_virtio_device_has_a_place_of_its_own() {
         assert_eq!(
-            virtio_parameters(2),
-            "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6"
+            VirtioSlot(1).parameter(),
+            "virtio_mmio.device=4K@0xd0001000:6"
         );
         let last = VirtioSlot(layout::MAX_VIRTIO_DEVICES - 1);
         assert_eq!(last.gsi(), layout::VIRTIO_GSI_LAST);

@@ -12,7 +12,7 @@ use vm_memory::{
     MmapRegion,
 };
 
-use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
+use crate::arch::layout::{MMIO_GAP_END, MMIO_GAP_START};
 use crate::config::MemorySize;
 
 /// Bytes of a huge page.
@@ -117,7 +117,7 @@ fn map_aligned(len: usize) -> Result<MmapRegion, MmapRegionError> {
 
 /// Lets the host's KSM (Documentation/admin-guide/mm/ksm.rst) merge equal pages, of guest RAM and of what other processes let it
 /// merge.
-pub fn let_merge(mem: &GuestMemoryMmap) -> Result<(), MemoryError> {
+pub fn enable_ksm(mem: &GuestMemoryMmap) -> Result<(), MemoryError> {
     mem.iter().try_for_each(|region| {
         advise(region, 0, Advice::LinuxMergeable).map_err(MemoryError::Merge)
     })

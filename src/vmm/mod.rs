@@ -1,10 +1,11 @@
-//! The virtual machine: built in boot order, run, ended.
+//! The virtual machine: built in boot order, run, paused and resumed, ended. [`vm`] shows the whole of it.
 
+pub mod control;
+pub mod ending;
+pub mod error;
 pub mod event_loop;
 pub mod machine;
 pub mod memory;
 pub mod outcome;
-pub mod release;
 pub mod vcpu;
 pub mod vm;
-pub mod watch;

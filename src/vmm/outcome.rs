@@ -1,11 +1,6 @@
-//! Why a VM ended, and the process's exit status that says so.
+//! Why a VM ended.
 
-use crate::vmm::vcpu::VcpuFailure;
-
-/// Exit status for a wrong command line.
-pub const USAGE: u8 = 2;
-/// Exit status when minivmm itself could not go on: host, kernel file or configuration.
-pub const MONITOR_FAILED: u8 = 125;
+use std::fmt;
 
 /// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,40 +28,54 @@ impl Outcome {
     pub fn is_external(&self) -> bool {
         matches!(self, Self::Signal(_) | Self::Quit | Self::Deadline)
     }
-
-    /// The process's exit status.
-    pub fn exit_status(&self) -> u8 {
-        match self {
-            Self::PowerOff | Self::Reset => 0,
-            Self::Exit(status) => *status,
-            Self::Deadline => 124,
-            // As a shell reports a process that a signal ended; quitting at the console counts as an interrupt.
-            Self::Signal(signal) => 128u8.wrapping_add(*signal as u8),
-            Self::Quit => 128 + libc::SIGINT as u8,
-            Self::Panicked => 134,
-            Self::VcpuFailed(_) => 139,
-        }
-    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Why a vCPU cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VcpuFailure {
+    /// An exception while delivering a double fault (SDM vol. 3 § 6.15): the guest has no handlers left.
+    TripleFault,
+    /// The processor refused to enter the guest.
+    EntryFailed {
+        /// The hardware's reason code.
+        reason: u64,
+    },
+    /// KVM gave up, most often because it had to emulate an instruction that it does not know.
+    InternalError {
+        /// KVM_INTERNAL_ERROR_*: 1 is emulation, 2 simultaneous exceptions, 3 event delivery.
+        suberror: u32,
+    },
+    /// KVM_RUN failed.
+    RunFailed {
+        /// The error number.
+        errno: i32,
+    },
+    /// An exit that minivmm does not know.
+    UnknownExit(String),
+}
 
-    #[test]
-    fn statuses_are_those_scripts_rely_on() {
-        for (outcome, status) in [
-            (Outcome::PowerOff, 0),
-            (Outcome::Reset, 0),
-            (Outcome::Exit(255), 255),
-            (Outcome::Deadline, 124),
-            (Outcome::Signal(libc::SIGINT), 130),
-            (Outcome::Signal(libc::SIGTERM), 143),
-            (Outcome::Quit, 130),
-            (Outcome::Panicked, 134),
-            (Outcome::VcpuFailed(VcpuFailure::TripleFault), 139),
-        ] {
-            assert_eq!(outcome.exit_status(), status, "{outcome:?}");
+impl fmt::Display for VcpuFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TripleFault => write!(f, "the guest triple-faulted"),
+            Self::EntryFailed { reason } => {
+                write!(
+                    f,
+                    "the processor refused to enter the guest (reason {reason:#x})"
+                )
+            }
+            Self::InternalError { suberror: 1 } => {
+                write!(f, "KVM could not emulate the guest's instruction")
+            }
+            Self::InternalError { suberror } => write!(f, "KVM internal error {suberror}"),
+            Self::RunFailed { errno } => {
+                write!(
+                    f,
+                    "KVM_RUN failed: {}",
+                    std::io::Error::from_raw_os_error(*errno)
+                )
+            }
+            Self::UnknownExit(exit) => write!(f, "KVM stopped with an unknown exit: {exit}"),
         }
     }
 }

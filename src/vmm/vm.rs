@@ -1,261 +1,88 @@
-//! A VM: built in boot order, run, ended.
+//! A VM: an object with a lifecycle.
+//!
+//! ```text
+//!  Prepared::new      Prepared::build     Vm::start           Vm::pause
+//! ---------------> Prepared ------> built --------> running <-----------> paused
+//!                                     |                |      Vm::resume    |
+//!                                     |  Vm::join      | an end, Vm::join   |
+//!                                     +----------------+---------> ended <--+
+//! ```
+//!
+//! All of its state is in one owner and nothing is global: one process can run several. What ends it, from wherever that comes, goes
+//! through its [`Control`].
 
-use std::mem;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use minivmm_devices::THREAD_STACK;
-use minivmm_devices::chardev::{ConsoleDevice, Kick, TerminalSize};
+use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::platform::serial::Serial;
-use minivmm_devices::virtio::block::{Access, Block, Disk, DiskError, DiskOptions};
+use minivmm_devices::virtio::block::{Access, Block, Disk, DiskOptions};
 use minivmm_devices::virtio::console::Console as VirtioConsole;
-use vm_memory::{GuestMemoryError, GuestMemoryMmap};
+use minivmm_devices::virtio::device::VirtioDevice;
+use minivmm_devices::virtio::rng::Rng;
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::control::{Control, End};
+use super::error::{VmError, host, refused};
+use super::machine::{self, Machine, VirtioSpec};
+use super::memory;
+use super::outcome::Outcome;
+use super::vcpu::exit::Buses;
+use super::vcpu::profile::ExitProfile;
+use super::vcpu::{self, RunningVcpu, TakeJob, Vcpu};
 use crate::acpi;
-use crate::arch::x86_64::irqchip::Interrupts;
-use crate::arch::x86_64::{layout, mptable, regs};
-use crate::boot::{self, BootError, BootSource, KernelFormat, LoadedKernel};
-use crate::config::{ConfigError, ConsoleKind, ConsoleTarget, MemorySize, OnReboot, VmConfig};
-use crate::console::{self, Console, ConsoleError, ConsoleInput, RawTerminal};
-use crate::host::kvm::{self, OpenError, open as open_kvm};
-use crate::observe::post_mortem::{self, Scene};
-use crate::observe::timeline::{BootMarks, Point, Timeline};
-use crate::vmm::event_loop::{EventLoop, Signals};
-use crate::vmm::machine::{self, DeviceManager, HostResources};
-use crate::vmm::memory::{self, MemoryError};
-use crate::vmm::outcome::Outcome;
-use crate::vmm::release;
-use crate::vmm::vcpu::{self, Control, RunningVcpu, Vcpu, VcpuError, VcpuFailure};
-use crate::vmm::watch::Watch;
+use crate::arch::irqchip::Interrupts;
+use crate::arch::{layout, mptable, regs};
+use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
+use crate::config::{DiskConfig, MemorySize, VmConfig};
+use crate::host::kvm;
 
-/// The log's target for what the user has to know to go on, which is no warning.
-pub const NOTICE: &str = "minivmm::notice";
+/// How long vCPUs may take to stand still: an exit's handling is bounded by far less.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// After a stop from outside, the last console output may take so long to be read.
-pub(crate) const FLUSH: Duration = Duration::from_millis(50);
+/// A console device, in the hands of its bus and of the console's owner.
+pub type SharedConsole = Arc<Mutex<dyn ConsoleDevice>>;
 
-/// A console device, in the hands of its bus and of the event loop.
-type SharedConsole = Arc<Mutex<dyn ConsoleDevice>>;
-
-/// What is to be logged when a VM has ended and its console is done.
-type LastWords = Vec<(log::Level, String)>;
-
-/// Why a VM could not be built or run.
-#[derive(Debug, thiserror::Error)]
-pub enum VmError {
-    /// The configuration is impossible.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// More devices than the machine has room for.
-    #[error(
-        "{0} disks, entropy devices and consoles: the machine has room for {max}",
-        max = layout::MAX_VIRTIO_DEVICES
-    )]
-    TooManyDevices(usize),
-    /// The console cannot be opened.
-    #[error(transparent)]
-    Console(#[from] ConsoleError),
-    /// Kernel or initrd cannot be loaded.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// A disk cannot be had.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-    /// Guest RAM cannot be made.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// A vCPU cannot be made.
-    #[error(transparent)]
-    Vcpu(#[from] VcpuError),
-    /// No KVM for this process.
-    #[error(transparent)]
-    OpenKvm(#[from] OpenError),
-    /// Another hypervisor has the processor.
-    #[error(
-        "KVM refused to create a VM: another hypervisor (VirtualBox, VMware) holds the processor's virtualization; stop it"
-    )]
-    Busy,
-    /// KVM refused a step of the set-up.
-    #[error("KVM refused to {step}")]
-    Kvm {
-        /// What was asked of KVM.
-        step: &'static str,
-        /// What KVM said.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// More vCPUs than KVM makes.
-    #[error("this host's KVM makes {max} vCPUs at most, not {asked}: give a smaller --cpus")]
-    TooManyCpus {
-        /// From the configuration.
-        asked: u8,
-        /// KVM's limit.
-        max: usize,
-    },
-    /// More memory than the processor can address.
-    #[error(
-        "{asked} of guest memory end at {end:#x}, beyond the {bits} physical address bits of this host: give a smaller \
-         --memory"
-    )]
-    TooMuchMemory {
-        /// From the configuration.
-        asked: MemorySize,
-        /// First GPA behind the RAM.
-        end: u64,
-        /// What CPUID says of the host.
-        bits: u8,
-    },
-    /// A stock kernel, on a KVM that cannot run one.
-    #[error(
-        "this host's KVM is PVM, without hardware virtualization: it emulates {} so slowly that it would seem to hang; run \
-         minivmm on a host with VT-x or AMD-V, or in the lab: tests/lab/run (`minivmm doctor` tells more)",
-        kernel.display()
-    )]
-    SoftwareKvm {
-        /// The kernel.
-        kernel: PathBuf,
-    },
-    /// Guest memory refused an access within RAM.
-    #[error("cannot write the boot tables to guest memory")]
-    BootTables(#[source] GuestMemoryError),
-    /// Two devices claim one address.
-    #[error("cannot lay out the devices")]
-    Bus(#[from] minivmm_devices::bus::BusError),
-    /// The host refused an event source.
-    #[error("cannot set up {what}")]
-    Host {
-        /// What was to be set up.
-        what: &'static str,
-        /// What the host said.
-        #[source]
-        source: std::io::Error,
-    },
+/// When a VM's steps were done, as far as they were.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BuildTimes {
+    /// Guest RAM has its addresses in the process.
+    pub memory_mapped: Option<Instant>,
+    /// Kernel, initrd and command line are in guest RAM.
+    pub kernel_loaded: Option<Instant>,
+    /// KVM has made the VM.
+    pub vm_created: Option<Instant>,
+    /// vCPUs, devices and tables are made.
+    pub vm_ready: Option<Instant>,
 }
 
-fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> VmError {
-    move |source| VmError::Host { what, source }
+/// The host's ends of the consoles.
+pub struct ConsoleEnds {
+    /// Where COM1 sends to.
+    pub serial: Box<dyn ConsoleOutput>,
+    /// Where hvc0 sends to, if there is one.
+    pub virtio: Box<dyn ConsoleOutput>,
+    /// The size of the user's terminal.
+    pub size: Option<TerminalSize>,
 }
 
-fn refused(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
-    move |source| VmError::Kvm { step, source }
-}
-
-/// From now on, signals that ask minivmm to end, and the deadline, end the process.
-///
-/// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
-pub fn watch(deadline: Option<Instant>) -> Result<Watch, VmError> {
-    let signals = Signals::block().map_err(host("signal handling"))?;
-    start_watch(&Arc::new(signals), deadline, None)
-}
-
-fn start_watch(
-    signals: &Arc<Signals>,
-    deadline: Option<Instant>,
-    console: Option<Console>,
-) -> Result<Watch, VmError> {
-    Watch::start(Arc::clone(signals), deadline, console)
-        .map_err(|source| VcpuError::Thread { index: 0, source }.into())
-}
-
-/// Builds the VM that `config` describes and runs it to its end, again after every reset if the configuration wants it.
-/// `started` is where the deadline counts from; what happens when goes to `timeline`. While the VM is not ready for signals
-/// and deadline, `watch` is.
-pub fn run(
-    config: &VmConfig,
-    started: Instant,
-    watch: Watch,
-    timeline: &mut Timeline,
-) -> Result<Outcome, VmError> {
-    config.validate()?;
-    machine::check_capacity(config)?;
-    let signals = Arc::clone(watch.signals());
-    vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
-    let deadline = config.deadline.and_then(|span| span.after(started));
-    watch.set_deadline(deadline);
-
-    // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
-    if config.mergeable {
-        memory::warn_without_ksm();
-    }
-    let vm = Vm::prepare(config, timeline)?;
-    let (console, mut input) = Console::open(&config.serial)?;
-    let terminal = match config.serial {
-        ConsoleTarget::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
-        _ => None,
-    };
-    if let Some(path) = console.pty_path() {
-        log::info!(target: NOTICE, "the console is {}", path.display());
-    }
-    let ended = run_boots(vm, watch, config, &console, &mut input, deadline, timeline);
-    // A guest that ended by itself, or cannot be started again, has its last words delivered however slow the reader is.
-    // Whoever stops a VM does not want to wait for that.
-    let stopped = ended
-        .as_ref()
-        .is_ok_and(|(outcome, _)| outcome.is_external());
-    let limit = Instant::now() + FLUSH;
-    console.finish(&|| {
-        let late = Instant::now() > limit;
-        if late {
-            // Keys go nowhere any more; cooked, Ctrl-C at least is a signal.
-            console::restore_terminal();
-        }
-        signals.stop_requested().is_some()
-            || (stopped && late)
-            || deadline.is_some_and(|deadline| Instant::now() > deadline)
-    });
-    if console.bytes_dropped() > 0 {
-        log::info!(
-            "{} bytes of console output went nowhere",
-            console.bytes_dropped()
-        );
-    }
-    // Behind the guest's last words, and on a terminal that is no longer raw.
-    drop(terminal);
-    let (outcome, last_words) = ended?;
-    say(last_words);
-    Ok(outcome)
-}
-
-/// Runs the VM to its end, and again after every reset if the configuration wants it.
-fn run_boots(
-    mut vm: Vm,
-    mut watch: Watch,
-    config: &VmConfig,
-    console: &Console,
-    input: &mut ConsoleInput,
-    deadline: Option<Instant>,
-    timeline: &mut Timeline,
-) -> Result<(Outcome, LastWords), VmError> {
-    loop {
-        let signals = Arc::clone(watch.signals());
-        console.start_of_vm(timeline.watches_boot());
-        let (outcome, last_words) = vm
-            .boot(console, input.terminal_size(), timeline)?
-            .run(watch, input, deadline, timeline)?;
-        if outcome != Outcome::Reset || config.on_reboot != OnReboot::Restart {
-            return Ok((outcome, last_words));
-        }
-        say(last_words);
-        log::info!("the guest reset the machine: booting again");
-        watch = start_watch(&signals, deadline, Some(console.clone()))?;
-        vm = Vm::prepare(config, timeline)?;
-    }
-}
-
-fn say(words: LastWords) {
-    for (level, text) in words {
-        log::log!(level, "{text}");
-    }
+/// What is told of a VM while it runs.
+#[derive(Default)]
+pub struct Observers {
+    /// Called with each boot mark, on the vCPU's thread: it must not block.
+    pub boot_mark: Option<Box<dyn Fn(u8) + Send + Sync>>,
+    /// Whether exits are counted by kind and device.
+    pub profile_exits: bool,
 }
 
 /// A VM with its memory and kernel in place.
-struct Vm {
+pub struct Prepared {
     // Dropped in this order: KVM's view of the memory goes before the memory.
     fd: Arc<VmFd>,
     kvm: Arc<Kvm>,
@@ -264,24 +91,27 @@ struct Vm {
     mem: GuestMemoryMmap,
     kernel: LoadedKernel,
     cmdline: String,
-    cpus: u8,
-    console: ConsoleKind,
-    has_disks: bool,
-    resources: HostResources,
+    config: VmConfig,
+    /// In the order of the configuration.
+    disks: Vec<Block>,
 }
 
-impl Vm {
-    /// Makes the VM and its RAM, and loads the kernel.
-    fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Self, VmError> {
-        let kvm = Arc::new(open_kvm()?);
+impl Prepared {
+    /// Opens all files, makes the VM and its RAM, and loads the kernel. `times` has what was reached when it fails.
+    pub fn new(config: &VmConfig, times: &mut BuildTimes) -> Result<Self, VmError> {
+        config.validate()?;
+        machine::check_capacity(config)?;
+        let kvm = Arc::new(kvm::open()?);
         let supported = ask_for_cpuid(&kvm);
         let cmdline = boot::suit_cmdline(&machine::cmdline_with_devices(config));
-        let resources = open_resources(config)?;
+        let disks = config.disks.iter().map(|disk| open_disk(disk, config.cpus));
+        let disks = disks.collect::<Result<_, _>>()?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {
-            memory::let_merge(&mem)?;
+            memory::warn_without_ksm();
+            memory::enable_ksm(&mem)?;
         }
-        timeline.note(Point::MemoryMapped);
+        times.memory_mapped = Some(Instant::now());
         let cache = config.kernel_cache.then(boot::default_cache_dir).flatten();
         let kernel = boot::load(
             &mem,
@@ -294,8 +124,7 @@ impl Vm {
                 cache: cache.as_deref(),
             },
         )?;
-        timeline.note_kernel(&kernel);
-
+        times.kernel_loaded = Some(Instant::now());
         if is_stock_linux(&kernel) && kvm::is_pvm() {
             return Err(VmError::SoftwareKvm {
                 kernel: config.kernel.clone(),
@@ -310,13 +139,13 @@ impl Vm {
         }
         let fd = create_vm(&kvm)?;
         let supported = supported()?;
-        // Before the memslots, where KVM would refuse the address with an error number alone.
+        // Before the memslots, where KVM would refuse the address with an error number only.
         check_address_bits(config.memory, &supported)?;
         // Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
         memory::register(&fd, &mem)?;
         fd.set_tss_address(layout::KVM_TSS_START as usize)
-            .map_err(refused("place its scratch pages"))?;
-        timeline.note(Point::VmCreated);
+            .map_err(refused("KVM_SET_TSS_ADDR"))?;
+        times.vm_created = Some(Instant::now());
         Ok(Self {
             fd: Arc::new(fd),
             kvm,
@@ -324,286 +153,259 @@ impl Vm {
             mem,
             kernel,
             cmdline,
-            cpus: config.cpus,
-            console: config.console,
-            has_disks: !resources.disks.is_empty(),
-            resources,
+            config: config.clone(),
+            disks,
         })
     }
 
     /// Makes interrupt controllers, vCPUs and devices, and writes the tables by which the guest finds them.
-    fn boot(
+    pub fn build(
         mut self,
-        console: &Console,
-        size: Option<TerminalSize>,
-        timeline: &mut Timeline,
-    ) -> Result<BootedVm, VmError> {
+        console: ConsoleEnds,
+        observers: Observers,
+        times: &mut BuildTimes,
+    ) -> Result<Vm, VmError> {
         let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
-        let interrupts = Interrupts::new(Arc::clone(&self.fd)).map_err(refused(
-            "split the interrupt controller (KVM_CAP_SPLIT_IRQCHIP)",
-        ))?;
+        let interrupts = Interrupts::new(Arc::clone(&self.fd))
+            .map_err(refused("KVM_ENABLE_CAP (KVM_CAP_SPLIT_IRQCHIP)"))?;
+        let vcpus = self.make_vcpus(observers.profile_exits)?;
 
-        let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
-        let vcpus = (0..self.cpus)
-            .map(|index| {
-                let entry = (index == 0).then_some(self.kernel.entry);
-                Vcpu::new(
-                    &self.fd,
-                    index,
-                    self.cpus,
-                    &self.supported,
-                    tsc_deadline,
-                    entry,
-                )
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-
-        let guest_ready = Arc::new(
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("an eventfd"))?,
-        );
-        let kicked = Arc::clone(&guest_ready);
-        // An eventfd refuses a write only when its counter is full; then the event loop is awake.
+        let console_ready = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let console_ready = Arc::new(console_ready.map_err(host("an eventfd"))?);
+        let kicked = Arc::clone(&console_ready);
+        // An eventfd refuses a write only when its counter is full; then its reader is awake.
         let kick: Kick = Arc::new(move || _ = kicked.write(1));
         let com1 = interrupts.line(layout::COM1_GSI);
-        let serial = Serial::new(com1, console.sink(), Arc::clone(&kick));
-        let virtio = (self.console == ConsoleKind::Virtio)
-            .then(|| VirtioConsole::new(console.sink(), kick, size));
-        let port = virtio.as_ref().map(VirtioConsole::port);
-        let devices = DeviceManager::new(
-            &interrupts,
-            &event_sink(&control, timeline.boot_marks()),
-            &self.mem,
-            serial,
-            virtio,
-            mem::take(&mut self.resources),
-        )?;
-        let serial = Arc::clone(&devices.serial);
-        let com1: SharedConsole = serial.clone();
-        let user_console = port.unwrap_or_else(|| com1.clone());
-        // COM1 sends to the same place, the input is the console's alone.
-        let senders = [&com1, &user_console].map(Arc::downgrade);
-        console.on_output_ready(Arc::new(move || {
-            for sender in senders.iter().filter_map(Weak::upgrade) {
-                sender
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .output_ready();
-            }
-        }));
+        let serial = Serial::new(com1, console.serial, Arc::clone(&kick));
+        let serial = Arc::new(Mutex::new(serial));
+        let mut user_console: SharedConsole = serial.clone();
+        let events = event_sink(&control, observers.boot_mark);
+        let mut machine = Machine::new(&interrupts, &events, &serial)?;
 
-        acpi::write_tables(&self.mem, self.cpus, &devices.acpi).map_err(VmError::BootTables)?;
-        mptable::write(&self.mem, self.cpus).map_err(VmError::BootTables)?;
-        regs::write_boot_tables(&self.mem, self.kernel.entry).map_err(VmError::BootTables)?;
-        timeline.note(Point::VmReady);
-        Ok(BootedVm {
-            vcpus,
-            devices,
+        let (mut disks, mut hvc0) = (self.disks.drain(..), Some((console.virtio, kick)));
+        for spec in machine::virtio_devices(&self.config) {
+            let device: Option<Box<dyn VirtioDevice>> = match spec {
+                VirtioSpec::Disk(..) => disks.next().map(|disk| Box::new(disk) as _),
+                VirtioSpec::Rng => Some(Box::<Rng>::default()),
+                VirtioSpec::Console => hvc0.take().map(|(output, kick)| {
+                    let device = VirtioConsole::new(output, kick, console.size);
+                    user_console = device.port();
+                    Box::new(device) as _
+                }),
+            };
+            if let Some(device) = device {
+                machine.attach_virtio(&spec.name(), device, &self.mem, &interrupts)?;
+            }
+        }
+        drop(disks);
+
+        let (mem, cpus) = (&self.mem, self.config.cpus);
+        acpi::write_tables(mem, cpus, &machine.acpi).map_err(VmError::BootTables)?;
+        mptable::write(mem, cpus).map_err(VmError::BootTables)?;
+        regs::write_boot_tables(mem, self.kernel.entry).map_err(VmError::BootTables)?;
+        times.vm_ready = Some(Instant::now());
+        Ok(Vm {
+            vcpus: Vcpus::Still(vcpus),
+            machine,
             serial,
             user_console,
+            console_ready,
             control,
-            guest_ready,
-            console: console.clone(),
-            vm: self,
+            parts: self,
         })
     }
+
+    fn make_vcpus(&self, profiled: bool) -> Result<Vec<Vcpu>, VmError> {
+        let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
+        let cpus = self.config.cpus;
+        let make = |index| {
+            let entry = (index == 0).then_some(self.kernel.entry);
+            let supported = &self.supported;
+            let mut vcpu = Vcpu::new(&self.fd, index, cpus, supported, tsc_deadline, entry)?;
+            vcpu.profile = profiled.then(ExitProfile::default);
+            Ok(vcpu)
+        };
+        (0..cpus).map(make).collect()
+    }
+
+    /// What was loaded.
+    pub fn kernel(&self) -> &LoadedKernel {
+        &self.kernel
+    }
+}
+
+/// A VM that is built, runs, is paused, or has ended.
+pub struct Vm {
+    vcpus: Vcpus,
+    machine: Machine,
+    serial: Arc<Mutex<Serial>>,
+    user_console: SharedConsole,
+    console_ready: Arc<EventFd>,
+    control: Arc<Control>,
+    parts: Prepared,
+}
+
+enum Vcpus {
+    /// Before the start, and after the end.
+    Still(Vec<Vcpu>),
+    Running(Vec<RunningVcpu>),
 }
 
 impl Vm {
-    /// What the machine's end says of its kernel, and the message of a panic that did not come to the console.
-    fn explain(
-        &self,
-        ended: Outcome,
-        culprit: Option<&Vcpu>,
-        vcpus: &[Vcpu],
-        console: &Console,
-    ) -> (Outcome, Option<String>) {
-        let is_reset = match ended {
-            Outcome::Reset => true,
-            Outcome::VcpuFailed(VcpuFailure::TripleFault) => {
-                boot::reboots_by_triple_fault(&self.cmdline)
-                    && culprit.is_some_and(Vcpu::may_have_reset_by_triple_fault)
-            }
-            _ => false,
+    /// Starts the vCPUs. The boot vCPU's thread is one that `first_thread` gives the job to, if it is there, or else a new one as
+    /// for the others. When it fails, the VM has ended.
+    pub fn start(&mut self, mut first_thread: Option<TakeJob>) -> Result<(), VmError> {
+        vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
+        let Vcpus::Still(vcpus) = &mut self.vcpus else {
+            return Ok(());
         };
-        if !is_reset {
-            return (ended, None);
-        }
-        // Early in its boot a kernel cannot tell pvpanic: the panic is a line on the console, then a reset.
-        if console.saw_panic() {
-            return (Outcome::Panicked, None);
-        }
-        // If nobody hears that console, the line is still in its log.
-        let unheard = vcpus
-            .iter()
-            .any(Vcpu::has_kvm_clock_on)
-            .then(|| self.panic_message());
-        match unheard.flatten() {
-            Some(message) => (Outcome::Panicked, Some(message)),
-            None => (Outcome::Reset, None),
-        }
-    }
-
-    fn panic_message(&self) -> Option<String> {
-        boot::panic_message(&self.mem, &self.kernel.kernel_range)
-    }
-
-    /// What to do after what looks like the last line of a panic, after which a kernel hangs: end, unless somebody prints an old log,
-    /// which the kernel's own does not have.
-    fn on_panic_end(&self, control: &Arc<Control>) -> Arc<dyn Fn() + Send + Sync> {
-        let (mem, kernel) = (self.mem.clone(), self.kernel.kernel_range.clone());
-        let control = Arc::clone(control);
-        Arc::new(move || {
-            if boot::panic_message(&mem, &kernel).is_some() {
-                control.end(Outcome::Panicked);
-            }
-        })
-    }
-}
-
-/// A VM that is ready for its first instruction.
-struct BootedVm {
-    vcpus: Vec<Vcpu>,
-    devices: DeviceManager,
-    serial: Arc<Mutex<Serial>>,
-    /// The device that the user's terminal is connected to.
-    user_console: SharedConsole,
-    control: Arc<Control>,
-    guest_ready: Arc<EventFd>,
-    console: Console,
-    vm: Vm,
-}
-
-impl BootedVm {
-    /// Runs the VM to its end and stops all of its threads.
-    fn run(
-        self,
-        watch: Watch,
-        input: &mut ConsoleInput,
-        deadline: Option<Instant>,
-        timeline: &mut Timeline,
-    ) -> Result<(Outcome, LastWords), VmError> {
-        let signals = Arc::clone(watch.signals());
-        let events = EventLoop::new(&self.control, &signals, input, self.guest_ready, deadline)
-            .map_err(host("the event loop"))?;
-        self.console
-            .on_panic_end(Some(self.vm.on_panic_end(&self.control)));
-        let buses = Arc::new(self.devices.buses);
-        let mut running: Vec<RunningVcpu> = Vec::with_capacity(self.vcpus.len());
-        let mut started = Ok(());
-        let mut watch = Some(watch);
-        for mut vcpu in self.vcpus {
-            vcpu.profile = timeline.exit_profile();
-            match vcpu.start(Arc::clone(&buses), Arc::clone(&self.control), watch.take()) {
+        let vcpus = std::mem::take(vcpus);
+        let (mut running, mut result) = (Vec::with_capacity(vcpus.len()), Ok(()));
+        for vcpu in vcpus {
+            let (buses, control) = (Arc::clone(&self.machine.buses), Arc::clone(&self.control));
+            match vcpu.start(buses, control, first_thread.take()) {
                 Ok(vcpu) => running.push(vcpu),
                 Err(e) => {
-                    started = Err(e);
                     self.control.end(Outcome::Quit);
+                    result = Err(e.into());
                     break;
                 }
             }
         }
-        let looped = events.run(&self.user_console);
-        // Should the loop itself have failed, the vCPUs are still to be told.
-        self.control.end(Outcome::Quit);
-        running.iter().for_each(RunningVcpu::kick);
-        let vcpus: Vec<Vcpu> = running.into_iter().filter_map(RunningVcpu::join).collect();
-        self.console.on_panic_end(None);
-        let profiles = vcpus.iter().filter_map(|vcpu| vcpu.profile.as_ref());
-        let (phases, bytes) = (self.console.phases(), self.console.bytes_out());
-        timeline.end_of_boot(profiles, phases, bytes, &self.vm.mem);
+        self.vcpus = Vcpus::Running(running);
+        result
+    }
 
-        let (ended, culprit) = self.control.outcome().unwrap_or((Outcome::Quit, None));
-        let reads = buses.pio.unclaimed_reads() + buses.mmio.unclaimed_reads();
-        let writes = buses.pio.unclaimed_writes() + buses.mmio.unclaimed_writes();
-        let interrupted = if self.vm.has_disks {
-            release::release(buses, &self.vm.mem, &ended, &signals, deadline)
-        } else {
-            drop(buses);
-            None
+    /// Has all vCPUs stand still between two instructions, with their last access to a device completed. `false` if the VM does not
+    /// run or has ended meanwhile.
+    pub fn pause(&self) -> bool {
+        let Vcpus::Running(vcpus) = &self.vcpus else {
+            return false;
         };
-        started?;
-        looped.map_err(host("the event loop"))?;
+        if !self.control.ask_to_pause() {
+            return false;
+        }
+        vcpus.iter().for_each(RunningVcpu::kick);
+        let paused = self.control.await_pause(vcpus.len(), PAUSE_LIMIT);
+        if !paused {
+            self.control.resume();
+        }
+        paused
+    }
 
-        let culprit = vcpus.get(usize::from(culprit.unwrap_or(0)));
-        let (mut outcome, unheard) = self.vm.explain(ended, culprit, &vcpus, &self.console);
-        // A guest that ended by itself has its own status, but is not booted again.
-        if let (Outcome::Reset, Some(stop)) = (&outcome, interrupted) {
-            outcome = stop;
+    /// Lets paused vCPUs go on. Each tells its guest that it was paused, so that no watchdog takes it for a hang.
+    pub fn resume(&self) {
+        self.control.resume();
+    }
+
+    /// Waits for all vCPUs' threads; a VM that has not ended is stopped.
+    pub fn join(&mut self) -> End {
+        self.control.end(Outcome::Quit);
+        if let Vcpus::Running(vcpus) = &mut self.vcpus {
+            let vcpus = std::mem::take(vcpus);
+            vcpus.iter().for_each(RunningVcpu::kick);
+            self.vcpus = Vcpus::Still(vcpus.into_iter().filter_map(RunningVcpu::join).collect());
         }
-        let summary = format!(
-            "the VM ended: {outcome:?}; vCPU exits: {}; unclaimed accesses: {reads} reads, {writes} writes",
-            vcpus.iter().map(|v| v.exits).sum::<u64>(),
-        );
-        let mut last_words = vec![(log::Level::Info, summary)];
-        if let Some(message) = unheard {
-            let error = format!(
-                "the guest's kernel panicked, and did not say so on the console: {message}; does its command line name {}?",
-                self.vm.console.parameter()
-            );
-            last_words.push((log::Level::Error, error));
+        self.control.how_it_ended().unwrap_or(End {
+            outcome: Outcome::Quit,
+            vcpu: None,
+        })
+    }
+
+    /// The vCPUs before the start and after [`Vm::join`], the boot vCPU first.
+    pub fn vcpus(&self) -> &[Vcpu] {
+        match &self.vcpus {
+            Vcpus::Still(vcpus) => vcpus,
+            Vcpus::Running(_) => &[],
         }
-        let lost = self
-            .serial
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .dropped();
-        if lost > 0 {
-            let warning = format!(
-                "{lost} bytes of console output were lost: the guest did not wait for their reader"
-            );
-            last_words.push((log::Level::Warn, warning));
-        }
-        let console_bytes = self.console.bytes_out();
-        if let Some(level) = post_mortem::level(&outcome, console_bytes)
-            && log::log_enabled!(level)
-            && let Some(vcpu) = culprit
-        {
-            let scene = Scene {
-                outcome: &outcome,
-                vcpu,
-                mem: &self.vm.mem,
-                kernel: &self.vm.kernel,
-                console: self.vm.console,
-                console_bytes,
-                cmdline: &self.vm.cmdline,
-            };
-            last_words.push((level, format!("{}\n{}", scene.headline(), scene.report())));
-        }
-        Ok((outcome, last_words))
+    }
+
+    /// What ends it, and says that it has.
+    pub fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    /// The device that the user's terminal is connected to.
+    pub fn console(&self) -> &SharedConsole {
+        &self.user_console
+    }
+
+    /// All devices that send to the console.
+    pub fn senders(&self) -> [SharedConsole; 2] {
+        [self.serial.clone(), self.user_console.clone()]
+    }
+
+    /// Readable when the console's device can take input again.
+    pub fn console_ready(&self) -> &EventFd {
+        &self.console_ready
+    }
+
+    /// COM1.
+    pub fn serial(&self) -> &Mutex<Serial> {
+        &self.serial
+    }
+
+    /// The devices.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Takes the devices away from a VM that has ended, for whoever stops them: a disk may take its time.
+    pub fn take_devices(&mut self) -> Arc<Buses> {
+        self.machine.take_devices()
+    }
+
+    /// Guest RAM.
+    pub fn mem(&self) -> &GuestMemoryMmap {
+        &self.parts.mem
+    }
+
+    /// What was loaded.
+    pub fn kernel(&self) -> &LoadedKernel {
+        &self.parts.kernel
+    }
+
+    /// The kernel's command line.
+    pub fn cmdline(&self) -> &str {
+        &self.parts.cmdline
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &VmConfig {
+        &self.parts.config
     }
 }
 
-/// Opens what the devices need: before the terminal is touched, and before time is spent on anything else.
-fn open_resources(config: &VmConfig) -> Result<HostResources, VmError> {
-    let disks = config
-        .disks
-        .iter()
-        .map(|disk| {
-            let queues = disk.queues.unwrap_or(config.cpus.into());
-            let access = match (disk.read_only, disk.ephemeral) {
-                (true, _) => Access::ReadOnly,
-                (false, true) => Access::Ephemeral,
-                (false, false) => Access::ReadWrite,
-            };
-            let options = DiskOptions {
-                access,
-                force_raw: disk.format.is_some(),
-                block_size: disk.sector,
-            };
-            let opened = Disk::open(&disk.path, options)?;
-            let id = disk.id.as_deref().unwrap_or_default();
-            let engine = disk.engine.unwrap_or_default();
-            Block::new(opened, id, queues, engine).map_err(host("an eventfd"))
-        })
-        .collect::<Result<_, VmError>>()?;
-    Ok(HostResources {
-        disks,
-        rng: config.rng,
-    })
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// Opens what a disk needs of the host.
+fn open_disk(disk: &DiskConfig, cpus: u8) -> Result<Block, VmError> {
+    let access = match (disk.read_only, disk.ephemeral) {
+        (true, _) => Access::ReadOnly,
+        (false, true) => Access::Ephemeral,
+        (false, false) => Access::ReadWrite,
+    };
+    let options = DiskOptions {
+        access,
+        force_raw: disk.format.is_some(),
+        block_size: disk.sector,
+    };
+    let opened = Disk::open(&disk.path, options)?;
+    let id = disk.id.as_deref().unwrap_or_default();
+    let queues = disk.queues.unwrap_or(cpus.into());
+    let engine = disk.engine.unwrap_or_default();
+    Block::new(opened, id, queues, engine).map_err(host("an eventfd"))
 }
 
 /// What devices report, turned into the VM's end.
-fn event_sink(control: &Arc<Control>, marks: Option<BootMarks>) -> EventSink {
+fn event_sink(
+    control: &Arc<Control>,
+    boot_mark: Option<Box<dyn Fn(u8) + Send + Sync>>,
+) -> EventSink {
     let control = Arc::clone(control);
     Arc::new(move |event| match event {
         GuestEvent::PowerOff => control.end(Outcome::PowerOff),
@@ -611,10 +413,9 @@ fn event_sink(control: &Arc<Control>, marks: Option<BootMarks>) -> EventSink {
         GuestEvent::Panicked => control.end(Outcome::Panicked),
         GuestEvent::Exit(status) => control.end(Outcome::Exit(status)),
         GuestEvent::BootMark(mark) => {
-            if let Some(marks) = &marks {
-                marks.note(mark);
+            if let Some(observe) = &boot_mark {
+                observe(mark);
             }
-            log::info!("boot mark {mark}");
         }
     })
 }
@@ -633,28 +434,24 @@ fn ask_for_cpuid(kvm: &Arc<Kvm>) -> impl FnOnce() -> Result<CpuId, VmError> {
         let answer = thread.ok().and_then(|thread| thread.join().ok());
         answer
             .unwrap_or_else(ask)
-            .map_err(refused("tell the CPUID that it supports"))
+            .map_err(refused("KVM_GET_SUPPORTED_CPUID"))
     }
 }
 
-/// KVM_CREATE_VM is broken off by any signal that arrives in it.
+/// KVM_CREATE_VM is interrupted by any signal that arrives in it.
 fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
     loop {
         match kvm.create_vm() {
             Err(e) if e.errno() == libc::EINTR => {}
             Err(e) if e.errno() == libc::EBUSY => return Err(VmError::Busy),
-            result => return result.map_err(refused("create a VM")),
+            result => return result.map_err(refused("KVM_CREATE_VM")),
         }
     }
 }
 
 /// CPUID leaf 0x80000008 EAX, bits 0-7: physical address bits.
 fn check_address_bits(asked: MemorySize, supported: &CpuId) -> Result<(), VmError> {
-    let leaf = supported
-        .as_slice()
-        .iter()
-        .find(|e| e.function == 0x8000_0008);
-    let bits = leaf.map_or(36, |e| e.eax as u8);
+    let bits = crate::arch::cpuid::physical_address_bits(supported);
     let end = memory::end_of_ram(asked.bytes);
     if bits < 64 && end > 1 << bits {
         return Err(VmError::TooMuchMemory { asked, end, bits });

@@ -19,9 +19,9 @@ use common::linux::{initramfs, kernel};
 use common::{project, tiny};
 use host::{host, load};
 use minivmm::config::DEFAULT_CMDLINE;
+use minivmm::console::Signals;
 use minivmm::tools::bench::{DEMO_MARKER, QEMU_MICROVM};
 use minivmm::tools::measure::{self, GuestShare, Summary, Watch};
-use minivmm::vmm::event_loop::Signals;
 
 /// Rounds, unless the command line says otherwise.
 const ROUNDS: usize = 5;

@@ -92,6 +92,14 @@ pub fn vcpu_cpuid(supported: &CpuId, index: u8, cpus: u8, tsc_deadline: bool) ->
     cpuid
 }
 
+/// How many bits a physical address has: leaf 0x80000008 EAX, bits 0-7, or 36 where it is not there.
+pub fn physical_address_bits(supported: &CpuId) -> u8 {
+    let mut leaves = supported.as_slice().iter();
+    leaves
+        .find(|leaf| leaf.function == 0x8000_0008)
+        .map_or(36, |leaf| leaf.eax as u8)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,3 +6,4 @@ pub mod layout;
 pub mod mptable;
 pub mod msrs;
 pub mod regs;
+pub mod vcpu;

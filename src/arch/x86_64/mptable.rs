@@ -84,7 +84,7 @@ fn checksum(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arch::x86_64::layout::MPTABLE_MAX_SIZE;
+    use crate::arch::layout::MPTABLE_MAX_SIZE;
 
     #[test]
     fn checksums_and_counts_hold_for_every_number_of_cpus() {

@@ -6,21 +6,22 @@
 //!
 //! It is the timeline of the first boot; a guest that resets the machine and boots again adds to the number of boots.
 
-mod exits;
 mod memory;
 mod process_start;
 mod report;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
-use vm_memory::GuestMemoryMmap;
 
-pub use exits::{ExitProfile, Place};
 pub use report::Report;
 
+use super::phases::Phases;
 use crate::boot::LoadedKernel;
+use crate::vmm::vcpu::profile::{ExitProfile, Place};
+use crate::vmm::vm::{BuildTimes, Vm};
 use memory::PrivateMemory;
 use process_start::ProcessStart;
 
@@ -67,22 +68,6 @@ pub enum Point {
     ProcessEnd,
 }
 
-/// What the console saw of a boot.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Phases {
-    /// The first byte of all.
-    pub first_byte: Option<Instant>,
-    /// The kernel's line that names its first process.
-    pub init_run: Option<Instant>,
-    /// The start of the first line that the kernel's log did not write: one that is not blank, has no time stamp, and comes
-    /// after `init_run` where that is seen at all (`quiet` hides it). It is wrong for a kernel that writes no time stamps
-    /// (`printk.time=0`), for one that talks before it has a log (`earlyprintk`), and where the guest's terminal echoes
-    /// input before anything else is said.
-    pub user_output: Option<Instant>,
-    /// A getty's prompt.
-    pub login_prompt: Option<Instant>,
-}
-
 /// The boot marks of a guest, noted by its vCPUs' threads.
 #[derive(Debug, Clone, Default)]
 pub struct BootMarks(Arc<Mutex<Marks>>);
@@ -123,6 +108,8 @@ struct Watch {
     kernel: Option<LoadedKernel>,
     marks: BootMarks,
     exits: ExitProfile,
+    /// What the devices are called that exits went to.
+    names: BTreeMap<Place, String>,
     console_bytes: u64,
     memory: Option<PrivateMemory>,
     boots: u32,
@@ -140,6 +127,7 @@ impl Timeline {
             kernel: None,
             marks: BootMarks::default(),
             exits: ExitProfile::default(),
+            names: BTreeMap::new(),
             console_bytes: 0,
             memory: None,
             boots: 0,
@@ -153,13 +141,24 @@ impl Timeline {
         }
     }
 
-    /// Notes what was loaded, now.
-    pub fn note_kernel(&mut self, kernel: &LoadedKernel) {
-        if let Some(watch) = &mut self.0
-            && watch.kernel.is_none()
-        {
-            watch.note(Point::KernelLoaded, Instant::now());
-            watch.kernel = Some(kernel.clone());
+    /// Notes what was reached when a VM was made, of the first.
+    pub fn note_build(&mut self, times: &BuildTimes) {
+        let BuildTimes {
+            memory_mapped,
+            kernel_loaded,
+            vm_created,
+            vm_ready,
+        } = times;
+        let Some(watch) = &mut self.0 else { return };
+        for (point, at) in [
+            (Point::MemoryMapped, memory_mapped),
+            (Point::KernelLoaded, kernel_loaded),
+            (Point::VmCreated, vm_created),
+            (Point::VmReady, vm_ready),
+        ] {
+            if let Some(at) = at {
+                watch.note(point, *at);
+            }
         }
     }
 
@@ -173,36 +172,28 @@ impl Timeline {
         self.first_boot().map(|watch| watch.marks.clone())
     }
 
-    /// An empty profile for a vCPU, if this boot is watched.
-    pub fn exit_profile(&self) -> Option<ExitProfile> {
-        self.first_boot().map(|_| ExitProfile::default())
-    }
-
     fn first_boot(&self) -> Option<&Watch> {
         self.0.as_deref().filter(|watch| watch.boots == 0)
     }
 
-    /// Takes what vCPUs (the boot vCPU first) and console have seen of a boot that has ended, and looks at the memory while
-    /// the VM is still there.
-    pub fn end_of_boot<'a>(
-        &mut self,
-        vcpus: impl Iterator<Item = &'a ExitProfile>,
-        phases: Phases,
-        console_bytes: u64,
-        mem: &GuestMemoryMmap,
-    ) {
+    /// Takes what vCPUs and console have seen of a boot that has ended, and looks at the memory while the VM is still there.
+    pub fn end_of_boot(&mut self, vm: &Vm, phases: Phases, console_bytes: u64) {
         let Some(watch) = &mut self.0 else { return };
         watch.boots += 1;
         if watch.boots > 1 {
             return;
         }
         watch.note(Point::VcpusStopped, Instant::now());
-        match PrivateMemory::read(mem) {
+        match PrivateMemory::read(vm.mem()) {
             Ok(memory) => watch.memory = Some(memory),
             Err(e) => log::info!("cannot measure the memory of minivmm: {e}"),
         }
         watch.note(Point::MemoryMeasured, Instant::now());
-        vcpus.for_each(|vcpu| watch.exits.add(vcpu));
+        let profiles = vm.vcpus().iter().filter_map(|vcpu| vcpu.profile.as_ref());
+        profiles.for_each(|profile| watch.exits.add(profile));
+        let name = |place: &Place| (*place, vm.machine().name_of(*place));
+        watch.names = watch.exits.places.keys().map(name).collect();
+        watch.kernel = Some(vm.kernel().clone());
         watch.console_bytes = console_bytes;
         for (point, at) in [
             (Point::FirstRun, watch.exits.first_run),

@@ -6,13 +6,12 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::exits::{Cost, KINDS, Place};
 use super::memory::PrivateMemory;
 use super::process_start::Source;
 use super::{Point, Watch};
-use crate::arch::x86_64::layout::COM1_PORT;
 use crate::boot::{KernelFormat, Loading};
-use crate::vmm::machine::device_name;
+use crate::vmm::machine::COM1;
+use crate::vmm::vcpu::profile::{Cost, KINDS};
 
 /// Version of the JSON. It counts up when a field goes or changes its meaning; new ones may come at any time.
 const VERSION: u32 = 1;
@@ -116,11 +115,10 @@ impl Report {
             .collect();
         events.sort_by_key(|(_, at, _)| *at);
         let start = watch.start.at;
-        let com1 = Place {
-            is_port: true,
-            base: Some(COM1_PORT.into()),
-        };
-        let com1 = watch.exits.places.get(&com1).copied().unwrap_or_default();
+        let is_com1 = |name: &&String| *name == COM1;
+        let costs = watch.names.values().zip(watch.exits.places.values());
+        let com1 = costs.clone().find(|(name, _)| is_com1(name));
+        let com1 = com1.map(|(_, cost)| *cost).unwrap_or_default();
         let round_trip = watch.exits.round_trip;
         let com1_cost = com1.handling.as_nanos()
             + round_trip.unwrap_or_default().as_nanos() * u128::from(com1.exits);
@@ -158,7 +156,7 @@ impl Report {
                 total: watch.exits.kinds.iter().sum(),
                 round_trip_ns: round_trip.map(nanoseconds),
                 kinds: KINDS.into_iter().zip(watch.exits.kinds).collect(),
-                devices: busiest_first(&watch.exits.places),
+                devices: busiest_first(costs),
             },
             console: ConsoleCost {
                 bytes: watch.console_bytes,
@@ -170,11 +168,10 @@ impl Report {
     }
 }
 
-fn busiest_first<'a>(places: impl IntoIterator<Item = (&'a Place, &'a Cost)>) -> Vec<DeviceExits> {
-    let mut devices: Vec<DeviceExits> = places
-        .into_iter()
-        .map(|(place, cost)| DeviceExits {
-            name: device_name(*place),
+fn busiest_first<'a>(costs: impl Iterator<Item = (&'a String, &'a Cost)>) -> Vec<DeviceExits> {
+    let mut devices: Vec<DeviceExits> = costs
+        .map(|(name, cost)| DeviceExits {
+            name: name.clone(),
             exits: cost.exits,
             handling_ns: nanoseconds(cost.handling),
         })

@@ -10,8 +10,8 @@ use std::time::Duration;
 use super::error::{ToolError, cannot};
 use super::measure::{self, GuestShare, HostFacts, Output, Progress, Run, Summary, Watch};
 use crate::config::{Span, VmConfig};
+use crate::console::Signals;
 use crate::error_chain;
-use crate::vmm::event_loop::Signals;
 
 use report::{Guest, MINIVMM, Report, VmmReport};
 use vmm::Vmm;

@@ -140,7 +140,7 @@ impl Report {
                 holds = false;
                 log::error!("{words}, more than {max_ratio}");
             } else {
-                log::info!(target: crate::vmm::vm::NOTICE, "{words}");
+                log::info!(target: crate::NOTICE, "{words}");
             }
         }
         holds

@@ -16,8 +16,8 @@ use rustix::process::{WaitOptions, getpid, set_child_subreaper};
 use super::error::{ToolError, cannot};
 use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
 use crate::config::{MemorySize, Span};
+use crate::console::Signals;
 use crate::error_chain;
-use crate::vmm::event_loop::Signals;
 
 use image::{Image, PROBE_STATUS, VmImage};
 use processes::{Seen, daemons_bytes};

@@ -14,7 +14,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::messages::escaped;
+use crate::escaped;
 
 pub use check::{Check, Verdict};
 pub use config::{KernelConfig, Setting};

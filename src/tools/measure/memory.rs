@@ -2,7 +2,7 @@
 
 use procfs::process::{MemoryMap, Process};
 
-use crate::arch::x86_64::layout::MMIO_GAP_START;
+use crate::arch::layout::MMIO_GAP_START;
 use crate::host::memory::private_bytes;
 
 /// The private memory of another process that is a VMM, in bytes.

@@ -18,8 +18,8 @@ use rustix::process::{
     set_parent_process_death_signal,
 };
 
+use crate::console::Signals;
 use crate::tools::error::{ToolError, cannot};
-use crate::vmm::event_loop::Signals;
 
 /// How much of a program's output is kept, in bytes: the last of it.
 const KEPT: usize = 64 << 10;

@@ -47,17 +47,17 @@ impl RunPage {
             .ok_or(rustix::io::Errno::FAULT)
     }
 
-    /// Makes KVM_RUN return at once, now and whenever it is called again.
-    pub(super) fn request_exit(&self) {
+    /// Makes KVM_RUN return at once whenever it is called, or no longer.
+    pub(super) fn set_immediate_exit(&self, on: bool) {
         let offset = offset_of!(kvm_run, immediate_exit);
         // SAFETY: the byte is within the mapping, and everybody in this process accesses it as an atomic; KVM only reads it.
         let byte = unsafe { AtomicU8::from_ptr(self.0.as_ptr().cast::<u8>().add(offset)) };
-        byte.store(1, Ordering::Release);
+        byte.store(on.into(), Ordering::Release);
     }
 
     /// The bytes of one access to an I/O port, after an exit for such an access. To be called on the vCPU's thread.
     pub(super) fn port_width(&self) -> u8 {
-        // SAFETY: the field is within the mapping, and any value is one of a u8. KVM writes it in KVM_RUN alone.
+        // SAFETY: the field is within the mapping, and any value is one of a u8. KVM writes it in KVM_RUN only.
         unsafe { ptr::addr_of!((*self.0.as_ptr()).__bindgen_anon_1.io.size).read_volatile() }
     }
 

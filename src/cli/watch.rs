@@ -14,14 +14,12 @@ use std::time::{Duration, Instant};
 use minivmm_devices::THREAD_STACK;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use crate::console::{self, Console};
-use crate::vmm::event_loop::Signals;
+use super::exit_status::exit_status;
+use super::run::DRAIN_TIMEOUT;
+use crate::console::{self, Console, Signals};
+use crate::vmm::control::Control;
 use crate::vmm::outcome::Outcome;
-use crate::vmm::vcpu::Vcpu;
-use crate::vmm::vm::FLUSH;
-
-/// What the boot vCPU's thread does once there is a vCPU. It is told if the VM's end has come before.
-type Job = Box<dyn FnOnce(Option<Outcome>) -> Vcpu + Send>;
+use crate::vmm::vcpu::{Job, Vcpu};
 
 /// How long a preparation that can go on may take to come to its end, so that the VM ends in good order: 50 ms.
 const GRACE: Duration = Duration::from_millis(50);
@@ -46,7 +44,8 @@ struct Shared {
 
 struct Orders {
     deadline: Option<Instant>,
-    job: Option<Job>,
+    /// What the thread does once there is a vCPU, and what ends that VM.
+    job: Option<(Job, Arc<Control>)>,
     over: bool,
 }
 
@@ -91,8 +90,8 @@ impl Watch {
     }
 
     /// Ends the watch: the thread does this instead. Whoever calls it looks at signals and deadline from now on.
-    pub fn hand_over(self, job: Job) -> JoinHandle<Option<Vcpu>> {
-        self.remote.give(|orders| orders.job = Some(job));
+    pub fn hand_over(self, job: Job, control: Arc<Control>) -> JoinHandle<Option<Vcpu>> {
+        self.remote.give(|orders| orders.job = Some((job, control)));
         self.thread
     }
 }
@@ -120,9 +119,13 @@ impl Shared {
         let mut end: Option<(Outcome, Instant)> = None;
         loop {
             let mut orders = self.orders();
-            if let Some(job) = orders.job.take() {
+            if let Some((job, control)) = orders.job.take() {
                 drop(orders);
-                return Some(job(end.map(|(outcome, _)| outcome)));
+                // The end may have come before.
+                if let Some((outcome, _)) = end {
+                    control.end(outcome);
+                }
+                return Some(job());
             }
             if orders.over {
                 return None;
@@ -160,7 +163,7 @@ impl Shared {
 
     /// Ends the process wherever its main thread is: what it waits for may never come.
     fn leave(&self, outcome: &Outcome) -> ! {
-        let limit = Instant::now() + FLUSH;
+        let limit = Instant::now() + DRAIN_TIMEOUT;
         if let Some(console) = &self.console {
             console.finish(&|| Instant::now() > limit);
         }
@@ -171,6 +174,6 @@ impl Shared {
             }
             outcome => log::info!("stopped: {outcome:?}"),
         }
-        process::exit(outcome.exit_status().into())
+        process::exit(exit_status(outcome).into())
     }
 }

@@ -2,7 +2,21 @@
 
 use std::time::Instant;
 
-use crate::observe::timeline::Phases;
+/// What the console saw of a boot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Phases {
+    /// The first byte of all.
+    pub first_byte: Option<Instant>,
+    /// The kernel's line that names its first process.
+    pub init_run: Option<Instant>,
+    /// The start of the first line that the kernel's log did not write: one that is not blank, has no time stamp, and comes
+    /// after `init_run` where that is seen at all (`quiet` hides it). It is wrong for a kernel that writes no time stamps
+    /// (`printk.time=0`), for one that talks before it has a log (`earlyprintk`), and where the guest's terminal echoes
+    /// input before anything else is said.
+    pub user_output: Option<Instant>,
+    /// A getty's prompt.
+    pub login_prompt: Option<Instant>,
+}
 
 /// Of each line the beginning is kept: enough for a time stamp and the path of an init.
 const HEAD_LEN: usize = 256;

@@ -8,11 +8,10 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
 
-use crate::console;
-use crate::vmm::event_loop::Signals;
+use crate::console::{self, Signals};
 use crate::vmm::memory;
 use crate::vmm::outcome::Outcome;
-use crate::vmm::vcpu::Buses;
+use crate::vmm::vcpu::exit::Buses;
 
 /// After a stop from outside, the host may take so long to finish with the disks.
 const LIMIT: Duration = Duration::from_millis(30);
@@ -29,7 +28,7 @@ const PERIOD: Duration = Duration::from_millis(5);
 ///
 /// A VM that has ended for this `outcome` by itself waits for that thread; the result is what broke the wait off. One that was
 /// stopped from outside waits no longer than [`LIMIT`].
-pub fn release(
+pub(super) fn release(
     buses: Arc<Buses>,
     mem: &GuestMemoryMmap,
     outcome: &Outcome,

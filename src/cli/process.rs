@@ -5,9 +5,9 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::process::exit;
 
-use crate::console;
-use crate::messages::{TimedStderr, escaped};
-use crate::vmm::outcome::MONITOR_FAILED;
+use super::exit_status::VMM_FAILED;
+use super::log::TimedStderr;
+use crate::{console, escaped};
 
 /// The first file descriptor behind stdin, stdout and stderr.
 const FIRST_INHERITED: u32 = 3;
@@ -56,7 +56,7 @@ pub fn end_in_good_order() {
             TimedStderr,
             "minivmm: error: this is a bug in minivmm: {bug}"
         );
-        exit(MONITOR_FAILED.into())
+        exit(VMM_FAILED.into())
     }));
     handle_abort();
 }
@@ -91,7 +91,7 @@ extern "C" fn on_abort(
         // abort(3) sends it with tgkill; whoever sends it from outside wants a core dump.
         if (*info).si_code == libc::SI_TKILL && (*info).si_pid() == libc::getpid() {
             libc::write(2, MESSAGE.as_ptr().cast(), MESSAGE.len());
-            libc::_exit(MONITOR_FAILED.into());
+            libc::_exit(VMM_FAILED.into());
         }
         libc::signal(signal, libc::SIG_DFL);
         libc::raise(signal);

@@ -1,10 +1,10 @@
 //! What is read in the guest's output: whether the kernel panicked, and when the boot's phases were.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::phases::PhaseScanner;
-use crate::observe::timeline::Phases;
+use super::phases::{PhaseScanner, Phases};
+use crate::console::OutputObserver;
 
 /// Most last lines of a panic that are reported: who is told has to find out whether the kernel wrote the line, and a guest may
 /// write any number of them.
@@ -12,24 +12,45 @@ const MAX_PANIC_ENDS: u32 = 8;
 
 /// What is known about the output of one run of a VM.
 #[derive(Default)]
-pub(super) struct Transcript {
+pub struct Transcript {
     panic: PanicScanner,
     panic_ends: u32,
     /// To be called after what looks like the last line of a panic.
-    pub(super) on_panic_end: Option<Arc<dyn Fn() + Send + Sync>>,
+    pub on_panic_end: Option<Arc<dyn Fn() + Send + Sync>>,
     phases: Option<PhaseScanner>,
 }
 
+/// A transcript, in the hands of the console and of whoever asks. Clones are the same one.
+#[derive(Clone)]
+pub struct SharedTranscript(Arc<Mutex<Transcript>>);
+
+impl SharedTranscript {
+    /// An empty one; with `watch_phases`, it searches for what [`Transcript::phases`] tells.
+    pub fn new(watch_phases: bool) -> Self {
+        Self(Arc::new(Mutex::new(Transcript::new(watch_phases))))
+    }
+
+    /// What is known so far.
+    pub fn get(&self) -> MutexGuard<'_, Transcript> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl OutputObserver for SharedTranscript {
+    fn push(&mut self, bytes: &[u8], came: Instant) {
+        self.get().push(bytes, came);
+    }
+}
+
 impl Transcript {
-    pub(super) fn new(watch_phases: bool) -> Self {
+    fn new(watch_phases: bool) -> Self {
         Self {
             phases: watch_phases.then(PhaseScanner::default),
             ..Self::default()
         }
     }
 
-    /// Bytes that came at this time.
-    pub(super) fn push(&mut self, bytes: &[u8], came: Instant) {
+    fn push(&mut self, bytes: &[u8], came: Instant) {
         for byte in bytes {
             if self.panic.push(*byte) && self.panic_ends < MAX_PANIC_ENDS {
                 self.panic_ends += 1;
@@ -43,14 +64,16 @@ impl Transcript {
         }
     }
 
-    pub(super) fn phases(&self) -> Phases {
+    /// When the guest's output told how far its boot was, if that is watched.
+    pub fn phases(&self) -> Phases {
         self.phases
             .as_ref()
             .map(PhaseScanner::phases)
             .unwrap_or_default()
     }
 
-    pub(super) fn saw_panic(&self) -> bool {
+    /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.
+    pub fn saw_panic(&self) -> bool {
         self.panic.seen
     }
 }

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuExit;
+
 /// The kinds of exits. A HLT is none: KVM, which has the local APIC, handles it. `other` are the ends: triple faults,
 /// system events, failures.
-pub(super) const KINDS: [&str; 6] = [
+pub const KINDS: [&str; 6] = [
     "io_in",
     "io_out",
     "mmio_read",
@@ -38,25 +39,29 @@ pub struct Place {
 
 /// What a place has cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Cost {
-    pub(super) exits: u64,
+pub struct Cost {
+    /// How many.
+    pub exits: u64,
     /// From KVM_RUN's return to its device being done.
-    pub(super) handling: Duration,
+    pub handling: Duration,
 }
 
 /// What a vCPU's thread has seen of its exits. It grows with the devices, not with what the guest does.
 #[derive(Debug, Clone, Default)]
 pub struct ExitProfile {
-    pub(super) first_run: Option<Instant>,
-    pub(super) last_exit: Option<Instant>,
+    /// When the vCPU first entered the guest.
+    pub first_run: Option<Instant>,
+    /// When KVM_RUN last returned by an exit.
+    pub last_exit: Option<Instant>,
     /// When KVM_RUN was called after an access.
     resumed: Option<Instant>,
-    /// The least time from there to the next exit: what the way into the guest and out of it takes, and little more, when
-    /// it waits for its console.
-    pub(super) round_trip: Option<Duration>,
+    /// The least time from there to the next exit: the exit latency, and little more, when the guest waits for its
+    /// console.
+    pub round_trip: Option<Duration>,
     /// In the order of [`KINDS`].
-    pub(super) kinds: [u64; KINDS.len()],
-    pub(super) places: BTreeMap<Place, Cost>,
+    pub kinds: [u64; KINDS.len()],
+    /// By device.
+    pub places: BTreeMap<Place, Cost>,
 }
 
 impl ExitProfile {
@@ -85,7 +90,7 @@ impl ExitProfile {
     }
 
     /// Adds what another vCPU has seen. The first run is that of the first to be added.
-    pub(super) fn add(&mut self, other: &Self) {
+    pub fn add(&mut self, other: &Self) {
         let Self {
             first_run,
             last_exit,

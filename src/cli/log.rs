@@ -1,15 +1,11 @@
-//! What minivmm says: on stderr, in lines that begin with its name; what is from a file or a guest cannot command a
-//! terminal.
+//! What minivmm says: on stderr, in lines that begin with its name.
 
-use std::borrow::Cow;
-use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
 use log::LevelFilter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::console;
-use crate::vmm::vm::NOTICE;
+use crate::{NOTICE, console, escaped};
 
 /// Starts the log: messages of `level`, and what the user has to know to go on unless it is off. Where stderr is a raw
 /// terminal, a line needs the carriage return.
@@ -41,51 +37,6 @@ pub fn start_log(level: LevelFilter) {
             lines.try_for_each(|line| write!(out, "  {line}{end}"))
         })
         .init();
-}
-
-/// `text` with each character that a terminal would act on, a newline among them, as a program in Rust or C would have
-/// it: `\n`, `\u{1b}`.
-pub fn escaped(text: &str) -> Cow<'_, str> {
-    if !text.contains(acts_on_terminal) {
-        return text.into();
-    }
-    let mut shown = String::with_capacity(text.len() + 8);
-    for c in text.chars() {
-        if acts_on_terminal(c) {
-            // Writing to a string cannot fail.
-            let _ = write!(shown, "{}", c.escape_default());
-        } else {
-            shown.push(c);
-        }
-    }
-    shown.into()
-}
-
-/// Control characters (C0, DEL and C1), and those by which Unicode hides or turns around the text beside them.
-fn acts_on_terminal(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
-}
-
-/// A writer that escapes what it is given, but for the ends of lines.
-pub struct Escaping<W>(pub W);
-
-impl<W: Write> Write for Escaping<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        for piece in String::from_utf8_lossy(bytes).split_inclusive('\n') {
-            let (line, end) = match piece.strip_suffix('\n') {
-                Some(line) => (line, "\n"),
-                None => (piece, ""),
-            };
-            self.0.write_all(escaped(line).as_bytes())?;
-            self.0.write_all(end.as_bytes())?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
-    }
 }
 
 /// stderr for a thread that must not wait for ever: a guest can make its vCPU's thread log, and a reader that has stopped
@@ -123,22 +74,5 @@ impl Write for TimedStderr {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn terminals_are_not_commanded() {
-        assert_eq!(escaped("a b/ü.img"), "a b/ü.img");
-        assert_eq!(
-            escaped("\x1b]0;x\x07\r\n\u{9b}31m\u{7f}\u{202e}\t"),
-            "\\u{1b}]0;x\\u{7}\\r\\n\\u{9b}31m\\u{7f}\\u{202e}\\t"
-        );
-        let mut out = Escaping(Vec::new());
-        write!(out, "a\x1bb\nc\r\n").unwrap();
-        assert_eq!(out.0, b"a\\u{1b}b\nc\\r\n");
     }
 }

@@ -1,0 +1,127 @@
+//! A vCPU's state: as it is at boot, and what it tells of a guest that has ended.
+
+use std::fmt;
+
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+
+use super::regs::Entry;
+use super::{cpuid, msrs, regs};
+
+/// Why KVM did not take a vCPU's state.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// It refused a part of it.
+    #[error("{0} failed")]
+    Refused(&'static str, #[source] kvm_ioctls::Error),
+    /// It refused an MSR.
+    #[error("it does not take MSR {0:#x}")]
+    Msr(u32),
+}
+
+fn refused(ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
+    move |source| StateError::Refused(ioctl, source)
+}
+
+/// Gives vCPU `index` of `cpus` its state at boot. `entry` is for the boot vCPU only; the others wait for their start-up IPI.
+pub fn set_up(
+    fd: &VcpuFd,
+    index: u8,
+    cpus: u8,
+    supported: &CpuId,
+    tsc_deadline: bool,
+    entry: Option<Entry>,
+) -> Result<(), StateError> {
+    fd.set_cpuid2(&cpuid::vcpu_cpuid(supported, index, cpus, tsc_deadline))
+        .map_err(refused("KVM_SET_CPUID2"))?;
+    let entries = msrs::boot_msrs();
+    if let Ok(list) = Msrs::from_entries(&entries) {
+        let set = fd.set_msrs(&list).map_err(refused("KVM_SET_MSRS"))?;
+        if let Some(refused) = entries.get(set) {
+            return Err(StateError::Msr(refused.index));
+        }
+    }
+    let Some(entry) = entry else {
+        return Ok(());
+    };
+    let sregs = fd.get_sregs().map_err(refused("KVM_GET_SREGS"))?;
+    let (regs, sregs) = regs::boot_registers(entry, sregs);
+    fd.set_sregs(&sregs).map_err(refused("KVM_SET_SREGS"))?;
+    fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))?;
+    fd.set_fpu(&regs::boot_fpu())
+        .map_err(refused("KVM_SET_FPU"))
+}
+
+/// Whether the vCPU stands where an INIT has put it.
+pub fn is_at_reset_vector(fd: &VcpuFd) -> bool {
+    let registers = fd.get_regs().and_then(|r| Ok((r, fd.get_sregs()?)));
+    registers.is_ok_and(|(regs, sregs)| regs::are_at_reset_vector(&regs, &sregs))
+}
+
+/// Whether a triple fault was how Linux reboots by `reboot=t`: with an interrupt descriptor table of no size
+/// (arch/x86/kernel/idt.c, idt_invalidate). AMD processors forget that, so that there any triple fault passes.
+pub fn may_have_reset_by_triple_fault(fd: &VcpuFd) -> bool {
+    let invalidated = |sregs: kvm_sregs| sregs.idt.limit == 0;
+    is_at_reset_vector(fd) || fd.get_sregs().is_ok_and(invalidated)
+}
+
+/// Whether KVM still tells the vCPU the time. Linux has that stopped before it reboots, but not where it resets the machine because
+/// it has panicked (arch/x86/kernel/kvm.c, kvm_guest_cpu_offline).
+pub fn has_kvm_clock_on(fd: &VcpuFd) -> bool {
+    const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+    const ENABLED: u64 = 1;
+    let entry = kvm_msr_entry {
+        index: MSR_KVM_SYSTEM_TIME_NEW,
+        ..Default::default()
+    };
+    Msrs::from_entries(&[entry]).is_ok_and(|mut msrs| {
+        let known = fd.get_msrs(&mut msrs) == Ok(1);
+        known && msrs.as_slice().iter().any(|msr| msr.data & ENABLED != 0)
+    })
+}
+
+/// Registers for a post-mortem; they are shown as a few lines.
+pub struct Registers(kvm_regs, kvm_sregs);
+
+impl Registers {
+    /// Asks KVM.
+    pub fn read(fd: &VcpuFd) -> Result<Self, kvm_ioctls::Error> {
+        Ok(Self(fd.get_regs()?, fd.get_sregs()?))
+    }
+
+    /// RIP; `None` if a reset has changed it.
+    pub fn instruction_pointer(&self) -> Option<u64> {
+        (!regs::are_at_reset_vector(&self.0, &self.1)).then_some(self.0.rip)
+    }
+}
+
+impl fmt::Display for Registers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(regs, sregs) = self;
+        if self.instruction_pointer().is_none() {
+            return f.write_str(
+                "registers: those after a reset (AMD processors do not keep the others at a triple fault)",
+            );
+        }
+        let rows = [
+            [
+                ("rip", regs.rip),
+                ("rsp", regs.rsp),
+                ("rflags", regs.rflags),
+            ],
+            [("rax", regs.rax), ("rbx", regs.rbx), ("rcx", regs.rcx)],
+            [("rdx", regs.rdx), ("rsi", regs.rsi), ("rdi", regs.rdi)],
+            [("cr0", sregs.cr0), ("cr2", sregs.cr2), ("cr3", sregs.cr3)],
+            [
+                ("cr4", sregs.cr4),
+                ("efer", sregs.efer),
+                ("cs", sregs.cs.selector.into()),
+            ],
+        ];
+        let row = |row: &[(&str, u64); 3]| {
+            row.map(|(name, value)| format!("{name:>6}={value:#018x}"))
+                .join(" ")
+        };
+        f.write_str(&rows.iter().map(row).collect::<Vec<_>>().join("\n"))
+    }
+}

@@ -1,0 +1,356 @@
+//! Runs a VM: ties it to the console, the signals, the deadline and the timeline.
+
+use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use super::release;
+use super::watch::Watch;
+use crate::NOTICE;
+use crate::config::{ConsoleTarget, OnReboot, VmConfig};
+use crate::console::{
+    self, Console, ConsoleError, ConsoleInput, InputOutcome, RawTerminal, Signals,
+};
+use crate::observe::post_mortem::{self, CrashReport};
+use crate::observe::timeline::Timeline;
+use crate::observe::transcript::SharedTranscript;
+use crate::vmm::control::End;
+use crate::vmm::ending;
+use crate::vmm::error::{VmError, host};
+use crate::vmm::event_loop::EventLoop;
+use crate::vmm::outcome::Outcome;
+use crate::vmm::vcpu::VcpuError;
+use crate::vmm::vm::{BuildTimes, ConsoleEnds, Observers, Prepared, Vm};
+
+/// After a stop from outside, the console's reader may take so long for the last output.
+pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// What is to be logged when a VM has ended and its console is done.
+type FinalLog = Vec<(log::Level, String)>;
+
+/// Why a VM could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The VM.
+    #[error("{0}{hint}", hint = hint(.0))]
+    Vm(#[from] VmError),
+    /// The console cannot be opened.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+}
+
+/// What to change on the command line.
+fn hint(error: &VmError) -> &'static str {
+    match error {
+        VmError::TooManyCpus { .. } => ": give a smaller --cpus",
+        VmError::TooMuchMemory { .. } => ": give a smaller --memory",
+        _ => "",
+    }
+}
+
+/// From now on, signals that ask minivmm to end, and the deadline, end the process.
+///
+/// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
+pub fn watch(deadline: Option<Instant>) -> Result<Watch, RunError> {
+    let signals = Signals::block().map_err(host("signal handling"))?;
+    start_watch(&Arc::new(signals), deadline, None)
+}
+
+fn start_watch(
+    signals: &Arc<Signals>,
+    deadline: Option<Instant>,
+    console: Option<Console>,
+) -> Result<Watch, RunError> {
+    Watch::start(Arc::clone(signals), deadline, console)
+        .map_err(|source| VmError::from(VcpuError::Thread { index: 0, source }).into())
+}
+
+/// Builds the VM that `config` describes and runs it to its end, again after every reset if the configuration wants it.
+/// `started` is where the deadline counts from; what happens when goes to `timeline`. While the VM is not ready for signals
+/// and deadline, `watch` is.
+pub fn run(
+    config: &VmConfig,
+    started: Instant,
+    watch: Watch,
+    timeline: &mut Timeline,
+) -> Result<Outcome, RunError> {
+    let signals = Arc::clone(watch.signals());
+    let deadline = config.deadline.and_then(|span| span.after(started));
+    watch.set_deadline(deadline);
+
+    // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
+    let prepared = prepare(config, timeline)?;
+    let (console, input) = Console::open(&config.serial)?;
+    let terminal = match config.serial {
+        ConsoleTarget::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
+        _ => None,
+    };
+    if let Some(path) = console.pty_path() {
+        log::info!(target: NOTICE, "the console is {}", path.display());
+    }
+    let mut run = Run {
+        config,
+        console: &console,
+        input,
+        signals: &signals,
+        deadline,
+        timeline,
+    };
+    let ended = run.until_the_end(prepared, watch);
+    // A guest that ended by itself, or cannot be started again, has its last words delivered however slow the reader is.
+    // Whoever stops a VM does not want to wait for that.
+    let ended_by = ended.as_ref().map(|(outcome, _)| outcome);
+    let stopped = ended_by.is_ok_and(Outcome::is_external);
+    let limit = Instant::now() + DRAIN_TIMEOUT;
+    console.finish(&|| {
+        let late = Instant::now() > limit;
+        if late {
+            // Keys go nowhere any more; cooked, Ctrl-C at least is a signal.
+            console::restore_terminal();
+        }
+        signals.stop_requested().is_some()
+            || (stopped && late)
+            || deadline.is_some_and(|deadline| Instant::now() > deadline)
+    });
+    let dropped = console.bytes_dropped();
+    if dropped > 0 {
+        log::info!("{dropped} bytes of console output went nowhere");
+    }
+    // Behind the guest's last words, and on a terminal that is no longer raw.
+    drop(terminal);
+    let (outcome, final_log) = ended?;
+    emit(final_log);
+    Ok(outcome)
+}
+
+fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Prepared, VmError> {
+    let mut times = BuildTimes::default();
+    let prepared = Prepared::new(config, &mut times);
+    timeline.note_build(&times);
+    prepared
+}
+
+/// What a VM that has ended came to, for the log.
+fn summary(vm: &Vm) -> String {
+    let (pio, mmio) = (&vm.machine().buses.pio, &vm.machine().buses.mmio);
+    format!(
+        "vCPU exits: {}; unclaimed accesses: {} reads, {} writes",
+        vm.vcpus().iter().map(|v| v.exits).sum::<u64>(),
+        pio.unclaimed_reads() + mmio.unclaimed_reads(),
+        pio.unclaimed_writes() + mmio.unclaimed_writes(),
+    )
+}
+
+fn emit(lines: FinalLog) {
+    for (level, text) in lines {
+        log::log!(level, "{text}");
+    }
+}
+
+/// What the event loop waits for.
+#[derive(Clone, Copy)]
+enum Source {
+    Ended,
+    Signal,
+    Input,
+    /// The console's device can take input again.
+    ConsoleReady,
+}
+
+/// What all boots of a VM have in common.
+struct Run<'a> {
+    config: &'a VmConfig,
+    console: &'a Console,
+    input: ConsoleInput,
+    signals: &'a Arc<Signals>,
+    deadline: Option<Instant>,
+    timeline: &'a mut Timeline,
+}
+
+impl Run<'_> {
+    /// Runs the VM to its end, and again after every reset if the configuration wants it.
+    fn until_the_end(
+        &mut self,
+        mut prepared: Prepared,
+        mut watch: Watch,
+    ) -> Result<(Outcome, FinalLog), RunError> {
+        loop {
+            let (outcome, final_log) = self.boot(prepared, watch)?;
+            if outcome != Outcome::Reset || self.config.on_reboot != OnReboot::Restart {
+                return Ok((outcome, final_log));
+            }
+            emit(final_log);
+            log::info!("the guest reset the machine: booting again");
+            watch = start_watch(self.signals, self.deadline, Some(self.console.clone()))?;
+            prepared = prepare(self.config, self.timeline)?;
+        }
+    }
+
+    /// Builds the VM, and runs it to its end.
+    fn boot(&mut self, prepared: Prepared, watch: Watch) -> Result<(Outcome, FinalLog), RunError> {
+        let watched = self.timeline.watches_boot();
+        let transcript = SharedTranscript::new(watched);
+        self.console
+            .start_of_vm(Box::new(transcript.clone()), watched);
+        let ends = ConsoleEnds {
+            serial: self.console.sink(),
+            virtio: self.console.sink(),
+            size: self.input.terminal_size(),
+        };
+        let marks = self.timeline.boot_marks();
+        let observers = Observers {
+            boot_mark: Some(Box::new(move |mark| {
+                if let Some(marks) = &marks {
+                    marks.note(mark);
+                }
+                log::info!("boot mark {mark}");
+            })),
+            profile_exits: watched,
+        };
+        let mut times = BuildTimes::default();
+        let mut vm = prepared.build(ends, observers, &mut times)?;
+        self.timeline.note_build(&times);
+        let senders = vm.senders().map(|device| Arc::downgrade(&device));
+        self.console.on_output_ready(Arc::new(move || {
+            for sender in senders.iter().filter_map(Weak::upgrade) {
+                let mut sender = sender.lock().unwrap_or_else(PoisonError::into_inner);
+                sender.output_ready();
+            }
+        }));
+        transcript.get().on_panic_end = Some(ending::on_panic_end(&vm));
+
+        let control = Arc::clone(vm.control());
+        let started = vm.start(Some(Box::new(move |job| watch.hand_over(job, control))));
+        let looped = self.serve(&vm);
+        let end = vm.join();
+        self.console.observe();
+        transcript.get().on_panic_end = None;
+        let (phases, bytes) = (transcript.get().phases(), self.console.bytes_out());
+        self.timeline.end_of_boot(&vm, phases, bytes);
+        let summary = summary(&vm);
+        let interrupted = self.stop_devices(&mut vm, &end.outcome);
+        started?;
+        looped.map_err(host("the event loop"))?;
+        let saw_panic = transcript.get().saw_panic();
+        let (outcome, mut lines) = self.explain(&vm, &end, interrupted, saw_panic);
+        lines.insert(
+            0,
+            (
+                log::Level::Info,
+                format!("the VM ended: {outcome:?}; {summary}"),
+            ),
+        );
+        Ok((outcome, lines))
+    }
+
+    /// Serves console, signals and deadline until the VM has ended.
+    fn serve(&mut self, vm: &Vm) -> std::io::Result<()> {
+        let control = vm.control();
+        let mut events = EventLoop::new()?;
+        events.add(control.ended(), false, Source::Ended)?;
+        events.add(&**self.signals, false, Source::Signal)?;
+        events.add(vm.console_ready(), false, Source::ConsoleReady)?;
+        if let Some(fd) = self.input.fd() {
+            // A regular file or /dev/null is always ready, so that the guest's readiness is all there is to wait for.
+            events.add(&fd, true, Source::Input)?;
+        }
+        // A restarted VM may find input that was read from no edge of its own.
+        self.pump(vm);
+        loop {
+            let ready = events.wait(self.deadline)?;
+            if ready.is_empty() {
+                control.end(Outcome::Deadline);
+                return Ok(());
+            }
+            for source in ready {
+                match source {
+                    Source::Ended => return Ok(()),
+                    Source::Signal => {
+                        if let Some(signal) = self.signals.stop_requested() {
+                            control.end(Outcome::Signal(signal));
+                            return Ok(());
+                        }
+                        // It may have been a SIGCONT or a SIGWINCH.
+                        self.after_stop(vm);
+                    }
+                    Source::ConsoleReady => _ = vm.console_ready().read(),
+                    Source::Input => {}
+                }
+                self.pump(vm);
+            }
+        }
+    }
+
+    /// The process may have been stopped: then there may be input that gave no event, and the terminal may have another size; and the
+    /// guest has to know that it did not hang.
+    fn after_stop(&mut self, vm: &Vm) {
+        if let Some(size) = self.input.terminal_size() {
+            let console = vm.console();
+            let mut console = console.lock().unwrap_or_else(PoisonError::into_inner);
+            console.resize(size);
+        }
+        if vm.pause() {
+            vm.resume();
+        }
+    }
+
+    fn pump(&mut self, vm: &Vm) {
+        if self.input.pump(&**vm.console()) == InputOutcome::Quit {
+            vm.control().end(Outcome::Quit);
+        }
+    }
+
+    /// Stops the devices; what interrupted that, if it took too long.
+    fn stop_devices(&self, vm: &mut Vm, outcome: &Outcome) -> Option<Outcome> {
+        let devices = vm.take_devices();
+        if self.config.disks.is_empty() {
+            return None;
+        }
+        release::release(devices, vm.mem(), outcome, self.signals, self.deadline)
+    }
+
+    /// Why the VM ended, and what to say of it.
+    fn explain(
+        &self,
+        vm: &Vm,
+        end: &End,
+        interrupted: Option<Outcome>,
+        saw_panic: bool,
+    ) -> (Outcome, FinalLog) {
+        let (mut outcome, unheard) = ending::decide(vm, end, saw_panic);
+        // A guest that ended by itself has its own status, but is not booted again.
+        if let (Outcome::Reset, Some(stop)) = (&outcome, interrupted) {
+            outcome = stop;
+        }
+        let mut lines = FinalLog::new();
+        if let Some(message) = unheard {
+            let console = self.config.console.parameter();
+            let error = format!(
+                "the guest's kernel panicked, and did not say so on the console: {message}; does its command line name \
+                 {console}?"
+            );
+            lines.push((log::Level::Error, error));
+        }
+        let serial = vm.serial().lock().unwrap_or_else(PoisonError::into_inner);
+        let lost = serial.dropped();
+        if lost > 0 {
+            let warning = format!(
+                "{lost} bytes of console output were lost: the guest did not wait for their reader"
+            );
+            lines.push((log::Level::Warn, warning));
+        }
+        let console_bytes = self.console.bytes_out();
+        if let Some(level) = post_mortem::level(&outcome, console_bytes)
+            && log::log_enabled!(level)
+            && let Some(vcpu) = vm.vcpus().get(usize::from(end.vcpu.unwrap_or(0)))
+        {
+            let report = CrashReport {
+                outcome: &outcome,
+                vcpu,
+                vm,
+                console_bytes,
+            };
+            lines.push((level, format!("{}\n{}", report.headline(), report.report())));
+        }
+        (outcome, lines)
+    }
+}

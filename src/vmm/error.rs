@@ -1,0 +1,112 @@
+//! Why a VM could not be built or run.
+
+use std::path::PathBuf;
+
+use minivmm_devices::bus::BusError;
+use minivmm_devices::virtio::block::DiskError;
+use vm_memory::GuestMemoryError;
+
+use super::memory::MemoryError;
+use super::vcpu::VcpuError;
+use crate::arch::layout;
+use crate::boot::BootError;
+use crate::config::{ConfigError, MemorySize};
+use crate::host::kvm::OpenError;
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The configuration is impossible.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// More devices than the machine has room for.
+    #[error(
+        "{0} disks, entropy devices and consoles: the machine has room for {max}",
+        max = layout::MAX_VIRTIO_DEVICES
+    )]
+    TooManyDevices(usize),
+    /// Kernel or initrd cannot be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A disk cannot be opened.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// Guest RAM cannot be made.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A vCPU cannot be made.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// No KVM for this process.
+    #[error(transparent)]
+    OpenKvm(#[from] OpenError),
+    /// Another hypervisor has the processor.
+    #[error(
+        "KVM refused to create a VM: another hypervisor (VirtualBox, VMware) holds the processor's virtualization; stop it"
+    )]
+    Busy,
+    /// KVM refused a step of the set-up.
+    #[error("{step} failed")]
+    Kvm {
+        /// The ioctl.
+        step: &'static str,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// More vCPUs than KVM makes.
+    #[error("this host's KVM makes {max} vCPUs at most, not {asked}")]
+    TooManyCpus {
+        /// From the configuration.
+        asked: u8,
+        /// KVM's limit.
+        max: usize,
+    },
+    /// More memory than the processor can address.
+    #[error(
+        "{asked} of guest memory end at {end:#x}, beyond the {bits} physical address bits of this host"
+    )]
+    TooMuchMemory {
+        /// From the configuration.
+        asked: MemorySize,
+        /// First GPA behind the RAM.
+        end: u64,
+        /// What CPUID says of the host.
+        bits: u8,
+    },
+    /// A stock kernel, on a KVM that cannot run one.
+    #[error(
+        "this host's KVM is PVM, without hardware virtualization: it emulates {} so slowly that it would seem to hang; run \
+         minivmm on a host with VT-x or AMD-V, or in the lab: tests/lab/run (`minivmm doctor` tells more)",
+        kernel.display()
+    )]
+    SoftwareKvm {
+        /// The kernel.
+        kernel: PathBuf,
+    },
+    /// Guest memory refused an access within RAM.
+    #[error("cannot write the boot tables to guest memory")]
+    BootTables(#[source] GuestMemoryError),
+    /// Two devices claim one address.
+    #[error("cannot lay out the devices")]
+    Bus(#[from] BusError),
+    /// The host refused something.
+    #[error("cannot set up {what}")]
+    Host {
+        /// What was to be set up.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// For what the host refuses.
+pub fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> VmError {
+    move |source| VmError::Host { what, source }
+}
+
+/// For what KVM refuses.
+pub fn refused(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |source| VmError::Kvm { step, source }
+}

@@ -1,0 +1,266 @@
+//! vCPUs: each is made, started on a thread of its own, paused and resumed, and given back when the VM has ended.
+
+pub mod exit;
+pub mod profile;
+mod run_page;
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use minivmm_devices::THREAD_STACK;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
+
+use super::control::{Control, Request};
+use super::outcome::{Outcome, VcpuFailure};
+use crate::arch::{self, regs::Entry};
+use exit::{Access, Buses, handle_exit, port_read, port_write};
+use profile::{ExitProfile, Place};
+use run_page::RunPage;
+
+/// Why a vCPU could not be made or started.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// KVM refused to make it.
+    #[error("KVM refused to create vCPU {index}")]
+    Create {
+        /// Which vCPU.
+        index: u8,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM refused its state.
+    #[error("KVM refused the state of vCPU {index}")]
+    State {
+        /// Which vCPU.
+        index: u8,
+        /// Which step, and what KVM said.
+        #[source]
+        source: arch::vcpu::StateError,
+    },
+    /// What it shares with KVM cannot be mapped.
+    #[error("cannot map the state of vCPU {index}; raise the limit on memory (ulimit -v)")]
+    Map {
+        /// Which vCPU.
+        index: u8,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The host could not make a thread.
+    #[error(
+        "cannot start a thread for vCPU {index}; raise the limit on processes (ulimit -u, pids.max) or on memory (ulimit -v)"
+    )]
+    Thread {
+        /// Which vCPU.
+        index: u8,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What a vCPU's thread does: it runs the vCPU until the VM ends, and gives it back.
+pub type Job = Box<dyn FnOnce() -> Vcpu + Send>;
+
+/// A thread that takes a job.
+pub type TakeJob = Box<dyn FnOnce(Job) -> JoinHandle<Option<Vcpu>>>;
+
+/// A vCPU that does not run.
+pub struct Vcpu {
+    /// KVM's handle.
+    pub fd: VcpuFd,
+    /// Its index, which is its APIC ID.
+    pub index: u8,
+    /// The last access that left the guest.
+    pub last_access: Option<Access>,
+    /// Exits from the guest, all kinds.
+    pub exits: u64,
+    /// More about them, for a timeline.
+    pub profile: Option<ExitProfile>,
+    page: Arc<RunPage>,
+}
+
+/// What came of entering the guest once.
+enum Step {
+    /// An exit was handled.
+    Handled,
+    /// A signal, or `immediate_exit`: no access is half done now (Documentation/virt/kvm/api.rst, KVM_RUN).
+    Interrupted,
+    /// The guest has ended.
+    Ended(Outcome),
+}
+
+impl Vcpu {
+    /// Makes vCPU `index` of `cpus`. `entry` is for the boot vCPU only; the others wait for their start-up IPI.
+    pub fn new(
+        vm: &VmFd,
+        index: u8,
+        cpus: u8,
+        supported: &CpuId,
+        tsc_deadline: bool,
+        entry: Option<Entry>,
+    ) -> Result<Self, VcpuError> {
+        let fd = vm
+            .create_vcpu(index.into())
+            .map_err(|source| VcpuError::Create { index, source })?;
+        arch::vcpu::set_up(&fd, index, cpus, supported, tsc_deadline, entry)
+            .map_err(|source| VcpuError::State { index, source })?;
+        let page = RunPage::map(&fd).map_err(|e| VcpuError::Map {
+            index,
+            source: e.into(),
+        })?;
+        Ok(Self {
+            fd,
+            index,
+            last_access: None,
+            exits: 0,
+            profile: None,
+            page: Arc::new(page),
+        })
+    }
+
+    /// Runs the vCPU until the VM ends: on `thread`, which takes a job, or on a new one.
+    pub fn start(
+        mut self,
+        buses: Arc<Buses>,
+        control: Arc<Control>,
+        thread: Option<TakeJob>,
+    ) -> Result<RunningVcpu, VcpuError> {
+        let (index, page) = (self.index, Arc::clone(&self.page));
+        let job = move || {
+            // Whoever started minivmm may have blocked the signal, and a process inherits that.
+            if let Err(e) = unblock_signal(SIGRTMIN()) {
+                log::debug!("vCPU {index} cannot be kicked out of a guest that spins: {e:?}");
+            }
+            self.run(&buses, &control);
+            self
+        };
+        let thread = match thread {
+            Some(take) => take(Box::new(job)),
+            None => thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(THREAD_STACK)
+                .spawn(move || Some(job()))
+                .map_err(|source| VcpuError::Thread { index, source })?,
+        };
+        Ok(RunningVcpu { thread, page })
+    }
+
+    fn run(&mut self, buses: &Buses, control: &Control) {
+        if let Some(profile) = &mut self.profile {
+            profile.first_run();
+        }
+        loop {
+            match control.request() {
+                Request::Run => _ = self.step_or_end(buses, control),
+                Request::Pause => {
+                    // Whoever asked has set `immediate_exit`: this completes the last access and goes no further.
+                    while !self.step_or_end(buses, control) {}
+                    control.park();
+                    self.page.set_immediate_exit(false);
+                    // The guest's watchdogs must know that it did not hang. It fails where the guest has no kvm-clock.
+                    let _ = self.fd.kvmclock_ctrl();
+                }
+                Request::End => return,
+            }
+        }
+    }
+
+    /// Enters the guest once. `true` if it was interrupted, or has ended.
+    fn step_or_end(&mut self, buses: &Buses, control: &Control) -> bool {
+        match self.step(buses) {
+            Ok(Step::Handled) => return false,
+            Ok(Step::Interrupted) => {}
+            Ok(Step::Ended(outcome)) => control.end(outcome),
+            Err(failure) => control.end_by(Outcome::VcpuFailed(failure), Some(self.index)),
+        }
+        true
+    }
+
+    /// Enters the guest once and handles the exit.
+    fn step(&mut self, buses: &Buses) -> Result<Step, VcpuFailure> {
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(e) if e.errno() == libc::EAGAIN => return Ok(Step::Handled),
+            Err(e) if e.errno() == libc::EINTR => return Ok(Step::Interrupted),
+            Err(e) => return Err(VcpuFailure::RunFailed { errno: e.errno() }),
+        };
+        self.exits += 1;
+        if let Some(profile) = &mut self.profile {
+            profile.exit(&exit);
+        }
+        let access = match exit {
+            VcpuExit::IoIn(port, data) => {
+                port_read(&buses.pio, port, self.page.port_width(), data);
+                Access::new(port.into(), true, false, data)
+            }
+            VcpuExit::IoOut(port, data) => {
+                port_write(&buses.pio, port, self.page.port_width(), data);
+                Access::new(port.into(), true, true, data)
+            }
+            VcpuExit::MmioRead(address, data) => {
+                buses.mmio.read(address, data);
+                Access::new(address, false, false, data)
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                buses.mmio.write(address, data);
+                Access::new(address, false, true, data)
+            }
+            VcpuExit::InternalError => {
+                let suberror = self.page.internal_error();
+                // An INIT to the boot vCPU: it would start again from the firmware, and KVM finds no memory there.
+                if arch::vcpu::is_at_reset_vector(&self.fd) {
+                    return Ok(Step::Ended(Outcome::Reset));
+                }
+                return Err(VcpuFailure::InternalError { suberror });
+            }
+            exit => {
+                let ended = handle_exit(&exit)?;
+                return Ok(ended.map_or(Step::Handled, Step::Ended));
+            }
+        };
+        self.last_access = Some(access);
+        if let Some(profile) = &mut self.profile {
+            let bus = if access.is_port {
+                &buses.pio
+            } else {
+                &buses.mmio
+            };
+            profile.handled(Place {
+                is_port: access.is_port,
+                base: bus.base_of(access.address),
+            });
+        }
+        Ok(Step::Handled)
+    }
+}
+
+/// A vCPU on its thread.
+pub struct RunningVcpu {
+    thread: JoinHandle<Option<Vcpu>>,
+    page: Arc<RunPage>,
+}
+
+impl RunningVcpu {
+    /// Makes KVM_RUN return now and whenever it is called again; the vCPU's thread then sees what is asked of it.
+    pub fn kick(&self) {
+        self.page.set_immediate_exit(true);
+        if let Err(e) = self.thread.kill(SIGRTMIN()) {
+            log::debug!("vCPU thread has gone: {e}");
+        }
+    }
+
+    /// Waits for the thread, and gives the vCPU back.
+    pub fn join(self) -> Option<Vcpu> {
+        self.thread.join().ok().flatten()
+    }
+}
+
+/// Installs the handler of the signal that interrupts KVM_RUN. The handler does nothing: the interruption is the point.
+pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), ignore)
+}
