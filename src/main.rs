@@ -72,7 +72,7 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
     let deadline = args.deadline.and_then(|span| span.after(started));
     let watch = match run::watch(deadline) {
         Ok(watch) => watch,
-        Err(e) => return failure(&e),
+        Err(e) => return failure(&e, ""),
     };
     let signals = Arc::clone(watch.signals());
     let config = match args.into_config() {
@@ -82,22 +82,22 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
     timeline.note(Point::ConfigRead);
     let file = match wanted.flatten().map(JsonFile::open).transpose() {
         Ok(file) => file,
-        Err(e) => return failure(&e),
+        Err(e) => return failure(&e, ""),
     };
     let status = match run::run(&config, started, watch, &mut timeline) {
         Ok(outcome) => exit_status(&outcome),
         Err(RunError::Vm(VmError::Config(e))) => return usage_error(&e),
         Err(e @ RunError::Vm(VmError::TooManyDevices(_))) => {
-            failure(&e);
+            failure(&e, "");
             return USAGE;
         }
-        Err(e) => failure(&e),
+        Err(e) => failure(&e, ""),
     };
     match (timeline.finish(status), file) {
         (Some(report), Some(file)) => {
             let _watch = Watch::start(signals, None, None);
             if let Err(e) = file.write(&report) {
-                failure(&e);
+                failure(&e, "");
             }
         }
         (Some(report), None) => TimedStderr.print(&report.to_string()),
@@ -108,7 +108,7 @@ fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8
 
 /// What the command line says can be wrong; what a file says is one of the things that minivmm cannot go on with.
 fn usage_error(error: &ConfigError) -> u8 {
-    let status = failure(error);
+    let status = failure(error, run::config_hint(error));
     match error {
         ConfigError::Read { .. } | ConfigError::TooLarge { .. } | ConfigError::Parse { .. } => {
             status
@@ -120,10 +120,10 @@ fn usage_error(error: &ConfigError) -> u8 {
     }
 }
 
-/// Prints an error and its causes, once, on one line.
-fn failure(error: &dyn Error) -> u8 {
+/// Prints an error and its causes, once, on one line, and what to do.
+fn failure(error: &dyn Error, hint: &str) -> u8 {
     console::restore_terminal();
-    log::error!("{}", error_chain(error));
+    log::error!("{}{hint}", error_chain(error));
     VMM_FAILED
 }
 
@@ -132,7 +132,7 @@ fn tool_status(result: Result<bool, ToolError>) -> u8 {
     match result {
         Ok(good) => u8::from(!good),
         Err(e) => {
-            let status = failure(&e);
+            let status = failure(&e, "");
             match e {
                 ToolError::Usage(_) => USAGE,
                 ToolError::Stopped(signal) => of_signal(signal),
@@ -150,6 +150,6 @@ fn run_doctor(args: &DoctorArgs) -> u8 {
         Ok(false) => 1,
         // A reader that has seen enough, as in `minivmm doctor | head`.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => 1,
-        Err(e) => failure(&e),
+        Err(e) => failure(&e, ""),
     }
 }

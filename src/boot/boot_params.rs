@@ -5,10 +5,10 @@ use std::ops::Range;
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use super::GuestMemory;
 use super::bzimage::{BOOT_FLAG, HEADER_MAGIC, LOADED_HIGH, SETUP_HEADER_OFFSET};
 use super::error::BootError;
 use super::memory_map::memory_map;
+use super::ram::GuestMemory;
 use crate::arch::layout;
 
 /// `loadflags`: the kernel's image has been placed at random (boot.rst, "loadflags", bit 1).

@@ -7,7 +7,7 @@ use super::bytes::{array, has_magic, u16_at};
 use super::error::BootError;
 use super::input::InputFile;
 use super::memory_map::{Loaded, check_fits};
-use super::{GuestMemory, MIB};
+use super::ram::{GuestMemory, MIB};
 use crate::arch::layout;
 
 /// Offset of the setup header in the file and in boot_params (boot.rst, "The Real-Mode Kernel Header").

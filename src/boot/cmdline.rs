@@ -2,8 +2,8 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::GuestMemory;
 use super::error::BootError;
+use super::ram::GuestMemory;
 use crate::arch::layout;
 
 /// Longest command line of a kernel that does not say, without the NUL: x86 Linux has COMMAND_LINE_SIZE 2048.

@@ -16,10 +16,11 @@ use super::elf::{self, ElfKernel};
 use super::error::{BootError, Role};
 use super::input::InputFile;
 use super::kaslr::{self, Place};
+use super::loaded::Loading;
 use super::memory_map::Loaded;
 use super::payload::{self, PayloadError};
+use super::ram::GuestMemory;
 use super::relocs::{Outside, Relocations};
-use super::{GuestMemory, Loading};
 
 /// Longest relocation table in bytes; Debian's have 0.9 MB.
 const MAX_TABLE: u64 = 16 << 20;

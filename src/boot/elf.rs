@@ -3,12 +3,12 @@
 
 use std::ops::Range;
 
-use super::GuestMemory;
 use super::bytes::{array, u16_at, u32_at, u64_at};
 use super::error::BootError;
 use super::foreign;
 use super::input::InputFile;
 use super::memory_map::check_fits;
+use super::ram::GuestMemory;
 use crate::arch::layout;
 
 /// Most program headers that are looked at; Linux has five.

@@ -165,7 +165,7 @@ pub enum BootError {
     },
     /// The kernel itself does not fit.
     #[error(
-        "memory too small: the kernel {path} needs at least {need_mib} MiB, the VM has {have_mib} MiB; raise it with --memory {need_mib}M or more"
+        "memory too small: the kernel {path} needs at least {need_mib} MiB, the VM has {have_mib} MiB"
     )]
     MemoryTooSmall {
         /// The kernel file.

@@ -160,12 +160,12 @@ pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> Bo
         }
         FileKind::Cpio | FileKind::OldCpio => (
             "a cpio archive, as initrds are".to_owned(),
-            "give it with --initrd and a kernel with --kernel".to_owned(),
+            "give it as the initrd, and a kernel as the kernel".to_owned(),
         ),
         FileKind::Compressed(compression) => (
             format!("compressed with {compression}"),
             format!(
-                "if it is a vmlinux, decompress it first: {} {shown} > vmlinux; if it is an initrd, give it with --initrd",
+                "if it is a vmlinux, decompress it first: {} {shown} > vmlinux; if it is an initrd, give it as that",
                 compression.command()
             ),
         ),
@@ -184,7 +184,7 @@ pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> Bo
         FileKind::EfiApplication => (
             "an EFI application without a Linux setup header".to_owned(),
             format!(
-                "if it is a unified kernel image, take the kernel out: objcopy -O binary --only-section=.linux {shown} bzImage"
+                "if it is a unified kernel image, take the kernel out: objcopy -O binary -j .linux {shown} bzImage"
             ),
         ),
         FileKind::UImage => (
@@ -225,11 +225,11 @@ pub(crate) fn check_initrd_kind(input: &InputFile, head: &[u8]) -> Result<(), Bo
     let (what, mend) = match FileKind::identify(head) {
         FileKind::BzImage => (
             "a Linux kernel (bzImage)",
-            "give it with --kernel, and with --initrd a cpio archive",
+            "give it as the kernel, and a cpio archive as the initrd",
         ),
         FileKind::Elf => (
             "an ELF file",
-            "an initrd is a cpio archive; a kernel goes with --kernel",
+            "an initrd is a cpio archive; this may be a kernel",
         ),
         FileKind::Arm64Image | FileKind::RiscvImage | FileKind::EfiZboot => (
             "a kernel for another architecture",

@@ -5,8 +5,8 @@ use std::ops::Range;
 use memchr::memmem;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::GuestMemory;
 use super::bzimage::printable;
+use super::ram::GuestMemory;
 
 /// Bytes of guest memory that are looked at in one piece.
 const PIECE: u64 = 1 << 20;

@@ -7,7 +7,7 @@ use super::error::{BootError, Role};
 use super::format::check_initrd_kind;
 use super::input::InputFile;
 use super::memory_map::{low_ram_end, mib_ceil};
-use super::{GuestMemory, MIB};
+use super::ram::{GuestMemory, MIB};
 use crate::arch::layout;
 
 const PAGE: u64 = 4096;
@@ -52,7 +52,7 @@ fn too_big(path: &Path, size: u64, floor: u64, ceiling: u64, ram_end: u64) -> Bo
             layout::MMIO_GAP_START / MIB
         )
     } else {
-        format!("raise the VM's memory, say with --memory {need_mib}M, or make the initrd smaller")
+        format!("raise the VM's memory, say to {need_mib}M, or make the initrd smaller")
     };
     BootError::InitrdTooBig {
         path: path.to_owned(),

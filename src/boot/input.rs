@@ -9,8 +9,8 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::GuestMemory;
 use super::error::{BootError, Role};
+use super::ram::GuestMemory;
 
 /// Bytes of a file's beginning that tell what it is: enough for the setup header of a bzImage (boot.rst, "The
 /// Real-Mode Kernel Header": at most 0x202 + 0xff) and for an ELF header.

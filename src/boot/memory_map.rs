@@ -6,7 +6,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::error::BootError;
 use super::input::InputFile;
-use super::{GuestMemory, MIB};
+use super::ram::{GuestMemory, MIB};
 use crate::arch::layout;
 
 /// A kernel in guest memory.

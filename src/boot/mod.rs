@@ -26,20 +26,20 @@ mod image;
 mod initrd;
 pub(crate) mod input;
 mod kaslr;
+mod loaded;
 mod lzop;
 pub mod memory_map;
 pub(crate) mod payload;
 mod pvh;
+mod ram;
 mod relocs;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
-use serde::Serialize;
-use vm_memory::{ByteValued, GuestMemoryMmap};
+use vm_memory::ByteValued;
 
 use crate::arch::layout;
 pub use crate::arch::regs::Entry;
@@ -57,13 +57,9 @@ pub use format::Compression;
 use format::FileKind;
 pub use image::panic_message;
 use input::InputFile;
+pub use loaded::{KernelFormat, LoadedKernel, Loading};
 use memory_map::check_fits;
-
-/// Guest RAM, without dirty tracking.
-pub(crate) type GuestMemory = GuestMemoryMmap<()>;
-
-/// 1 MiB in bytes.
-pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) use ram::{GuestMemory, MIB};
 
 /// What is to be booted.
 #[derive(Debug, Clone, Copy)]
@@ -80,63 +76,6 @@ pub struct BootSource<'a> {
     pub rsdp: u64,
     /// Where unpacked kernels are kept.
     pub cache: Option<&'a Path>,
-}
-
-/// Format of a kernel file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KernelFormat {
-    /// A bzImage, which decompresses itself.
-    BzImage,
-    /// A 64-bit ELF kernel (vmlinux).
-    Elf64,
-    /// A 32-bit ELF kernel with a PVH entry.
-    Elf32,
-}
-
-/// How a file came into guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Loading {
-    /// Its bytes were read into guest memory.
-    Copied,
-    /// A bzImage: what is in it was decompressed for this boot.
-    Decompressed,
-    /// A bzImage: what is in it had been decompressed before.
-    Cached,
-}
-
-impl fmt::Display for Loading {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Loading::Copied => "copied",
-            Loading::Decompressed => "decompressed",
-            Loading::Cached => "cached",
-        })
-    }
-}
-
-/// What was loaded, and where.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LoadedKernel {
-    /// How to start it.
-    pub entry: Entry,
-    /// What the kernel file is.
-    pub format: KernelFormat,
-    /// The kernel's own version string, where its header has one.
-    pub version: Option<String>,
-    /// Bytes of the kernel file that were loaded.
-    pub kernel_bytes: u64,
-    /// How the kernel was loaded.
-    pub kernel_loading: Loading,
-    /// Bytes of the initrd, 0 without one.
-    pub initrd_bytes: u64,
-    /// How the initrd was loaded, if there is one.
-    pub initrd_loading: Loading,
-    /// GPAs that the kernel needs before it has read the memory map.
-    pub kernel_range: Range<u64>,
-    /// GPAs of the initrd.
-    pub initrd_range: Option<Range<u64>>,
 }
 
 /// Loads kernel, initrd, command line and boot_params or PVH start information into guest memory.

@@ -8,9 +8,9 @@ use linux_loader::loader::elf::start_info::{
 };
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use super::GuestMemory;
 use super::error::BootError;
 use super::memory_map::memory_map;
+use super::ram::GuestMemory;
 use crate::arch::layout;
 
 /// "xEn3" with bit 7 of the E set.

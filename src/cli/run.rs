@@ -1,12 +1,13 @@
 //! Runs a VM: ties it to the console, the signals, the deadline and the timeline.
 
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::release;
-use super::watch::Watch;
+use super::watch::{DRAIN_TIMEOUT, Watch};
 use crate::NOTICE;
-use crate::config::{ConsoleTarget, OnReboot, VmConfig};
+use crate::boot::BootError;
+use crate::config::{ConfigError, ConsoleTarget, OnReboot, VmConfig};
 use crate::console::{
     self, Console, ConsoleError, ConsoleInput, InputOutcome, RawTerminal, Signals,
 };
@@ -17,12 +18,10 @@ use crate::vmm::control::End;
 use crate::vmm::ending;
 use crate::vmm::error::{VmError, host};
 use crate::vmm::event_loop::EventLoop;
+use crate::vmm::memory::MemoryError;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::vcpu::VcpuError;
 use crate::vmm::vm::{BuildTimes, ConsoleEnds, Observers, Prepared, Vm};
-
-/// After a stop from outside, the console's reader may take so long for the last output.
-pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// What is to be logged when a VM has ended and its console is done.
 type FinalLog = Vec<(log::Level, String)>;
@@ -39,10 +38,27 @@ pub enum RunError {
 }
 
 /// What to change on the command line.
-fn hint(error: &VmError) -> &'static str {
+fn hint(error: &VmError) -> String {
     match error {
-        VmError::TooManyCpus { .. } => ": give a smaller --cpus",
-        VmError::TooMuchMemory { .. } => ": give a smaller --memory",
+        VmError::TooManyCpus { .. } => ": give a smaller --cpus".into(),
+        VmError::TooMuchMemory { .. } => ": give a smaller --memory".into(),
+        VmError::Memory(MemoryError::Map { .. }) => " (--memory)".into(),
+        VmError::Memory(MemoryError::Merge(_)) => " (--mergeable)".into(),
+        VmError::Boot(BootError::MemoryTooSmall { need_mib, .. }) => {
+            format!("; raise it with --memory {need_mib}M or more")
+        }
+        VmError::Boot(BootError::InitrdTooBig { .. }) => {
+            " (--memory says how much memory it has)".into()
+        }
+        VmError::Config(error) => config_hint(error).into(),
+        _ => String::new(),
+    }
+}
+
+/// The same for a configuration.
+pub fn config_hint(error: &ConfigError) -> &'static str {
+    match error {
+        ConfigError::NoKernel => ": give --kernel FILE, or a file that names one with --config",
         _ => "",
     }
 }

@@ -15,11 +15,13 @@ use minivmm_devices::THREAD_STACK;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::exit_status::exit_status;
-use super::run::DRAIN_TIMEOUT;
 use crate::console::{self, Console, Signals};
 use crate::vmm::control::Control;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::vcpu::{Job, Vcpu};
+
+/// After a stop from outside, the console's reader may take so long for the last output.
+pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// How long a preparation that can go on may take to come to its end, so that the VM ends in good order: 50 ms.
 const GRACE: Duration = Duration::from_millis(50);

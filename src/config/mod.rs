@@ -82,10 +82,10 @@ pub enum ConfigError {
         source: serde_json::Error,
     },
     /// No kernel was named.
-    #[error("no kernel: name one with --kernel FILE, or in a file given with --config")]
+    #[error("no kernel is named")]
     NoKernel,
     /// Not a possible number of vCPUs.
-    #[error("{0} vCPUs are not possible: --cpus takes 1 to {MAX_CPUS}")]
+    #[error("{0} vCPUs are not possible: a VM has 1 to {MAX_CPUS}")]
     Cpus(u8),
     /// A disk that cannot be.
     #[error("disk {path}: {why}", path = path.display())]
@@ -96,7 +96,7 @@ pub enum ConfigError {
         why: String,
     },
     /// Not a possible size.
-    #[error("{0} of memory is not possible: --memory takes 16M to 4T, in whole pages of 4 KiB{1}")]
+    #[error("{0} of memory is not possible: a VM has 16M to 4T, in whole pages of 4 KiB{1}")]
     Memory(MemorySize, &'static str),
 }
 
@@ -341,8 +341,8 @@ impl FromStr for DiskConfig {
                 }
                 _ => {
                     return Err(format!(
-                        "'{part}' is not known; write {DISK_SYNTAX} (a path with a comma can be given in a file, with \
-                         --config)"
+                        "'{part}' is not known; write {DISK_SYNTAX} (a path with a comma can be given in a \
+                         configuration file)"
                     ));
                 }
             }

@@ -21,7 +21,6 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use minivmm_devices::chardev::ConsoleOutput;
 use thiserror::Error;
@@ -31,6 +30,7 @@ pub use signals::Signals;
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
 use crate::config::ConsoleTarget;
+pub use output::OutputObserver;
 use output::{Destination, Shared, Sink};
 
 /// Why the console cannot be opened.
@@ -50,12 +50,6 @@ pub enum ConsoleError {
     /// The output thread cannot be started.
     #[error("cannot start the output of the console")]
     Start(#[source] io::Error),
-}
-
-/// Reads the guest's output as it comes, on the console's thread.
-pub trait OutputObserver: Send {
-    /// Bytes that came at this time.
-    fn push(&mut self, bytes: &[u8], came: Instant);
 }
 
 /// The host's side of the console's output. A cheap handle: clones are the same console. It outlives the VM, so

@@ -19,7 +19,6 @@ use minivmm_devices::chardev::{ConsoleOutput, MIN_ROOM};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
-use super::OutputObserver;
 use super::pty;
 
 /// Bytes that wait for the host at most.
@@ -53,6 +52,12 @@ pub(super) enum Destination {
     Stream(Arc<OwnedFd>, String),
     /// A pty's master: what is sent while nobody is attached is dropped.
     Pty(Arc<OwnedFd>),
+}
+
+/// Reads the guest's output as it comes, on the console's thread.
+pub trait OutputObserver: Send {
+    /// Bytes that came at this time.
+    fn push(&mut self, bytes: &[u8], came: Instant);
 }
 
 type Callback = Arc<dyn Fn() + Send + Sync>;

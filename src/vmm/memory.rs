@@ -23,7 +23,7 @@ const HUGE_PAGE: usize = 2 << 20;
 pub enum MemoryError {
     /// The host's address space has no room.
     #[error(
-        "cannot reserve address space for {size} of guest memory; ask for less with --memory, or raise its limit (ulimit -v)"
+        "cannot reserve address space for {size} of guest memory; ask for less, or raise its limit (ulimit -v)"
     )]
     Map {
         /// Asked for.
@@ -34,7 +34,7 @@ pub enum MemoryError {
     },
     /// The host does not let pages be merged.
     #[error(
-        "the host does not let guest memory be merged{}; leave out --mergeable (\"mergeable\" in a configuration file)",
+        "the host does not let guest memory be merged{}; leave out \"mergeable\"",
         if .0 == &Errno::INVAL { ": its kernel has no KSM" } else { "" }
     )]
     Merge(#[source] Errno),

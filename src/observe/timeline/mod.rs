@@ -8,112 +8,24 @@
 
 mod memory;
 mod process_start;
+mod record;
 mod report;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use serde::Serialize;
-
-pub use report::Report;
-
 use super::phases::Phases;
-use crate::boot::LoadedKernel;
 use crate::vmm::vcpu::profile::{ExitProfile, Place};
 use crate::vmm::vm::{BuildTimes, Vm};
 use memory::PrivateMemory;
 use process_start::ProcessStart;
-
-/// Boot marks that are kept; more are counted only.
-const MAX_BOOT_MARKS: usize = 64;
-
-/// A point in time; all but boot marks come once in a boot. In JSON the names are in snake case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Point {
-    /// The kernel made the process: what `fork`, `exec` and the program's loading took is behind it.
-    ProcessStart,
-    /// The first line of minivmm's own.
-    Main,
-    /// The command line and the configuration file are read.
-    ConfigRead,
-    /// Guest RAM has its addresses in the process.
-    MemoryMapped,
-    /// Kernel, initrd and command line are in guest RAM.
-    KernelLoaded,
-    /// KVM has made the VM.
-    VmCreated,
-    /// vCPUs, devices and tables are made.
-    VmReady,
-    /// The boot vCPU enters the guest.
-    FirstRun,
-    /// The guest's first byte on its console.
-    FirstConsoleByte,
-    /// The kernel's line `Run PROGRAM as init process`, which it writes at log level 7 and up.
-    InitRun,
-    /// The first line on the console that bears no time stamp of the kernel's log: see [`Phases::user_output`].
-    FirstUserOutput,
-    /// `HOST login: ` at the start of a line.
-    LoginPrompt,
-    /// The guest wrote to the boot-mark port.
-    BootMark,
-    /// The last exit that the guest itself made.
-    LastExit,
-    /// All vCPU threads have ended.
-    VcpusStopped,
-    /// The process's memory is measured, which takes its time only because there is a timeline.
-    MemoryMeasured,
-    /// minivmm has nothing more to do. What the kernel takes to remove the process comes after it.
-    ProcessEnd,
-}
-
-/// The boot marks of a guest, noted by its vCPUs' threads.
-#[derive(Debug, Clone, Default)]
-pub struct BootMarks(Arc<Mutex<Marks>>);
-
-#[derive(Debug, Default)]
-struct Marks {
-    kept: Vec<(u8, Instant)>,
-    lost: u64,
-}
-
-impl BootMarks {
-    /// Notes a mark, now.
-    pub fn note(&self, value: u8) {
-        let mut marks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if marks.kept.len() < MAX_BOOT_MARKS {
-            marks.kept.push((value, Instant::now()));
-        } else {
-            marks.lost += 1;
-        }
-    }
-
-    /// The marks, and how many more there were.
-    fn taken(&self) -> (Vec<(u8, Instant)>, u64) {
-        let marks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (marks.kept.clone(), marks.lost)
-    }
-}
+use record::Record;
+pub use record::{BootMarks, Point};
+pub use report::Report;
 
 /// The timeline of a process that boots a VM; the default is off.
 #[derive(Debug, Default)]
-pub struct Timeline(Option<Box<Watch>>);
-
-#[derive(Debug)]
-struct Watch {
-    start: ProcessStart,
-    /// Each point once, in no order.
-    points: Vec<(Point, Instant)>,
-    kernel: Option<LoadedKernel>,
-    marks: BootMarks,
-    exits: ExitProfile,
-    /// What the devices are called that exits went to.
-    names: BTreeMap<Place, String>,
-    console_bytes: u64,
-    memory: Option<PrivateMemory>,
-    boots: u32,
-}
+pub struct Timeline(Option<Box<Record>>);
 
 impl Timeline {
     /// Watches from here on; `main` is when the program's own code began.
@@ -121,7 +33,7 @@ impl Timeline {
     /// To be called while the process has one thread: how long it has run is taken from that thread's account.
     pub fn start(main: Instant) -> Self {
         let start = ProcessStart::find(main);
-        Self(Some(Box::new(Watch {
+        Self(Some(Box::new(Record {
             points: vec![(Point::ProcessStart, start.at), (Point::Main, main)],
             start,
             kernel: None,
@@ -172,7 +84,7 @@ impl Timeline {
         self.first_boot().map(|watch| watch.marks.clone())
     }
 
-    fn first_boot(&self) -> Option<&Watch> {
+    fn first_boot(&self) -> Option<&Record> {
         self.0.as_deref().filter(|watch| watch.boots == 0)
     }
 
@@ -214,13 +126,5 @@ impl Timeline {
         let mut watch = self.0?;
         watch.note(Point::ProcessEnd, Instant::now());
         Some(Report::new(&watch, status))
-    }
-}
-
-impl Watch {
-    fn note(&mut self, point: Point, at: Instant) {
-        if self.points.iter().all(|(noted, _)| *noted != point) {
-            self.points.push((point, at));
-        }
     }
 }

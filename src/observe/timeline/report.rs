@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::memory::PrivateMemory;
 use super::process_start::Source;
-use super::{Point, Watch};
+use super::record::{Point, Record};
 use crate::boot::{KernelFormat, Loading};
 use crate::vmm::machine::COM1;
 use crate::vmm::vcpu::profile::{Cost, KINDS};
@@ -102,7 +102,7 @@ struct ConsoleCost {
 }
 
 impl Report {
-    pub(super) fn new(watch: &Watch, status: u8) -> Self {
+    pub(super) fn new(watch: &Record, status: u8) -> Self {
         let (marks, boot_marks_lost) = watch.marks.taken();
         let marks = marks
             .into_iter()

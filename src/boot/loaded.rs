@@ -1,0 +1,65 @@
+//! What a kernel file was, and what was loaded of it.
+
+use std::fmt;
+use std::ops::Range;
+
+use serde::Serialize;
+
+use crate::arch::regs::Entry;
+
+/// Format of a kernel file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelFormat {
+    /// A bzImage, which decompresses itself.
+    BzImage,
+    /// A 64-bit ELF kernel (vmlinux).
+    Elf64,
+    /// A 32-bit ELF kernel with a PVH entry.
+    Elf32,
+}
+
+/// How a file came into guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Loading {
+    /// Its bytes were read into guest memory.
+    Copied,
+    /// A bzImage: what is in it was decompressed for this boot.
+    Decompressed,
+    /// A bzImage: what is in it had been decompressed before.
+    Cached,
+}
+
+impl fmt::Display for Loading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Loading::Copied => "copied",
+            Loading::Decompressed => "decompressed",
+            Loading::Cached => "cached",
+        })
+    }
+}
+
+/// What was loaded, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadedKernel {
+    /// How to start it.
+    pub entry: Entry,
+    /// What the kernel file is.
+    pub format: KernelFormat,
+    /// The kernel's own version string, where its header has one.
+    pub version: Option<String>,
+    /// Bytes of the kernel file that were loaded.
+    pub kernel_bytes: u64,
+    /// How the kernel was loaded.
+    pub kernel_loading: Loading,
+    /// Bytes of the initrd, 0 without one.
+    pub initrd_bytes: u64,
+    /// How the initrd was loaded, if there is one.
+    pub initrd_loading: Loading,
+    /// GPAs that the kernel needs before it has read the memory map.
+    pub kernel_range: Range<u64>,
+    /// GPAs of the initrd.
+    pub initrd_range: Option<Range<u64>>,
+}

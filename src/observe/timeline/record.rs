@@ -1,0 +1,108 @@
+//! What a timeline notes: points in time, boot marks, exits.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::memory::PrivateMemory;
+use super::process_start::ProcessStart;
+use crate::boot::LoadedKernel;
+use crate::vmm::vcpu::profile::{ExitProfile, Place};
+
+/// Boot marks that are kept; more are counted only.
+const MAX_BOOT_MARKS: usize = 64;
+
+/// A point in time; all but boot marks come once in a boot. In JSON the names are in snake case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Point {
+    /// The kernel made the process: what `fork`, `exec` and the program's loading took is behind it.
+    ProcessStart,
+    /// The first line of minivmm's own.
+    Main,
+    /// The command line and the configuration file are read.
+    ConfigRead,
+    /// Guest RAM has its addresses in the process.
+    MemoryMapped,
+    /// Kernel, initrd and command line are in guest RAM.
+    KernelLoaded,
+    /// KVM has made the VM.
+    VmCreated,
+    /// vCPUs, devices and tables are made.
+    VmReady,
+    /// The boot vCPU enters the guest.
+    FirstRun,
+    /// The guest's first byte on its console.
+    FirstConsoleByte,
+    /// The kernel's line `Run PROGRAM as init process`, which it writes at log level 7 and up.
+    InitRun,
+    /// The first line on the console that bears no time stamp of the kernel's log: see [`crate::observe::phases::Phases::user_output`].
+    FirstUserOutput,
+    /// `HOST login: ` at the start of a line.
+    LoginPrompt,
+    /// The guest wrote to the boot-mark port.
+    BootMark,
+    /// The last exit that the guest itself made.
+    LastExit,
+    /// All vCPU threads have ended.
+    VcpusStopped,
+    /// The process's memory is measured, which takes its time only because there is a timeline.
+    MemoryMeasured,
+    /// minivmm has nothing more to do. What the kernel takes to remove the process comes after it.
+    ProcessEnd,
+}
+
+/// The boot marks of a guest, noted by its vCPUs' threads.
+#[derive(Debug, Clone, Default)]
+pub struct BootMarks(Arc<Mutex<Marks>>);
+
+#[derive(Debug, Default)]
+struct Marks {
+    kept: Vec<(u8, Instant)>,
+    lost: u64,
+}
+
+impl BootMarks {
+    /// Notes a mark, now.
+    pub fn note(&self, value: u8) {
+        let mut marks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if marks.kept.len() < MAX_BOOT_MARKS {
+            marks.kept.push((value, Instant::now()));
+        } else {
+            marks.lost += 1;
+        }
+    }
+
+    /// The marks, and how many more there were.
+    pub(super) fn taken(&self) -> (Vec<(u8, Instant)>, u64) {
+        let marks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (marks.kept.clone(), marks.lost)
+    }
+}
+
+/// What a timeline has noted.
+#[derive(Debug)]
+pub(super) struct Record {
+    pub(super) start: ProcessStart,
+    /// Each point once, in no order.
+    pub(super) points: Vec<(Point, Instant)>,
+    pub(super) kernel: Option<LoadedKernel>,
+    pub(super) marks: BootMarks,
+    pub(super) exits: ExitProfile,
+    /// What the devices are called that exits went to.
+    pub(super) names: BTreeMap<Place, String>,
+    pub(super) console_bytes: u64,
+    pub(super) memory: Option<PrivateMemory>,
+    pub(super) boots: u32,
+}
+
+impl Record {
+    /// Notes that `point` was reached then. Its first time counts.
+    pub(super) fn note(&mut self, point: Point, at: Instant) {
+        if self.points.iter().all(|(noted, _)| *noted != point) {
+            self.points.push((point, at));
+        }
+    }
+}
