@@ -3,7 +3,7 @@
 mod common;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Stdio;
 use std::thread;
@@ -187,6 +187,43 @@ fn output_is_delivered_where_a_restart_fails() {
     assert!(rest.ends_with(b"0000ffff\n"));
     assert_eq!(first.len() + rest.len(), 0x1_0000 * 9);
     assert_eq!(wait(child, PATIENCE).status.code(), Some(125));
+}
+
+#[test]
+fn a_guest_that_nothing_will_wake_is_told_of() {
+    const FOR_GOOD: &str = "nothing will wake it";
+    const NO_TIMER: &str = "only a device can wake it";
+    // Read until it is there: a failure is a hang, which the deadline ends.
+    let tells = |cmdline, wanted: &str| {
+        let args = ["--deadline", "60s", "--cpus", "2", "-v"];
+        let mut child = boot_tiny("ends", cmdline, &args).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+        let found = log.any(|line| line.unwrap().contains(wanted));
+        signal(&child, "TERM");
+        wait(child, PATIENCE);
+        found
+    };
+    assert!(tells("h", FOR_GOOD));
+    assert!(tells("i", NO_TIMER));
+    let spinning = run(&mut boot_tiny("ends", "s", &["--deadline", "5s", "-v"]));
+    let log = &spinning.stderr;
+    assert!(!log.contains(FOR_GOOD) && !log.contains(NO_TIMER), "{log}");
+}
+
+#[test]
+fn a_guest_is_told_that_it_was_stopped() {
+    let mut child = boot_tiny("clock", "", &["--deadline", "60s"])
+        .spawn()
+        .unwrap();
+    let mut ready = [0];
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_exact(&mut ready).unwrap();
+    // It ends when it is told, so that it was not before.
+    thread::sleep(Duration::from_secs(1));
+    assert!(child.try_wait().unwrap().is_none());
+    signal(&child, "STOP");
+    signal(&child, "CONT");
+    assert_eq!(wait(child, PATIENCE).status.code(), Some(0));
 }
 
 #[test]

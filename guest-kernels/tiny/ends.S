@@ -35,6 +35,8 @@ next_letter:
     je   triple_fault
     cmp  $'h', %al
     je   halt
+    cmp  $'i', %al
+    je   idle
     cmp  $'s', %al
     je   spin
     outb 99, EXIT_PORT
@@ -94,6 +96,10 @@ halt:
     cli
     hlt
     jmp  halt
+idle:                           # nothing comes, for no device is told to
+    sti
+    hlt
+    jmp  idle
 spin:
     jmp  spin
 

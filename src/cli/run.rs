@@ -1,11 +1,15 @@
 //! Runs a VM: ties it to the console, the signals, the deadline and the timeline.
 
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
 
 use super::release;
 use super::watch::{DRAIN_TIMEOUT, Watch};
 use crate::NOTICE;
+use crate::arch::sleep::Sleep;
 use crate::boot::BootError;
 use crate::config::{ConfigError, ConsoleTarget, OnReboot, VmConfig};
 use crate::console::{
@@ -22,6 +26,9 @@ use crate::vmm::memory::MemoryError;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::vcpu::VcpuError;
 use crate::vmm::vm::{BuildTimes, ConsoleEnds, Observers, Prepared, Vm};
+
+/// How often, with `-v`, the VM is asked whether anything can wake its guest.
+const SLEEP_CHECK: Duration = Duration::from_secs(2);
 
 /// What is to be logged when a VM has ended and its console is done.
 type FinalLog = Vec<(log::Level, String)>;
@@ -170,6 +177,76 @@ enum Source {
     Input,
     /// The console's device can take input again.
     ConsoleReady,
+    /// The guest has written boot marks.
+    BootMark,
+}
+
+/// Boot marks on their way to the log: the vCPU that writes one has the port's lock, and stderr may have a reader who does not read.
+struct MarkLog {
+    marks: Receiver<u8>,
+    /// Readable when there are marks.
+    written: EventFd,
+}
+
+impl MarkLog {
+    /// Marks that wait at most; more are not logged.
+    const CAPACITY: usize = 64;
+
+    /// The log, and what to call with a mark.
+    fn new() -> std::io::Result<(Self, impl Fn(u8) + Send + Sync + 'static)> {
+        let (sender, marks) = sync_channel(Self::CAPACITY);
+        let written = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let wake = written.try_clone()?;
+        let observe = move |mark| {
+            if log::log_enabled!(log::Level::Info) && sender.try_send(mark).is_ok() {
+                // An eventfd refuses a write only when its counter is full; then its reader is awake.
+                let _ = wake.write(1);
+            }
+        };
+        Ok((Self { marks, written }, observe))
+    }
+
+    fn emit(&self) {
+        let _ = self.written.read();
+        for mark in self.marks.try_iter() {
+            log::info!("boot mark {mark}");
+        }
+    }
+}
+
+/// Tells the user, once, of a guest that nothing will wake: it looks as if it idled.
+struct SleepCheck {
+    next: Instant,
+    told: Sleep,
+}
+
+impl SleepCheck {
+    fn new() -> Self {
+        Self {
+            next: Instant::now() + SLEEP_CHECK,
+            told: Sleep::Awake,
+        }
+    }
+
+    fn look(&mut self, vm: &Vm, now: Instant) {
+        if now < self.next {
+            return;
+        }
+        self.next = now + SLEEP_CHECK;
+        let sleep = vm.sleep();
+        if sleep <= self.told {
+            return;
+        }
+        self.told = sleep;
+        match sleep {
+            Sleep::ForGood => log::info!(
+                "the guest has halted with interrupts off: nothing will wake it (a signal or Ctrl-A x ends minivmm)"
+            ),
+            _ => log::info!(
+                "the guest sleeps without a timer: only a device can wake it, as a key does"
+            ),
+        }
+    }
 }
 
 /// What all boots of a VM have in common.
@@ -212,13 +289,14 @@ impl Run<'_> {
             virtio: self.console.sink(),
             size: self.input.terminal_size(),
         };
+        let (mark_log, observe_mark) = MarkLog::new().map_err(host("an eventfd"))?;
         let marks = self.timeline.boot_marks();
         let observers = Observers {
             boot_mark: Some(Box::new(move |mark| {
                 if let Some(marks) = &marks {
                     marks.note(mark);
                 }
-                log::info!("boot mark {mark}");
+                observe_mark(mark);
             })),
             profile_exits: watched,
         };
@@ -236,8 +314,9 @@ impl Run<'_> {
 
         let control = Arc::clone(vm.control());
         let started = vm.start(Some(Box::new(move |job| watch.hand_over(job, control))));
-        let looped = self.serve(&vm);
+        let looped = self.serve(&vm, &mark_log);
         let end = vm.join();
+        mark_log.emit();
         self.console.observe();
         transcript.get().on_panic_end = None;
         let (phases, bytes) = (transcript.get().phases(), self.console.bytes_out());
@@ -259,23 +338,30 @@ impl Run<'_> {
     }
 
     /// Serves console, signals and deadline until the VM has ended.
-    fn serve(&mut self, vm: &Vm) -> std::io::Result<()> {
+    fn serve(&mut self, vm: &Vm, mark_log: &MarkLog) -> std::io::Result<()> {
         let control = vm.control();
         let mut events = EventLoop::new()?;
         events.add(control.ended(), false, Source::Ended)?;
         events.add(&**self.signals, false, Source::Signal)?;
         events.add(vm.console_ready(), false, Source::ConsoleReady)?;
+        events.add(&mark_log.written, false, Source::BootMark)?;
         if let Some(fd) = self.input.fd() {
             // A regular file or /dev/null is always ready, so that the guest's readiness is all there is to wait for.
             events.add(&fd, true, Source::Input)?;
         }
         // A restarted VM may find input that was read from no edge of its own.
         self.pump(vm);
+        let mut sleep_check = log::log_enabled!(log::Level::Info).then(SleepCheck::new);
         loop {
-            let ready = events.wait(self.deadline)?;
-            if ready.is_empty() {
+            let next = sleep_check.as_ref().map(|check| check.next);
+            let ready = events.wait(self.deadline.into_iter().chain(next).min())?;
+            let now = Instant::now();
+            if self.deadline.is_some_and(|deadline| deadline <= now) {
                 control.end(Outcome::Deadline);
                 return Ok(());
+            }
+            if let Some(check) = &mut sleep_check {
+                check.look(vm, now);
             }
             for source in ready {
                 match source {
@@ -289,6 +375,7 @@ impl Run<'_> {
                         self.after_stop(vm);
                     }
                     Source::ConsoleReady => _ = vm.console_ready().read(),
+                    Source::BootMark => mark_log.emit(),
                     Source::Input => {}
                 }
                 self.pump(vm);

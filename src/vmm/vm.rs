@@ -38,6 +38,7 @@ use super::vcpu::profile::ExitProfile;
 use super::vcpu::{self, RunningVcpu, TakeJob, Vcpu};
 use crate::acpi;
 use crate::arch::irqchip::Interrupts;
+use crate::arch::sleep::Sleep;
 use crate::arch::{layout, mptable, regs};
 use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{DiskConfig, MemorySize, VmConfig};
@@ -296,6 +297,19 @@ impl Vm {
     /// Lets paused vCPUs go on. Each tells its guest that it was paused, so that no watchdog takes it for a hang.
     pub fn resume(&self) {
         self.control.resume();
+    }
+
+    /// Pauses the VM for a moment and says what could wake its guest: the vCPU that sleeps least decides.
+    pub fn sleep(&self) -> Sleep {
+        let Vcpus::Running(vcpus) = &self.vcpus else {
+            return Sleep::Awake;
+        };
+        if !self.pause() {
+            return Sleep::Awake;
+        }
+        let sleep = vcpus.iter().map(RunningVcpu::sleep).min();
+        self.resume();
+        sleep.unwrap_or(Sleep::Awake)
     }
 
     /// Waits for all vCPUs' threads; a VM that has not ended is stopped.

@@ -6,4 +6,5 @@ pub mod layout;
 pub mod mptable;
 pub mod msrs;
 pub mod regs;
+pub mod sleep;
 pub mod vcpu;

@@ -5,6 +5,7 @@ pub mod profile;
 mod run_page;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::{self, JoinHandle};
 
 use kvm_bindings::CpuId;
@@ -14,7 +15,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 
 use super::control::{Control, Request};
 use super::outcome::{Outcome, VcpuFailure};
-use crate::arch::{self, regs::Entry};
+use crate::arch;
+use crate::arch::regs::Entry;
+use crate::arch::sleep::Sleep;
 use exit::{Access, Buses, handle_exit, port_read, port_write};
 use profile::{ExitProfile, Place};
 use run_page::RunPage;
@@ -81,6 +84,8 @@ pub struct Vcpu {
     /// More about them, for a timeline.
     pub profile: Option<ExitProfile>,
     page: Arc<RunPage>,
+    /// How deeply it slept when it was last paused.
+    sleep: Arc<AtomicU8>,
 }
 
 /// What came of entering the guest once.
@@ -119,6 +124,7 @@ impl Vcpu {
             exits: 0,
             profile: None,
             page: Arc::new(page),
+            sleep: Arc::default(),
         })
     }
 
@@ -130,6 +136,7 @@ impl Vcpu {
         thread: Option<TakeJob>,
     ) -> Result<RunningVcpu, VcpuError> {
         let (index, page) = (self.index, Arc::clone(&self.page));
+        let sleep = Arc::clone(&self.sleep);
         let job = move || {
             // Whoever started minivmm may have blocked the signal, and a process inherits that.
             if let Err(e) = unblock_signal(SIGRTMIN()) {
@@ -146,7 +153,11 @@ impl Vcpu {
                 .spawn(move || Some(job()))
                 .map_err(|source| VcpuError::Thread { index, source })?,
         };
-        Ok(RunningVcpu { thread, page })
+        Ok(RunningVcpu {
+            thread,
+            page,
+            sleep,
+        })
     }
 
     fn run(&mut self, buses: &Buses, control: &Control) {
@@ -159,6 +170,8 @@ impl Vcpu {
                 Request::Pause => {
                     // Whoever asked has set `immediate_exit`: this completes the last access and goes no further.
                     while !self.step_or_end(buses, control) {}
+                    let sleep = Sleep::of(&self.fd).unwrap_or(Sleep::Awake);
+                    self.sleep.store(sleep as u8, Ordering::Release);
                     control.park();
                     self.page.set_immediate_exit(false);
                     // The guest's watchdogs must know that it did not hang. It fails where the guest has no kvm-clock.
@@ -242,6 +255,7 @@ impl Vcpu {
 pub struct RunningVcpu {
     thread: JoinHandle<Option<Vcpu>>,
     page: Arc<RunPage>,
+    sleep: Arc<AtomicU8>,
 }
 
 impl RunningVcpu {
@@ -251,6 +265,11 @@ impl RunningVcpu {
         if let Err(e) = self.thread.kill(SIGRTMIN()) {
             log::debug!("vCPU thread has gone: {e}");
         }
+    }
+
+    /// How deeply it slept when it was last paused.
+    pub fn sleep(&self) -> Sleep {
+        Sleep::from_number(self.sleep.load(Ordering::Acquire))
     }
 
     /// Waits for the thread, and gives the vCPU back.

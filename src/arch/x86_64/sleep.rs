@@ -1,0 +1,78 @@
+//! What can wake a vCPU that sleeps: a guest that has halted for good looks like one that idles.
+
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry};
+use kvm_ioctls::{Error, VcpuFd};
+
+/// RFLAGS, bit 9: interrupts are taken.
+const RFLAGS_IF: u64 = 1 << 9;
+
+/// IA32_TSC_DEADLINE: when the local APIC's timer goes off, 0 for never (SDM vol. 3 § 11.5.4.1).
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// The local APIC's timer, by offset in its page: vector table entry, initial and current count (SDM vol. 3 § 11.5.4).
+const LVT_TIMER: usize = 0x320;
+const INITIAL_COUNT: usize = 0x380;
+const CURRENT_COUNT: usize = 0x390;
+const LVT_MASKED: u32 = 1 << 16;
+
+/// How deeply a vCPU sleeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Sleep {
+    /// It runs, or its timer will wake it.
+    Awake,
+    /// Another's interrupt can wake it.
+    NoTimer,
+    /// Nothing but an NMI or INIT can wake it: interrupts are off, or it has not been started.
+    ForGood,
+}
+
+impl Sleep {
+    /// The state with this number.
+    pub fn from_number(number: u8) -> Self {
+        const NO_TIMER: u8 = Sleep::NoTimer as u8;
+        const FOR_GOOD: u8 = Sleep::ForGood as u8;
+        match number {
+            NO_TIMER => Self::NoTimer,
+            FOR_GOOD => Self::ForGood,
+            _ => Self::Awake,
+        }
+    }
+
+    /// Of a vCPU that is not in KVM_RUN.
+    pub fn of(vcpu: &VcpuFd) -> Result<Self, Error> {
+        match vcpu.get_mp_state()?.mp_state {
+            KVM_MP_STATE_UNINITIALIZED => Ok(Self::ForGood),
+            KVM_MP_STATE_HALTED if vcpu.get_regs()?.rflags & RFLAGS_IF == 0 => Ok(Self::ForGood),
+            KVM_MP_STATE_HALTED if !is_timer_armed(vcpu)? => Ok(Self::NoTimer),
+            _ => Ok(Self::Awake),
+        }
+    }
+}
+
+fn is_timer_armed(vcpu: &VcpuFd) -> Result<bool, Error> {
+    let apic = vcpu.get_lapic()?;
+    let register = |offset: usize| {
+        let bytes = apic.regs.get(offset..offset + 4).unwrap_or_default();
+        (bytes.iter().rev()).fold(0, |value, byte| value << 8 | u32::from(*byte as u8))
+    };
+    let lvt = register(LVT_TIMER);
+    Ok(lvt & LVT_MASKED == 0
+        && match lvt >> 17 & 3 {
+            0 => register(CURRENT_COUNT) != 0,
+            1 => register(INITIAL_COUNT) != 0,
+            _ => tsc_deadline(vcpu)? != 0,
+        })
+}
+
+fn tsc_deadline(vcpu: &VcpuFd) -> Result<u64, Error> {
+    let entry = kvm_msr_entry {
+        index: IA32_TSC_DEADLINE,
+        ..Default::default()
+    };
+    let Ok(mut msrs) = Msrs::from_entries(&[entry]) else {
+        return Ok(0);
+    };
+    vcpu.get_msrs(&mut msrs)?;
+    Ok(msrs.as_slice().first().map_or(0, |entry| entry.data))
+}
