@@ -25,8 +25,6 @@ pub mod platform;
 #[cfg(test)]
 #[path = "../../tests/common/skip.rs"]
 mod skip;
+pub mod thread;
 pub mod virtio;
-
-/// Bytes of stack that a thread gets: 256 KiB. Of std's 2 MiB, a host that gives huge pages to everybody
-/// (transparent_hugepage=always) makes one, and clears it, for each thread.
-pub const THREAD_STACK: usize = 256 << 10;
+pub use thread::STACK_SIZE as THREAD_STACK;

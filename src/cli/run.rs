@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use minivmm_devices::thread::ThreadStarter;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::release;
@@ -102,7 +103,7 @@ pub fn run(
 
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
     let prepared = prepare(config, timeline)?;
-    let (console, input) = Console::open(&config.serial)?;
+    let (console, input) = Console::open(&config.serial, &ThreadStarter::default())?;
     let terminal = match config.serial {
         ConsoleTarget::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
         _ => None,
@@ -147,7 +148,7 @@ pub fn run(
 
 fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Prepared, VmError> {
     let mut times = BuildTimes::default();
-    let prepared = Prepared::new(config, &mut times);
+    let prepared = Prepared::new(config, &ThreadStarter::default(), &mut times);
     timeline.note_build(&times);
     prepared
 }
@@ -313,7 +314,10 @@ impl Run<'_> {
         transcript.get().on_panic_end = Some(ending::on_panic_end(&vm));
 
         let control = Arc::clone(vm.control());
-        let started = vm.start(Some(Box::new(move |job| watch.hand_over(job, control))));
+        let started = vm.start(
+            || Ok(()),
+            Some(Box::new(move |job| watch.hand_over(job, control))),
+        );
         let looped = self.serve(&vm, &mark_log);
         let end = vm.join();
         mark_log.emit();

@@ -23,6 +23,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use minivmm_devices::chardev::ConsoleOutput;
+use minivmm_devices::thread::ThreadStarter;
 use thiserror::Error;
 
 pub use input::{ConsoleInput, InputOutcome};
@@ -72,7 +73,10 @@ impl Drop for Handle {
 impl Console {
     /// Opens the console: its output, with a thread, and its input, for the event loop. The terminal is not touched: see
     /// [`RawTerminal::enter`].
-    pub fn open(mode: &ConsoleTarget) -> Result<(Self, ConsoleInput), ConsoleError> {
+    pub fn open(
+        mode: &ConsoleTarget,
+        threads: &ThreadStarter,
+    ) -> Result<(Self, ConsoleInput), ConsoleError> {
         let mut pty_path = None;
         let mut on_terminal = false;
         let (destination, input) = match mode {
@@ -104,15 +108,20 @@ impl Console {
             }
             ConsoleTarget::None => (None, ConsoleInput::none()),
         };
-        Ok((Self::start(destination, on_terminal, pty_path)?, input))
+        Ok((
+            Self::start(destination, on_terminal, pty_path, threads)?,
+            input,
+        ))
     }
 
     fn start(
         destination: Option<Destination>,
         on_terminal: bool,
         pty_path: Option<PathBuf>,
+        threads: &ThreadStarter,
     ) -> Result<Self, ConsoleError> {
-        let shared = Shared::start(destination, on_terminal).map_err(ConsoleError::Start)?;
+        let shared =
+            Shared::start(destination, on_terminal, threads).map_err(ConsoleError::Start)?;
         Ok(Self(Arc::new(Handle { shared, pty_path })))
     }
 

@@ -14,8 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use minivmm_devices::THREAD_STACK;
 use minivmm_devices::chardev::{ConsoleOutput, MIN_ROOM};
+use minivmm_devices::thread::{ThreadKind, ThreadStarter};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
@@ -162,6 +162,7 @@ impl Shared {
     pub(super) fn start(
         destination: Option<Destination>,
         on_terminal: bool,
+        threads: &ThreadStarter,
     ) -> io::Result<Arc<Self>> {
         let shared = Arc::new(Self {
             observer: Mutex::default(),
@@ -180,10 +181,9 @@ impl Shared {
             },
         });
         let of_thread = shared.clone();
-        thread::Builder::new()
-            .name("console".to_owned())
-            .stack_size(THREAD_STACK)
-            .spawn(move || of_thread.run(destination))?;
+        threads.spawn(ThreadKind::Console, "console".to_owned(), move || {
+            of_thread.run(destination);
+        })?;
         Ok(shared)
     }
 

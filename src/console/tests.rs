@@ -109,12 +109,13 @@ fn to(fd: impl Into<OwnedFd>) -> Console {
         )),
         false,
         None,
+        &ThreadStarter::default(),
     )
     .unwrap()
 }
 
 fn nowhere() -> Console {
-    Console::start(None, false, None).unwrap()
+    Console::start(None, false, None, &ThreadStarter::default()).unwrap()
 }
 
 fn text(len: u32) -> Vec<u8> {
@@ -336,13 +337,17 @@ fn a_file_is_emptied_and_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("console.log");
     std::fs::write(&path, "old old old").unwrap();
-    let (console, input) = Console::open(&ConsoleTarget::File(path.clone())).unwrap();
+    let (console, input) = Console::open(
+        &ConsoleTarget::File(path.clone()),
+        &ThreadStarter::default(),
+    )
+    .unwrap();
     assert!(input.fd().is_none());
     Guest::opened(&console).write(b"new\n");
     console.finish(NEVER);
     assert_eq!(std::fs::read(&path).unwrap(), b"new\n");
     for bad in [dir.path().to_owned(), dir.path().join("no/such")] {
-        let error = Console::open(&ConsoleTarget::File(bad.clone()))
+        let error = Console::open(&ConsoleTarget::File(bad.clone()), &ThreadStarter::default())
             .err()
             .unwrap();
         assert!(
@@ -354,7 +359,8 @@ fn a_file_is_emptied_and_written() {
 
 #[test]
 fn none_counts_only() {
-    let (console, mut input) = Console::open(&ConsoleTarget::None).unwrap();
+    let (console, mut input) =
+        Console::open(&ConsoleTarget::None, &ThreadStarter::default()).unwrap();
     let guest = Guest::opened(&console);
     guest.write(b"hello");
     console.finish(NEVER);
@@ -503,7 +509,8 @@ fn a_guest_that_never_reads_bounds_the_look_ahead() {
 
 #[test]
 fn a_pty_is_attached_to_and_detached_from_again_and_again() {
-    let (console, mut input) = Console::open(&ConsoleTarget::Pty).unwrap();
+    let (console, mut input) =
+        Console::open(&ConsoleTarget::Pty, &ThreadStarter::default()).unwrap();
     let path = console.pty_path().unwrap();
     let guest = Guest::opened(&console);
     for round in 0..3 {
@@ -538,7 +545,7 @@ fn a_pty_is_attached_to_and_detached_from_again_and_again() {
 
 #[test]
 fn a_pty_reader_gets_the_last_bytes_however_late_it_reads() {
-    let (console, input) = Console::open(&ConsoleTarget::Pty).unwrap();
+    let (console, input) = Console::open(&ConsoleTarget::Pty, &ThreadStarter::default()).unwrap();
     let mut user = attach(&console.pty_path().unwrap());
     Guest::opened(&console).write(b"reboot: Power down\r\n");
     let reader = thread::spawn(move || {
@@ -560,7 +567,7 @@ fn a_pty_reader_gets_the_last_bytes_however_late_it_reads() {
 
 #[test]
 fn a_pty_that_nobody_is_attached_to_is_not_waited_for() {
-    let (console, _input) = Console::open(&ConsoleTarget::Pty).unwrap();
+    let (console, _input) = Console::open(&ConsoleTarget::Pty, &ThreadStarter::default()).unwrap();
     drop(attach(&console.pty_path().unwrap()));
     Guest::opened(&console).write(&text(10_000));
     let start = Instant::now();
@@ -570,7 +577,7 @@ fn a_pty_that_nobody_is_attached_to_is_not_waited_for() {
 
 #[test]
 fn a_pty_reader_that_reads_nothing_is_given_up() {
-    let (console, _input) = Console::open(&ConsoleTarget::Pty).unwrap();
+    let (console, _input) = Console::open(&ConsoleTarget::Pty, &ThreadStarter::default()).unwrap();
     let user = attach(&console.pty_path().unwrap());
     Guest::opened(&console).write(&text(500_000));
     let (done, ended) = mpsc::channel();

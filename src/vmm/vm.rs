@@ -21,6 +21,7 @@ use minivmm_devices::THREAD_STACK;
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::platform::serial::Serial;
+use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::block::{Access, Block, Disk, DiskOptions};
 use minivmm_devices::virtio::console::Console as VirtioConsole;
 use minivmm_devices::virtio::device::VirtioDevice;
@@ -95,11 +96,17 @@ pub struct Prepared {
     config: VmConfig,
     /// In the order of the configuration.
     disks: Vec<Block>,
+    threads: ThreadStarter,
 }
 
 impl Prepared {
-    /// Opens all files, makes the VM and its RAM, and loads the kernel. `times` has what was reached when it fails.
-    pub fn new(config: &VmConfig, times: &mut BuildTimes) -> Result<Self, VmError> {
+    /// Opens all files, makes the VM and its RAM, and loads the kernel. The VM's threads are started by
+    /// `threads`. `times` has what was reached when it fails.
+    pub fn new(
+        config: &VmConfig,
+        threads: &ThreadStarter,
+        times: &mut BuildTimes,
+    ) -> Result<Self, VmError> {
         config.validate()?;
         machine::check_capacity(config)?;
         let kvm = Arc::new(kvm::open()?);
@@ -156,6 +163,7 @@ impl Prepared {
             cmdline,
             config: config.clone(),
             disks,
+            threads: threads.clone(),
         })
     }
 
@@ -253,25 +261,37 @@ enum Vcpus {
 }
 
 impl Vm {
-    /// Starts the vCPUs. The boot vCPU's thread is one that `first_thread` gives the job to, if it is there, or else a new one as
-    /// for the others. When it fails, the VM has ended.
-    pub fn start(&mut self, mut first_thread: Option<TakeJob>) -> Result<(), VmError> {
+    /// Starts the vCPUs, the boot vCPU last: on a thread of its own, or on one that `first_thread` gives its job to. `before` comes
+    /// when all other threads are there and the guest has not begun. When this fails, the VM has ended.
+    pub fn start(
+        &mut self,
+        before: impl FnOnce() -> Result<(), VmError>,
+        first_thread: Option<TakeJob>,
+    ) -> Result<(), VmError> {
         vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
         let Vcpus::Still(vcpus) = &mut self.vcpus else {
             return Ok(());
         };
-        let vcpus = std::mem::take(vcpus);
-        let (mut running, mut result) = (Vec::with_capacity(vcpus.len()), Ok(()));
-        for vcpu in vcpus {
+        let mut vcpus = std::mem::take(vcpus).into_iter();
+        let Some(boot_vcpu) = vcpus.next() else {
+            return Ok(());
+        };
+        let mut running = Vec::with_capacity(vcpus.len() + 1);
+        let start = |vcpu: Vcpu, thread| {
             let (buses, control) = (Arc::clone(&self.machine.buses), Arc::clone(&self.control));
-            match vcpu.start(buses, control, first_thread.take()) {
-                Ok(vcpu) => running.push(vcpu),
-                Err(e) => {
-                    self.control.end(Outcome::Quit);
-                    result = Err(e.into());
-                    break;
-                }
+            vcpu.start(buses, control, &self.parts.threads, thread)
+        };
+        let start_all = || -> Result<(), VmError> {
+            for vcpu in vcpus {
+                running.push(start(vcpu, None)?);
             }
+            before()?;
+            running.insert(0, start(boot_vcpu, first_thread)?);
+            Ok(())
+        };
+        let result = start_all();
+        if result.is_err() {
+            self.control.end(Outcome::Quit);
         }
         self.vcpus = Vcpus::Running(running);
         result

@@ -6,11 +6,11 @@ mod run_page;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
-use minivmm_devices::THREAD_STACK;
+use minivmm_devices::thread::{ThreadKind, ThreadStarter};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::control::{Control, Request};
@@ -133,6 +133,7 @@ impl Vcpu {
         mut self,
         buses: Arc<Buses>,
         control: Arc<Control>,
+        threads: &ThreadStarter,
         thread: Option<TakeJob>,
     ) -> Result<RunningVcpu, VcpuError> {
         let (index, page) = (self.index, Arc::clone(&self.page));
@@ -146,11 +147,19 @@ impl Vcpu {
             self
         };
         let thread = match thread {
-            Some(take) => take(Box::new(job)),
-            None => thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(THREAD_STACK)
-                .spawn(move || Some(job()))
+            Some(take) => {
+                let threads = threads.clone();
+                take(Box::new(move || {
+                    threads.adopt(ThreadKind::Vcpu);
+                    job()
+                }))
+            }
+            None => threads
+                .spawn(
+                    ThreadKind::Vcpu,
+                    format!("vcpu{index}"),
+                    move || Some(job()),
+                )
                 .map_err(|source| VcpuError::Thread { index, source })?,
         };
         Ok(RunningVcpu {
