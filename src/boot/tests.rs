@@ -505,7 +505,7 @@ fn files_that_are_no_kernels() {
     contains(&error(&elf), &["position-independent"]);
 
     let kernel = file(&bzimage());
-    for (bytes, expected) in [(bzimage(), "a kernel"), (elf64(&[]), "an ELF file")] {
+    for (bytes, expected) in [(bzimage(), "as the kernel"), (elf64(&[]), "an ELF file")] {
         let initrd = file(&bytes);
         let source = BootSource {
             initrd: Some(initrd.path()),
