@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -174,6 +175,45 @@ fn a_directory_for_a_file() {
     let ended = run(&mut boot_tiny("hello", "", &["--initrd", "/"]));
     says(&ended, &["directory", "initrd file itself"]);
     says(&run(&mut minivmm(&["--config", "/"])), &["directory"]);
+}
+
+#[test]
+fn a_fifo_a_socket_or_a_device_for_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let made = Command::new("mkfifo").arg(at("fifo")).status().unwrap();
+    assert!(made.success());
+    let _socket = UnixListener::bind(at("socket")).unwrap();
+    let (fifo, socket) = (at("fifo"), at("socket"));
+    for file in [&fifo, &socket, "/dev/zero"] {
+        says(
+            &run(&mut minivmm(&["--kernel", file])),
+            &[file, "kernel file itself"],
+        );
+        let ended = run(&mut boot_tiny("hello", "", &["--initrd", file]));
+        says(&ended, &[file, "initrd file itself"]);
+        for options in ["", ",ro", ",ephemeral"] {
+            let disk = format!("path={file}{options}");
+            says(
+                &run(&mut boot_tiny("hello", "", &["--disk", &disk])),
+                &[file],
+            );
+        }
+    }
+    for (file, why) in [
+        (&fifo, "nobody reads this FIFO"),
+        (&socket, "it is a socket"),
+    ] {
+        for args in [["--serial", &format!("file={file}")], ["--timeline", file]] {
+            says(&run(&mut boot_tiny("hello", "", &args)), &[file, why]);
+        }
+    }
+    for (file, why) in [
+        (socket.as_str(), "No such device"),
+        ("/dev/zero", "larger than 1 MiB"),
+    ] {
+        says(&run(&mut minivmm(&["--config", file])), &[file, why]);
+    }
 }
 
 #[test]

@@ -174,18 +174,11 @@ impl Console {
     }
 }
 
-/// Creates or empties the file for the output. It does not wait for a FIFO's reader: signals are blocked by now, so that
-/// nothing but SIGKILL would end the wait.
+/// Creates or empties the file for the output.
 fn create(path: &std::path::Path) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|error| match error.raw_os_error() {
-            Some(libc::ENXIO) => io::Error::other("nobody reads this FIFO; start its reader first"),
-            _ => error,
-        })
+    let file = crate::host::output::open(path)?;
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
+    Ok(file)
 }

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::host::output;
+
 /// Why there is no report in the file.
 #[derive(Debug, thiserror::Error)]
 pub enum JsonFileError {
@@ -43,7 +45,7 @@ impl JsonFile {
         if path == Path::new("-") {
             return Err(JsonFileError::Stdout);
         }
-        match open(&path).and_then(|file| Ok((would_overwrite(&path, &file)?, file))) {
+        match output::open(&path).and_then(|file| Ok((would_overwrite(&path, &file)?, file))) {
             Ok((true, _)) => Err(JsonFileError::WouldOverwrite(path)),
             Ok((false, file)) => Ok(Self { path, file }),
             Err(source) => Err(JsonFileError::Write { path, source }),
@@ -65,20 +67,6 @@ impl JsonFile {
             source,
         })
     }
-}
-
-/// Signals are blocked later on, and a FIFO's reader may never come: it is not waited for.
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|error| match error.raw_os_error() {
-            Some(libc::ENXIO) => io::Error::other("nobody reads this FIFO; start its reader first"),
-            _ => error,
-        })
 }
 
 /// Whether `file`, opened from `path`, has something in it that is not JSON.

@@ -1,7 +1,8 @@
-//! What the host is and offers: KVM, its processor, limits, memory figures of its processes.
+//! What the host is and offers: KVM, its processor, limits, memory figures of its processes, files for output.
 
 pub mod cpu;
 pub mod json_file;
 pub mod kvm;
 pub mod limits;
 pub mod memory;
+pub mod output;
