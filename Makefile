@@ -20,7 +20,7 @@ find_triple = $(shell has_musl() { [ -d "$$(rustc --print target-libdir --target
 TRIPLE = $(eval TRIPLE := $(find_triple))$(TRIPLE)
 build test bench lint: export CARGO_BUILD_TARGET = $(TRIPLE)
 
-.PHONY: help build boot boot-debian test fuzz bench compare lint kernel guests deps clean
+.PHONY: help build boot boot-debian test fuzz bench compare lint man kernel guests deps clean
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, small, ...); ends with poweroff'
@@ -32,7 +32,8 @@ help:
 	@echo '              Linux and disks, minivmm and QEMU, in the lab if need be (ROUNDS=$(ROUNDS))'
 	@echo 'make compare  one command in crun, runc, podman, docker, as far as they are installed, and in minivmm: a table, and'
 	@echo '              build/compare/report.html (COMPARE_RUNS=$(COMPARE_RUNS), KERNEL=$(KERNEL))'
-	@echo 'make lint     formatting, clippy and shellcheck'
+	@echo 'make lint     formatting, clippy, rustdoc and shellcheck'
+	@echo 'make man      man pages and completions for bash, fish and zsh, in build/man/'
 	@echo 'make kernel   the small kernel, which KERNEL=small boots, from guest-kernels/kernel/ (minutes)'
 	@echo 'make guests   fetch the kernels, build the demo initramfs ($(DEMO)) and Debian'\''s initrd and disk'
 	@echo 'make deps     install what is missing, as the other targets do'
@@ -86,7 +87,11 @@ lint: deps
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@# Real Linux is no part of a plain cargo test, and so not among all targets.
 	$(CARGO) clippy --test linux --test direct --test disk --test small -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --workspace
 	shellcheck -x $$(git ls-files | xargs grep -lE '^#(!/bin/(ba)?sh| shellcheck shell=)')
+
+man: deps
+	$(CARGO) run --example man -- build/man
 
 kernel: deps
 	guest-kernels/kernel/build

@@ -155,6 +155,10 @@ pub struct VmArgs {
     /// refused, but not with format=raw. sector: bytes in a logical block, if not the block device's own or 512: 4096 for the
     /// image of a disk with such sectors. queues: 1 to 8, without it one a vCPU. engine: io_uring, or without it
     /// where the host has none or the disk is ephemeral, sync: one request of a queue after the other
+    #[allow(
+        rustdoc::broken_intra_doc_links,
+        reason = "in help, brackets are what may be left out"
+    )]
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
     /// Let the host merge equal pages of this guest and of all others that allow it, where its KSM runs (pages_to_scan and
