@@ -23,8 +23,8 @@ pub use console::{ConsoleTarget, ConsoleTargetError};
 /// processor with a GART (not those since 2012) reads 16,000 of its registers, unless `pci=` says not to look early;
 /// `pci=off` spares that as well, but has it log an error. With RAM above 4 GiB it would set 64 MiB of it aside
 /// for devices that reach no further, which no device here is (`swiotlb=`). With a single CPU, Linux patches each LOCK prefix
-/// away, 9,000 in Debian's: a guest that runs for long may be quicker if it does. And Debian's kernels test their ciphers. The
-/// README has what each of them takes.
+/// away, 9,000 in Debian's: a guest that runs for long may be quicker if it does. And Debian's kernels test their ciphers.
+/// docs/benchmarks.md has what each of them takes.
 macro_rules! common_cmdline {
     () => {
         "panic=-1 quiet pci=conf1,noearly swiotlb=noforce noreplace-smp cryptomgr.notests"
