@@ -1,4 +1,4 @@
-//! The mistakes that people make most: each gets one clear message with the mend, and its status.
+//! The mistakes that people make most: each gets one clear message with a hint, and its status.
 
 mod common;
 

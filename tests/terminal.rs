@@ -84,7 +84,7 @@ fn the_terminal_is_as_before_when_another_signal_ended_minivmm() {
     }
 }
 
-/// Nothing can be done about it, so it is written down: `stty sane` is the mend.
+/// Nothing can be done about it, so it is written down: `stty sane` is the fix.
 #[test]
 fn sigkill_alone_leaves_the_terminal_raw() {
     let terminal = Terminal::new();

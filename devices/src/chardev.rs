@@ -1,51 +1,51 @@
-//! A console's two sides, whichever device is between them: [`ConsoleDevice`] faces the host, [`ConsoleOutput`] is the
-//! host's.
+//! The character device interface of consoles: [`ConsoleDevice`] is implemented by the device, [`ConsoleOutput`] by the
+//! host's back end.
 
-/// The host's end of the output.
+/// The back end of a console's output.
 pub trait ConsoleOutput: Send {
-    /// Takes bytes and returns how many; never blocks.
+    /// Takes bytes and returns how many it took. Never blocks.
     fn write(&mut self, bytes: &[u8]) -> usize;
 
-    /// Whether [`MIN_ROOM`] bytes fit now. After an answer of `false`, [`ConsoleDevice::output_ready`] must be called once
-    /// there is room.
+    /// Whether [`MIN_ROOM`] bytes fit. After `false`, the back end must call [`ConsoleDevice::on_tx_space`] once they
+    /// fit.
     fn has_room(&self) -> bool;
 
-    /// Has [`ConsoleDevice::output_ready`] called soon, on a thread of the host's.
+    /// Requests a call of [`ConsoleDevice::on_tx_space`] on the back end's thread.
     fn call_back(&self);
 }
 
-/// What fits, in bytes, when [`ConsoleOutput::has_room`] says so: the FIFO of a UART, because a guest that saw the
-/// transmitter empty sends as much without looking again.
+/// Bytes that fit if [`ConsoleOutput::has_room`] is true: a UART's FIFO, which a driver fills without polling again once the
+/// transmitter is empty.
 pub const MIN_ROOM: usize = 16;
 
-/// A console device as the host sees it. A device is given a kick, which it calls when [`ConsoleDevice::wants_input`] may
-/// have changed from 0. It is called with the device locked, so it may only wake the thread that will look.
+/// A console device, as its back end sees it. The device calls its [`Kick`] when [`ConsoleDevice::rx_space`] may no longer
+/// be 0. The kick runs with the device locked, so it may only wake another thread.
 pub trait ConsoleDevice: Send {
-    /// How many bytes the guest is ready for. An answer of 0 arms the kick.
-    fn wants_input(&mut self) -> usize;
+    /// How many bytes of input the guest has room for. Returning 0 arms the kick.
+    fn rx_space(&mut self) -> usize;
 
-    /// Hands bytes to the guest, and returns how many it took. The kick is armed if it did not take all.
+    /// Passes input to the guest and returns how many bytes it took. If that is not all, the kick is armed.
     fn receive(&mut self, bytes: &[u8]) -> usize;
 
-    /// Asks for the guest's attention whatever it does: Linux takes the next byte for a SysRq command. `false` if there is no
-    /// room for that; the kick is armed then.
+    /// Sends a BREAK, after which Linux takes the next byte as a SysRq command. Without room for it, returns `false` and
+    /// arms the kick.
     fn send_break(&mut self) -> bool;
 
-    /// The host has room for output again, or was asked to call back.
-    fn output_ready(&mut self);
+    /// The back end has room for output again, or a call was requested.
+    fn on_tx_space(&mut self);
 
-    /// The user's terminal has this size now.
+    /// The user's terminal was resized.
     fn resize(&mut self, _size: TerminalSize) {}
 }
 
 /// The size of a terminal in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TerminalSize {
-    /// Characters a line.
+    /// Characters per line.
     pub columns: u16,
     /// Lines.
     pub rows: u16,
 }
 
-/// See [`ConsoleDevice`].
+/// Wakes the back end's thread; see [`ConsoleDevice`].
 pub type Kick = std::sync::Arc<dyn Fn() + Send + Sync>;

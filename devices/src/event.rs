@@ -1,4 +1,4 @@
-//! What a guest can tell its monitor through a device.
+//! Events that a guest reports to the VMM through a device.
 
 use std::sync::Arc;
 

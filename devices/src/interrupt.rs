@@ -1,45 +1,45 @@
-//! Interrupts as wires: a device holds an [`IrqLine`] and never knows a number.
+//! Interrupts: a device holds an [`IrqLine`] and never knows its GSI.
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What an interrupt wire ends at.
-pub trait InterruptSink: Send + Sync {
+/// The interrupt controller's end of an [`IrqLine`].
+pub trait IrqTrigger: Send + Sync {
     /// Sends one edge: each call is one pulse.
     fn signal(&self) -> io::Result<()>;
 }
 
-/// The device's end of an interrupt wire.
+/// An edge-triggered interrupt line, as its device sees it.
 #[derive(Clone)]
-pub struct IrqLine(Option<Arc<Wire>>);
+pub struct IrqLine(Option<Arc<Line>>);
 
-struct Wire {
-    sink: Arc<dyn InterruptSink>,
-    /// An error has been logged; the next ones stay silent, or a guest could flood the log.
+struct Line {
+    trigger: Arc<dyn IrqTrigger>,
+    /// An error has been logged. Later ones are not, or a guest could flood the log.
     failed: AtomicBool,
 }
 
 impl IrqLine {
-    /// A wire that ends at `sink`.
-    pub fn new(sink: Arc<dyn InterruptSink>) -> Self {
-        Self(Some(Arc::new(Wire {
-            sink,
+    /// A line that is connected to `trigger`.
+    pub fn new(trigger: Arc<dyn IrqTrigger>) -> Self {
+        Self(Some(Arc::new(Line {
+            trigger,
             failed: AtomicBool::new(false),
         })))
     }
 
-    /// A wire that ends nowhere: for tests, and for a device whose interrupt is not connected.
+    /// An unconnected line, for tests.
     pub fn detached() -> Self {
         Self(None)
     }
 
-    /// Pulses the wire. A device can do nothing about a failure, so it is logged once and otherwise ignored.
+    /// Sends an edge. A device cannot handle a failure, so the first one is logged and the rest are ignored.
     pub fn signal(&self) {
-        let Some(wire) = &self.0 else { return };
-        if let Err(e) = wire.sink.signal()
-            && !wire.failed.swap(true, Ordering::Relaxed)
+        let Some(line) = &self.0 else { return };
+        if let Err(e) = line.trigger.signal()
+            && !line.failed.swap(true, Ordering::Relaxed)
         {
             log::error!("cannot signal an interrupt (reported once): {e}");
         }
@@ -70,7 +70,7 @@ impl Pulses {
 }
 
 #[cfg(any(test, feature = "testing"))]
-impl InterruptSink for Pulses {
+impl IrqTrigger for Pulses {
     fn signal(&self) -> io::Result<()> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -95,7 +95,7 @@ mod tests {
     #[test]
     fn a_failing_sink_is_survived() {
         struct Broken(AtomicUsize);
-        impl InterruptSink for Broken {
+        impl IrqTrigger for Broken {
             fn signal(&self) -> io::Result<()> {
                 self.0.fetch_add(1, Ordering::Relaxed);
                 Err(io::Error::other("no such wire"))

@@ -1,10 +1,10 @@
 //! Device models of minivmm.
 //!
-//! This crate knows buses ([`bus`]), interrupts as wires ([`interrupt`]), guest memory ([`virtio`]) and what a guest can
-//! tell its monitor ([`event`]). It never names KVM, so everything in it is tested without a hypervisor.
+//! This crate knows buses ([`bus`]), interrupt lines ([`interrupt`]), guest memory ([`virtio`]) and what a guest can
+//! report to the VMM ([`event`]). It does not depend on KVM, so everything in it is tested without a hypervisor.
 //!
 //! Locks: a device lives in an `Arc<Mutex<_>>` that the [`bus`] takes for one access. Callbacks that a device is given
-//! (event sinks, interrupt sinks, console output, kicks) are called with that lock held: they must neither block nor
+//! (event sinks, interrupt triggers, console output, kicks) are called with that lock held: they must neither block nor
 //! come back to the same device.
 
 #![cfg_attr(

@@ -64,7 +64,7 @@ fuzz_target!(|input: Input| {
     for bytes in &input.host {
         *host.0.lock().unwrap() = usize::from(*bytes);
         let mut port = port.lock().unwrap();
-        port.output_ready();
+        port.on_tx_space();
         let typed = vec![b'x'; (*bytes).into()];
         let taken = port.receive(&typed);
         assert!(taken <= typed.len());
@@ -75,7 +75,7 @@ fuzz_target!(|input: Input| {
         let used = driver.used_index();
         driver.notify();
         *host.0.lock().unwrap() = 1 << 16;
-        port.lock().unwrap().output_ready();
+        port.lock().unwrap().on_tx_space();
         assert_eq!(port.lock().unwrap().receive(b"x"), 0);
         assert_eq!(driver.used_index(), used, "it goes on");
     }

@@ -86,7 +86,7 @@ fuzz_target!(|input: (Kind, Vec<Act>)| {
             Act::Host(room) => {
                 *host.0.lock().unwrap() = usize::from(room) << 8;
                 let mut port = port.lock().unwrap();
-                port.output_ready();
+                port.on_tx_space();
                 port.receive(&vec![b'x'; room.into()]);
             }
         }

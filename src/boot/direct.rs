@@ -15,7 +15,7 @@ use super::cache::KernelCache;
 use super::elf::{self, ElfKernel};
 use super::error::{BootError, Role};
 use super::input::InputFile;
-use super::kaslr::{self, Place};
+use super::kaslr::{self, KaslrSlot};
 use super::loaded::Loading;
 use super::memory_map::Loaded;
 use super::payload::{self, PayloadError};
@@ -29,7 +29,7 @@ const HOLE: usize = 64 << 10;
 
 /// Why a bzImage is left to its own decompressor.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Unusual {
+pub(crate) enum DirectBootError {
     /// The payload cannot be unpacked here.
     #[error(transparent)]
     Payload(#[from] PayloadError),
@@ -87,7 +87,7 @@ impl DirectKernel {
         input: &InputFile,
         image: &BzImage,
         cache: Option<&Path>,
-    ) -> Result<(Self, Loading), Unusual> {
+    ) -> Result<(Self, Loading), DirectBootError> {
         let without = |why: io::Error| {
             let dir = cache.unwrap_or(Path::new("")).display();
             log::info!("the kernel cache {dir} is not used: {why}");
@@ -123,24 +123,24 @@ impl DirectKernel {
     }
 
     /// Reads the headers of the unpacked payload of `image`, and its relocation table.
-    fn parse(input: InputFile, image: &BzImage) -> Result<Self, Unusual> {
+    fn parse(input: InputFile, image: &BzImage) -> Result<Self, DirectBootError> {
         let head = input.head()?;
         let elf = ElfKernel::parse(&input, &head)?;
         elf.entry_64(&input)?;
         let (linked, preferred) = (elf.range().start, image.load_gpa);
         if linked != preferred {
-            return Err(Unusual::OtherAddress { linked, preferred });
+            return Err(DirectBootError::OtherAddress { linked, preferred });
         }
         let align = image.header.kernel_alignment;
         if !(align.is_power_of_two() && u64::from(align) >= kaslr::MIN_ALIGN) {
-            return Err(Unusual::Alignment(align));
+            return Err(DirectBootError::Alignment(align));
         }
         let table_at = elf::end_of_file(&head).unwrap_or(u64::MAX).min(input.len());
         let table_len = input.len() - table_at;
         let relocs = if table_len == 0 {
             None
         } else {
-            let no_table = || Unusual::NoTable(table_len);
+            let no_table = || DirectBootError::NoTable(table_len);
             if table_len > MAX_TABLE || image.header.relocatable_kernel == 0 {
                 return Err(no_table());
             }
@@ -162,15 +162,15 @@ impl DirectKernel {
         mem: &GuestMemory,
         ram_end: u64,
         cmdline: &str,
-    ) -> Result<Loaded, Unusual> {
+    ) -> Result<Loaded, DirectBootError> {
         let link = self.elf.range();
         let relocs = self.relocs.as_ref().filter(|_| !kaslr::is_off(cmdline));
         let place = match (relocs, kaslr::limit(cmdline)) {
-            (None, _) => Place {
+            (None, _) => KaslrSlot {
                 phys: link.start,
                 virt: link.start,
             },
-            (Some(_), Some(limit)) => return Err(Unusual::Limited(limit.to_owned())),
+            (Some(_), Some(limit)) => return Err(DirectBootError::Limited(limit.to_owned())),
             (Some(_), None) => {
                 let random = random().map_err(host("get random numbers"))?;
                 kaslr::choose(&link, self.align, ram_end, random)
@@ -183,7 +183,7 @@ impl DirectKernel {
         let delta = place.virt.wrapping_sub(link.start);
         let result = kernel
             .load(&self.input, mem)
-            .map_err(Unusual::from)
+            .map_err(DirectBootError::from)
             .and_then(|_| match relocs {
                 Some(relocs) => Ok(relocs.apply(&image, link.start, delta)?),
                 None => Ok(()),
@@ -228,6 +228,6 @@ fn write_sparse(file: &File, content: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn host(what: &'static str) -> impl FnOnce(io::Error) -> Unusual {
-    move |source| Unusual::Host { what, source }
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> DirectBootError {
+    move |source| DirectBootError::Host { what, source }
 }

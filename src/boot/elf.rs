@@ -217,11 +217,11 @@ fn contains(segments: &[Segment], gpa: u64) -> bool {
 /// Checks class, byte order, type and machine.
 fn check_ident(input: &InputFile, head: &[u8]) -> Result<Class, BootError> {
     let [class, order] = array(head, 4).unwrap_or_default();
-    let other = |what: String, mend: &str| BootError::WrongKind {
+    let other = |what: String, hint: &str| BootError::WrongKind {
         role: super::Role::Kernel,
         path: input.path().to_owned(),
         what,
-        mend: mend.to_owned(),
+        hint: hint.to_owned(),
     };
     const AMD64: &str = "this VM is x86-64: give a kernel built for x86_64 (amd64)";
     if order == 2 {
@@ -331,7 +331,7 @@ fn segments(input: &InputFile, headers: &[ProgramHeader]) -> Result<Vec<Segment>
             role: super::Role::Kernel,
             path: input.path().to_owned(),
             what: "an ELF program for an operating system".to_owned(),
-            mend: "give a bzImage (vmlinuz) or a vmlinux".to_owned(),
+            hint: "give a bzImage (vmlinuz) or a vmlinux".to_owned(),
         });
     }
     let mut segments = Vec::new();

@@ -26,7 +26,7 @@ impl fmt::Display for Role {
     }
 }
 
-/// Why a kernel, its initrd or its command line cannot be loaded. Each message names the file, the value and the mend.
+/// Why a kernel, its initrd or its command line cannot be loaded. Each message names the file, the value and the hint.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// No such file.
@@ -116,7 +116,7 @@ pub enum BootError {
         head: String,
     },
     /// A file of a known kind that cannot be what it was given as.
-    #[error("the {role} {path} is {what}; {mend}")]
+    #[error("the {role} {path} is {what}; {hint}")]
     WrongKind {
         /// What the file was given as.
         role: Role,
@@ -125,7 +125,7 @@ pub enum BootError {
         /// What the file is, with its article.
         what: String,
         /// What to do.
-        mend: String,
+        hint: String,
     },
     /// A kernel for 32-bit processors.
     #[error(
@@ -160,7 +160,7 @@ pub enum BootError {
         path: PathBuf,
         /// The protocol asked for.
         protocol: BootProtocol,
-        /// The reason and the mend.
+        /// The reason and the hint.
         why: &'static str,
     },
     /// The kernel itself does not fit.
@@ -177,7 +177,7 @@ pub enum BootError {
     },
     /// The initrd does not fit beside the kernel.
     #[error(
-        "the initrd {path} ({size} bytes) does not fit: between the end of the kernel ({floor:#x}) and {ceiling:#x} there are {room} bytes; {mend}"
+        "the initrd {path} ({size} bytes) does not fit: between the end of the kernel ({floor:#x}) and {ceiling:#x} there are {room} bytes; {hint}"
     )]
     InitrdTooBig {
         /// The initrd file.
@@ -191,7 +191,7 @@ pub enum BootError {
         /// Bytes between the two.
         room: u64,
         /// What to do.
-        mend: String,
+        hint: String,
     },
     /// The command line is longer than the kernel reads.
     #[error("the kernel command line has {len} bytes, this kernel takes {max} at most; shorten it")]

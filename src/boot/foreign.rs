@@ -46,7 +46,7 @@ pub(super) fn refuse(input: &InputFile, odd: bool) -> Result<Option<BootError>, 
         role: Role::Kernel,
         path: input.path().to_owned(),
         what: what.to_owned(),
-        mend: "minivmm boots Linux (bzImage, vmlinux) and ELF kernels with a PVH entry: give one of these"
+        hint: "minivmm boots Linux (bzImage, vmlinux) and ELF kernels with a PVH entry: give one of these"
             .to_owned(),
     }))
 }

@@ -147,7 +147,7 @@ impl FileKind {
 pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> BootError {
     let path = input.path();
     let shown = path.display();
-    let (what, mend) = match kind {
+    let (what, hint) = match kind {
         FileKind::BzImage | FileKind::Elf | FileKind::Unknown => {
             if let Ok(Some(foreign)) = foreign::refuse(input, true) {
                 return foreign;
@@ -216,13 +216,13 @@ pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> Bo
         role: Role::Kernel,
         path: path.to_owned(),
         what,
-        mend,
+        hint,
     }
 }
 
 /// Refuses what surely is no initrd. Everything else passes: a kernel may know more formats than this program.
 pub(crate) fn check_initrd_kind(input: &InputFile, head: &[u8]) -> Result<(), BootError> {
-    let (what, mend) = match FileKind::identify(head) {
+    let (what, hint) = match FileKind::identify(head) {
         FileKind::BzImage => (
             "a Linux kernel (bzImage)",
             "give it as the kernel, and a cpio archive as the initrd",
@@ -251,7 +251,7 @@ pub(crate) fn check_initrd_kind(input: &InputFile, head: &[u8]) -> Result<(), Bo
         role: Role::Initrd,
         path: input.path().to_owned(),
         what: what.to_owned(),
-        mend: mend.to_owned(),
+        hint: hint.to_owned(),
     })
 }
 

@@ -44,7 +44,7 @@ fn too_big(path: &Path, size: u64, floor: u64, ceiling: u64, ram_end: u64) -> Bo
     // Unpacked, the initrd is there a second time before its archive is freed.
     let need_mib =
         mib_ceil(floor.saturating_add(size.saturating_mul(2))).saturating_add(USERLAND_MIB);
-    let mend = if ceiling < ram_end {
+    let hint = if ceiling < ram_end {
         "the kernel's own limit (initrd_addr_max) forbids more: make the initrd smaller".to_owned()
     } else if floor.saturating_add(size) > layout::MMIO_GAP_START {
         format!(
@@ -60,6 +60,6 @@ fn too_big(path: &Path, size: u64, floor: u64, ceiling: u64, ram_end: u64) -> Bo
         floor,
         ceiling,
         room: ceiling.saturating_sub(floor),
-        mend,
+        hint,
     }
 }

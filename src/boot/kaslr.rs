@@ -5,23 +5,23 @@ use std::ops::Range;
 
 /// Bytes of virtual memory that a kernel with KASLR has for its image (KERNEL_IMAGE_SIZE): 1 GiB.
 const IMAGE_SPACE: u64 = 1 << 30;
-/// The kernel looks no lower for a place than where it is, and no higher than this for the lowest: 512 MiB.
+/// The lowest physical slot is the link address, or 512 MiB if that is lower.
 const HIGHEST_MINIMUM: u64 = 512 << 20;
 /// The least alignment of a 64-bit kernel (MIN_KERNEL_ALIGN): a page of 2 MiB.
 pub(crate) const MIN_ALIGN: u64 = 2 << 20;
 
 /// Where a kernel goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct KaslrSlot {
     /// GPA of its first byte.
     pub(crate) phys: u64,
     /// Offset of its first byte from __START_KERNEL_map in virtual memory.
     pub(crate) virt: u64,
 }
 
-/// Picks a place by two random numbers for a kernel that was linked for the physical addresses `link`. Physical memory is
-/// free up to `ram_end`, and more than one place there is to be had only above the link address.
-pub(crate) fn choose(link: &Range<u64>, align: u64, ram_end: u64, random: [u64; 2]) -> Place {
+/// Picks a slot by two random numbers for a kernel linked for the physical addresses `link`. Physical memory is free up to
+/// `ram_end`.
+pub(crate) fn choose(link: &Range<u64>, align: u64, ram_end: u64, random: [u64; 2]) -> KaslrSlot {
     let size = (link.end - link.start).next_multiple_of(align);
     let pick = |first: u64, end: u64, random: u64| {
         let slots = end.checked_sub(first + size).map(|room| 1 + room / align);
@@ -29,7 +29,7 @@ pub(crate) fn choose(link: &Range<u64>, align: u64, ram_end: u64, random: [u64; 
     };
     let [for_phys, for_virt] = random;
     let lowest = link.start.min(HIGHEST_MINIMUM).next_multiple_of(align);
-    Place {
+    KaslrSlot {
         phys: pick(lowest, ram_end, for_phys).unwrap_or(link.start),
         virt: pick(link.start, IMAGE_SPACE, for_virt).unwrap_or(link.start),
     }

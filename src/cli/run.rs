@@ -308,7 +308,7 @@ impl Run<'_> {
         self.console.on_output_ready(Arc::new(move || {
             for sender in senders.iter().filter_map(Weak::upgrade) {
                 let mut sender = sender.lock().unwrap_or_else(PoisonError::into_inner);
-                sender.output_ready();
+                sender.on_tx_space();
             }
         }));
         transcript.get().on_panic_end = Some(ending::on_panic_end(&vm));

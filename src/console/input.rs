@@ -112,7 +112,7 @@ impl ConsoleInput {
             }
             let room = match self.source {
                 Source::Terminal(..) => LOOK_AHEAD.saturating_sub(self.ahead.len()),
-                _ if self.ahead.is_empty() => lock(console).wants_input(),
+                _ if self.ahead.is_empty() => lock(console).rx_space(),
                 _ => 0,
             };
             if room == 0 {

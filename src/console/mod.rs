@@ -130,7 +130,7 @@ impl Console {
         Box::new(Sink(self.0.shared.clone()))
     }
 
-    /// Sets what to call when there is room again after a sink said there was none: the devices' `output_ready`. Replaces
+    /// Sets what to call when there is room again after a sink said there was none: the devices' `on_tx_space`. Replaces
     /// the one of the VM before. It is called on the console's thread with no lock held.
     pub fn on_output_ready(&self, callback: Arc<dyn Fn() + Send + Sync>) {
         self.0.shared.set_ready(callback);

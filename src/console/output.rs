@@ -95,7 +95,7 @@ pub(super) struct State {
     /// The thread waits, for any byte or for a line's end.
     waiting: Waiting,
     /// A device was told that there is no room, or wants to be called back.
-    starved: bool,
+    tx_blocked: bool,
     /// The thread ends when nothing is pending.
     closing: bool,
 }
@@ -139,8 +139,8 @@ impl State {
     }
 
     /// The device is to be told that there is room.
-    fn owes_call(&self) -> bool {
-        self.starved && self.pending.len() <= LOW_WATER
+    fn owes_tx_notify(&self) -> bool {
+        self.tx_blocked && self.pending.len() <= LOW_WATER
     }
 
     #[cfg(test)]
@@ -318,15 +318,16 @@ impl Shared {
         state.read = 0;
         drop(state);
         self.ended.notify_all();
-        self.tell_ready();
+        self.notify_tx_space();
     }
 
     /// Waits for something to do: calls the devices that wait for that, reads what has come, and copies the next piece to be
     /// written, if there is one. `false` when all is written and no more will come. How fast that is written makes no
     /// difference to the reading.
     fn next_chunk(&self, chunk: &mut Vec<u8>) -> bool {
-        let idle =
-            |state: &mut State| state.pending.is_empty() && !state.closing && !state.owes_call();
+        let idle = |state: &mut State| {
+            state.pending.is_empty() && !state.closing && !state.owes_tx_notify()
+        };
         let unfinished = |state: &mut State| {
             !state.closing && state.pending.len() < CHUNK && state.pending.back() != Some(&b'\n')
         };
@@ -346,10 +347,10 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         state.waiting = Waiting::No;
-        let owes_call = state.owes_call();
+        let owes_tx_notify = state.owes_tx_notify();
         drop(state);
-        if owes_call {
-            self.tell_ready();
+        if owes_tx_notify {
+            self.notify_tx_space();
         }
         self.observe();
         let state = self.state();
@@ -366,8 +367,8 @@ impl Shared {
         state.dropped += dropped as u64;
     }
 
-    fn tell_ready(&self) {
-        if std::mem::take(&mut self.state().starved) {
+    fn notify_tx_space(&self) {
+        if std::mem::take(&mut self.state().tx_blocked) {
             let callback = self
                 .ready
                 .lock()
@@ -413,13 +414,13 @@ impl ConsoleOutput for Sink {
     fn has_room(&self) -> bool {
         let mut state = self.0.state();
         let room = !state.running || state.pending.len() + MIN_ROOM <= CAPACITY;
-        state.starved |= !room;
+        state.tx_blocked |= !room;
         room
     }
 
     fn call_back(&self) {
         let mut state = self.0.state();
-        state.starved = true;
+        state.tx_blocked = true;
         let wake = std::mem::take(&mut state.waiting) != Waiting::No;
         drop(state);
         if wake {

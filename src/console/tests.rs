@@ -53,7 +53,7 @@ impl Guest {
         let weak = Arc::downgrade(&serial);
         console.on_output_ready(Arc::new(move || {
             if let Some(serial) = weak.upgrade() {
-                serial.lock().unwrap().output_ready();
+                serial.lock().unwrap().on_tx_space();
             }
         }));
         Self { serial, kicks }

@@ -20,9 +20,9 @@ use vm_memory::GuestMemoryMmap;
 
 use super::error::VmError;
 use super::vcpu::exit::Buses;
-use super::vcpu::profile::Place;
+use super::vcpu::profile::BusRegion;
 use crate::acpi::{AcpiDevice, Hid};
-use crate::arch::irqchip::Interrupts;
+use crate::arch::irqchip::IrqChip;
 use crate::arch::layout;
 use crate::config::{ConsoleKind, DiskConfig, VmConfig, join_words};
 
@@ -127,7 +127,7 @@ pub struct Machine {
 impl Machine {
     /// A machine with the devices that every VM has: I/O APIC, COM1, and the ports by which a guest ends or reports.
     pub fn new(
-        interrupts: &Interrupts,
+        interrupts: &IrqChip,
         events: &EventSink,
         serial: &Arc<Mutex<Serial>>,
     ) -> Result<Self, BusError> {
@@ -197,7 +197,7 @@ impl Machine {
         name: &str,
         device: Box<dyn VirtioDevice>,
         mem: &GuestMemoryMmap,
-        interrupts: &Interrupts,
+        interrupts: &IrqChip,
     ) -> Result<(), BusError> {
         let index = self.next_slot;
         let slot = VirtioSlot(index);
@@ -228,7 +228,7 @@ impl Machine {
     }
 
     /// What people call the device at `place`.
-    pub fn name_of(&self, place: Place) -> String {
+    pub fn name_of(&self, place: BusRegion) -> String {
         let bus = if place.is_port {
             &self.buses.pio
         } else {

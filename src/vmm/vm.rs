@@ -38,7 +38,7 @@ use super::vcpu::exit::Buses;
 use super::vcpu::profile::ExitProfile;
 use super::vcpu::{self, RunningVcpu, TakeJob, Vcpu};
 use crate::acpi;
-use crate::arch::irqchip::Interrupts;
+use crate::arch::irqchip::IrqChip;
 use crate::arch::sleep::Sleep;
 use crate::arch::{layout, mptable, regs};
 use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
@@ -175,7 +175,7 @@ impl Prepared {
         times: &mut BuildTimes,
     ) -> Result<Vm, VmError> {
         let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
-        let interrupts = Interrupts::new(Arc::clone(&self.fd))
+        let interrupts = IrqChip::new(Arc::clone(&self.fd))
             .map_err(refused("KVM_ENABLE_CAP (KVM_CAP_SPLIT_IRQCHIP)"))?;
         let vcpus = self.make_vcpus(observers.profile_exits)?;
 

@@ -30,7 +30,7 @@ impl BusDevice for ExitPort {
     }
 }
 
-/// The boot-mark port: the byte written is a mark that the monitor time-stamps. Reads as 0xff.
+/// The boot-mark port: the VMM time-stamps each byte written. Reads as 0xff.
 pub struct BootMarkPort(EventSink);
 
 impl BootMarkPort {

@@ -1,8 +1,7 @@
 //! The I/O APIC's register model (Intel 82093AA data sheet, § 3).
 //!
-//! It only translates: a redirection entry that the guest writes becomes an MSI route, and interrupts go straight from a
-//! device's wire to the processor by that route. See [`MsiRouter`]. Each wire sends edges, never a level that could still
-//! be high, so no entry ever has its remote IRR set and there is nothing to do at the end of an interrupt.
+//! It only translates redirection entries into MSI routes, see [`MsiRoutes`]. An interrupt line sends the MSI of its pin
+//! straight to the local APIC. Lines are edge-triggered: remote IRR is never set, and an EOI needs no action.
 
 use crate::bus::BusDevice;
 
@@ -57,8 +56,8 @@ impl Msi {
     const DATA_ASSERT: u32 = 1 << 14;
     const DATA_LEVEL: u32 = 1 << 15;
 
-    /// The message that a redirection entry stands for; none for a masked entry, and none for the delivery modes that no
-    /// message can carry: ExtINT (there is no 8259 to fetch the vector from) and the reserved ones.
+    /// The MSI for a redirection entry. `None` if the entry is masked, or if its delivery mode cannot be sent as an MSI:
+    /// ExtINT (there is no 8259 to supply the vector) and the reserved modes.
     fn from_entry(entry: u64) -> Option<Self> {
         let delivery_mode = (entry >> spec::DELIVERY_MODE_SHIFT) & spec::DELIVERY_MODE_MASK;
         if entry & spec::MASKED != 0 || matches!(delivery_mode, 0b011 | 0b110 | 0b111) {
@@ -78,10 +77,10 @@ impl Msi {
     }
 }
 
-/// Takes the routes that the guest programs.
-pub trait MsiRouter: Send {
-    /// From now on, a pulse on the wire at `pin` sends `msi`; `None`: it waits, the pin being masked. Only called when
-    /// the route changes; all pins start without one. It is called with the IOAPIC locked.
+/// Takes the MSI routes that the guest programs.
+pub trait MsiRoutes: Send {
+    /// From now on, an edge on `pin` sends `msi`. `None` means masked: an edge stays pending. Called only when the route
+    /// changes, with the I/O APIC locked. All pins start masked.
     fn set_route(&mut self, pin: u32, msi: Option<Msi>);
 }
 
@@ -96,12 +95,12 @@ struct State {
 /// The IOAPIC.
 pub struct Ioapic {
     state: State,
-    router: Box<dyn MsiRouter>,
+    router: Box<dyn MsiRoutes>,
 }
 
 impl Ioapic {
-    /// An IOAPIC as after reset: every pin masked.
-    pub fn new(router: Box<dyn MsiRouter>) -> Self {
+    /// An I/O APIC after reset: all pins masked.
+    pub fn new(router: Box<dyn MsiRoutes>) -> Self {
         Self {
             state: State {
                 index: 0,
@@ -140,7 +139,7 @@ impl Ioapic {
         }
     }
 
-    /// The redirection entry behind a register index: its pin, its value, and which bit the register starts at.
+    /// The redirection entry for a register index: pin, value, and the bit at which the register starts.
     fn entry(&self, index: u8) -> Option<(usize, u64, u32)> {
         let register = index.checked_sub(spec::INDEX_REDIRECTION)?;
         let pin = usize::from(register / 2);
@@ -150,7 +149,7 @@ impl Ioapic {
 }
 
 impl BusDevice for Ioapic {
-    /// Registers are 32 bits wide; other widths get the bytes that are there, and zeroes.
+    /// Registers are 32 bits wide. Other widths read the bytes that exist, and zeros.
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         super::read_bytes(offset, data, |offset| {
             let register = match offset & !3 {
@@ -162,7 +161,7 @@ impl BusDevice for Ioapic {
         });
     }
 
-    /// A write counts only at the start of a register. A narrower one is extended with zeroes, as KVM's own IOAPIC does.
+    /// Only a write at the start of a register has an effect. Narrower values are zero-extended, as in KVM's I/O APIC.
     fn write(&mut self, offset: u64, data: &[u8]) {
         let Some(low) = data.first() else { return };
         match offset {
@@ -191,7 +190,7 @@ mod tests {
 
     struct Recorder(Routes);
 
-    impl MsiRouter for Recorder {
+    impl MsiRoutes for Recorder {
         fn set_route(&mut self, pin: u32, msi: Option<Msi>) {
             assert!(pin < PINS);
             self.0.lock().unwrap().push((pin, msi));
@@ -251,7 +250,7 @@ mod tests {
         });
         assert_eq!(*routes.lock().unwrap(), [(4, msi)]);
         write(&mut dev, 0x18, 0x31);
-        // Polarity is no part of a message.
+        // An MSI has no polarity.
         write(&mut dev, 0x18, 0x2031);
         assert_eq!(routes.lock().unwrap().len(), 1);
         write(&mut dev, 0x18, 0x1_2031);

@@ -1,8 +1,8 @@
 //! A PCI bus without devices: configuration mechanism #1 (PCI Local Bus Specification 3.0, § 3.2.2.3.2), and the reset control
 //! register that PC chipsets have among its ports.
 //!
-//! It is here for what Linux says: without a configuration mechanism, even if it is told to look for none, that is
-//! "PCI: Fatal: No config space access function found" on every console.
+//! Without a configuration mechanism, Linux logs "PCI: Fatal: No config space access function found" to the console, whatever
+//! its `pci=` option.
 
 use crate::bus::BusDevice;
 use crate::event::{EventSink, GuestEvent};
@@ -10,8 +10,8 @@ use crate::event::{EventSink, GuestEvent};
 /// Length of the port range, in bytes.
 pub const LEN: u64 = 8;
 
-/// Offset of CONFIG_ADDRESS, which takes accesses of 32 bits alone, from port 0xcf8. What lies behind it, CONFIG_DATA, reads
-/// as ones: there is no such device.
+/// Offset of CONFIG_ADDRESS from port 0xcf8. It accepts only 32-bit accesses. CONFIG_DATA, behind it, reads as ones: the bus
+/// has no devices.
 const CONFIG_ADDRESS: u64 = 0;
 /// Offset of the reset control register, a byte (Intel ICH9 data sheet, § 13.7.5).
 const RESET_CONTROL: u64 = 1;

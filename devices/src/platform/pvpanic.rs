@@ -1,4 +1,4 @@
-//! pvpanic: the guest kernel's word that it panicked (QEMU docs/specs/pvpanic.rst).
+//! pvpanic: the guest kernel reports that it panicked (QEMU docs/specs/pvpanic.rst).
 
 use super::{read_bytes, write_bytes};
 use crate::bus::BusDevice;

@@ -1,19 +1,19 @@
-//! Interrupts: the I/O APIC in user space, and its wires.
+//! The interrupt controller: an I/O APIC in user space, and interrupt lines to it.
 //!
-//! The interrupt controller is split: KVM has the local APICs, this process the I/O APIC. A device that pulls its wire
-//! makes one KVM_SIGNAL_MSI with the message that the guest has programmed for that pin. That needs neither GSI routes
-//! nor irqfds, which cost start-up and teardown time (an SRCU grace period each) and would gain nothing for a device
-//! whose work is done in this process anyway.
+//! The irqchip is split (KVM_CAP_SPLIT_IRQCHIP): KVM emulates the local APICs, this process the I/O APIC. A device that
+//! signals its line makes one KVM_SIGNAL_MSI ioctl, with the message that the guest has programmed for that pin. GSI
+//! routes and irqfds are not needed. They cost start-up and teardown time (an SRCU grace period each) and gain nothing
+//! for a device that is emulated in this process.
 //!
-//! The other way, from the guest to a device's thread, KVM has ioeventfds, for queues that are busy.
+//! In the other direction, ioeventfds notify a device's thread of busy queues.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{IoEventAddress, VmFd};
-use minivmm_devices::interrupt::{InterruptSink, IrqLine};
-use minivmm_devices::platform::ioapic::{self, Ioapic, Msi, MsiRouter};
+use minivmm_devices::interrupt::{IrqLine, IrqTrigger};
+use minivmm_devices::platform::ioapic::{self, Ioapic, Msi, MsiRoutes};
 use minivmm_devices::virtio::transport::mmio::RegisterIoeventfd;
 
 /// What the guest has programmed for each I/O APIC pin.
@@ -22,33 +22,33 @@ type PinTable = Arc<[Mutex<PinState>]>;
 /// An I/O APIC pin.
 #[derive(Default)]
 struct PinState {
-    /// What a pulse sends; `None` while the pin is masked.
+    /// The MSI that an edge sends; `None` while the pin is masked.
     msi: Option<Msi>,
-    /// A pulse came while it was masked.
+    /// An edge came while the pin was masked.
     pending: bool,
 }
 
-/// The I/O APIC and the wires that lead to it.
-pub struct Interrupts {
+/// The split irqchip: the I/O APIC and the lines to its pins.
+pub struct IrqChip {
     /// The register model, for the MMIO bus.
     pub ioapic: Arc<Mutex<Ioapic>>,
     vm: Arc<VmFd>,
     pins: PinTable,
 }
 
-impl Interrupts {
-    /// Splits the VM's interrupt controller. All memslots must be there before, all vCPUs come after.
+impl IrqChip {
+    /// Enables the split irqchip. To be called after all memslots are set and before any vCPU is created.
     pub fn new(vm: Arc<VmFd>) -> Result<Self, kvm_ioctls::Error> {
         let mut cap = kvm_enable_cap {
             cap: KVM_CAP_SPLIT_IRQCHIP,
             ..Default::default()
         };
-        // GSIs that belong to the I/O APIC: KVM tells of an end of interrupt for these.
+        // The number of I/O APIC pins, for which KVM reports EOIs.
         cap.args[0] = u64::from(ioapic::PINS);
         vm.enable_cap(&cap)?;
 
         let pins: PinTable = (0..ioapic::PINS).map(|_| Mutex::default()).collect();
-        let ioapic = Ioapic::new(Box::new(Router {
+        let ioapic = Ioapic::new(Box::new(PinRoutes {
             vm: Arc::clone(&vm),
             pins: Arc::clone(&pins),
         }));
@@ -59,8 +59,8 @@ impl Interrupts {
         })
     }
 
-    /// For queues that are notified at this GPA: has KVM write an eventfd when the guest writes the queue's number there, with
-    /// 32 bits, so that the vCPU goes on at once. It ends with the VM.
+    /// Registers ioeventfds for the virtio queue notify register at `gpa`: a 32-bit write of the queue's number signals the
+    /// queue's eventfd without an exit to user space. They stay registered as long as the VM exists.
     pub fn ioeventfds(&self, gpa: u64) -> RegisterIoeventfd {
         let vm = Arc::clone(&self.vm);
         Box::new(move |queue, event| {
@@ -68,9 +68,9 @@ impl Interrupts {
         })
     }
 
-    /// The wire that ends at I/O APIC pin `gsi`.
+    /// The line to I/O APIC pin `gsi`.
     pub fn line(&self, gsi: u32) -> IrqLine {
-        IrqLine::new(Arc::new(Pin {
+        IrqLine::new(Arc::new(PinTrigger {
             vm: Arc::clone(&self.vm),
             pins: Arc::clone(&self.pins),
             gsi,
@@ -78,13 +78,13 @@ impl Interrupts {
     }
 }
 
-/// Takes what the guest programs from the register model.
-struct Router {
+/// Takes the MSI routes that the guest programs into the I/O APIC.
+struct PinRoutes {
     vm: Arc<VmFd>,
     pins: PinTable,
 }
 
-impl MsiRouter for Router {
+impl MsiRoutes for PinRoutes {
     fn set_route(&mut self, pin: u32, msi: Option<Msi>) {
         log::debug!("I/O APIC pin {pin}: {msi:x?}");
         let Some(slot) = self.pins.get(pin as usize) else {
@@ -101,15 +101,16 @@ impl MsiRouter for Router {
     }
 }
 
-/// An I/O APIC input. A pulse at a masked pin is sent when it is unmasked. The 82093AA forgets an edge there, but it would see a
-/// level that is still high, and a pulse stands for either: one interrupt too many does no harm, a lost one hangs a driver.
-struct Pin {
+/// An I/O APIC input pin. An edge on a masked pin is sent when the pin is unmasked. The 82093AA drops such an edge, but
+/// notices a level that is still high, and an edge here stands for either: a spurious interrupt does no harm, a lost one
+/// hangs a driver.
+struct PinTrigger {
     vm: Arc<VmFd>,
     pins: PinTable,
     gsi: u32,
 }
 
-impl InterruptSink for Pin {
+impl IrqTrigger for PinTrigger {
     fn signal(&self) -> io::Result<()> {
         let Some(slot) = self.pins.get(self.gsi as usize) else {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
@@ -128,7 +129,7 @@ fn lock(slot: &Mutex<PinState>) -> MutexGuard<'_, PinState> {
 }
 
 fn send(vm: &VmFd, msi: Msi) -> Result<(), kvm_ioctls::Error> {
-    // Zero means that a guest's local APIC refused the vector: the guest's affair.
+    // 0 means that the guest's local APIC blocked the interrupt, which is no error.
     vm.signal_msi(kvm_msi {
         address_lo: msi.address as u32,
         address_hi: (msi.address >> 32) as u32,

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::phases::Phases;
-use crate::vmm::vcpu::profile::{ExitProfile, Place};
+use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
 use crate::vmm::vm::{BuildTimes, Vm};
 use memory::PrivateMemory;
 use process_start::ProcessStart;
@@ -103,7 +103,7 @@ impl Timeline {
         watch.note(Point::MemoryMeasured, Instant::now());
         let profiles = vm.vcpus().iter().filter_map(|vcpu| vcpu.profile.as_ref());
         profiles.for_each(|profile| watch.exits.add(profile));
-        let name = |place: &Place| (*place, vm.machine().name_of(*place));
+        let name = |place: &BusRegion| (*place, vm.machine().name_of(*place));
         watch.names = watch.exits.places.keys().map(name).collect();
         watch.kernel = Some(vm.kernel().clone());
         watch.console_bytes = console_bytes;

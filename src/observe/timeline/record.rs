@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::memory::PrivateMemory;
 use super::process_start::ProcessStart;
 use crate::boot::LoadedKernel;
-use crate::vmm::vcpu::profile::{ExitProfile, Place};
+use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
 
 /// Boot marks that are kept; more are counted only.
 const MAX_BOOT_MARKS: usize = 64;
@@ -92,7 +92,7 @@ pub(super) struct Record {
     pub(super) marks: BootMarks,
     pub(super) exits: ExitProfile,
     /// What the devices are called that exits went to.
-    pub(super) names: BTreeMap<Place, String>,
+    pub(super) names: BTreeMap<BusRegion, String>,
     pub(super) console_bytes: u64,
     pub(super) memory: Option<PrivateMemory>,
     pub(super) boots: u32,

@@ -18,7 +18,7 @@ pub struct Buses {
 
 /// The last access that left the guest, for the post-mortem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Access {
+pub struct BusAccess {
     /// I/O port, or GPA.
     pub address: u64,
     /// Whether it went to an I/O port.
@@ -29,7 +29,7 @@ pub struct Access {
     pub value: u32,
 }
 
-impl Access {
+impl BusAccess {
     pub(super) fn new(address: u64, is_port: bool, is_write: bool, data: &[u8]) -> Self {
         let value = data
             .iter()
@@ -45,7 +45,7 @@ impl Access {
     }
 }
 
-impl fmt::Display for Access {
+impl fmt::Display for BusAccess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { address, value, .. } = self;
         let verb = if self.is_write { "write of" } else { "read of" };

@@ -18,8 +18,8 @@ use super::outcome::{Outcome, VcpuFailure};
 use crate::arch;
 use crate::arch::regs::Entry;
 use crate::arch::sleep::Sleep;
-use exit::{Access, Buses, handle_exit, port_read, port_write};
-use profile::{ExitProfile, Place};
+use exit::{BusAccess, Buses, handle_exit, port_read, port_write};
+use profile::{BusRegion, ExitProfile};
 use run_page::RunPage;
 
 /// Why a vCPU could not be made or started.
@@ -78,7 +78,7 @@ pub struct Vcpu {
     /// Its index, which is its APIC ID.
     pub index: u8,
     /// The last access that left the guest.
-    pub last_access: Option<Access>,
+    pub last_access: Option<BusAccess>,
     /// Exits from the guest, all kinds.
     pub exits: u64,
     /// More about them, for a timeline.
@@ -217,19 +217,19 @@ impl Vcpu {
         let access = match exit {
             VcpuExit::IoIn(port, data) => {
                 port_read(&buses.pio, port, self.page.port_width(), data);
-                Access::new(port.into(), true, false, data)
+                BusAccess::new(port.into(), true, false, data)
             }
             VcpuExit::IoOut(port, data) => {
                 port_write(&buses.pio, port, self.page.port_width(), data);
-                Access::new(port.into(), true, true, data)
+                BusAccess::new(port.into(), true, true, data)
             }
             VcpuExit::MmioRead(address, data) => {
                 buses.mmio.read(address, data);
-                Access::new(address, false, false, data)
+                BusAccess::new(address, false, false, data)
             }
             VcpuExit::MmioWrite(address, data) => {
                 buses.mmio.write(address, data);
-                Access::new(address, false, true, data)
+                BusAccess::new(address, false, true, data)
             }
             VcpuExit::InternalError => {
                 let suberror = self.page.internal_error();
@@ -251,7 +251,7 @@ impl Vcpu {
             } else {
                 &buses.mmio
             };
-            profile.handled(Place {
+            profile.handled(BusRegion {
                 is_port: access.is_port,
                 base: bus.base_of(access.address),
             });

@@ -30,7 +30,7 @@ fn kind(exit: &VcpuExit<'_>) -> usize {
 
 /// A device's place, as the bus has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct BusRegion {
     /// An I/O port, and else an address.
     pub is_port: bool,
     /// The first of the device's range; none where no device is.
@@ -61,7 +61,7 @@ pub struct ExitProfile {
     /// In the order of [`KINDS`].
     pub kinds: [u64; KINDS.len()],
     /// By device.
-    pub places: BTreeMap<Place, Cost>,
+    pub places: BTreeMap<BusRegion, Cost>,
 }
 
 impl ExitProfile {
@@ -81,7 +81,7 @@ impl ExitProfile {
     }
 
     /// The access that the exit was for is done, now.
-    pub fn handled(&mut self, place: Place) {
+    pub fn handled(&mut self, place: BusRegion) {
         let now = Instant::now();
         let cost = self.places.entry(place).or_default();
         cost.exits += 1;
@@ -121,7 +121,7 @@ fn least(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
 mod tests {
     use super::*;
 
-    const COM1: Place = Place {
+    const COM1: BusRegion = BusRegion {
         is_port: true,
         base: Some(0x3f8),
     };

@@ -378,14 +378,14 @@ impl ConsoleDevice for Serial {
     /// Room in the receive FIFO once the guest has enabled the receive interrupt and raised RTS. That line tells a driver
     /// that listens from one that probes: Linux's enables every interrupt for a moment to see what the UART is, then
     /// throws away what came. (Its DTR is up by then, for the kernel's console.)
-    fn wants_input(&mut self) -> usize {
+    fn rx_space(&mut self) -> usize {
         let room = self.room();
         self.state.input_held_back |= room == 0;
         room
     }
 
     fn receive(&mut self, bytes: &[u8]) -> usize {
-        let accepted = self.wants_input().min(bytes.len());
+        let accepted = self.rx_space().min(bytes.len());
         let accepted_bytes = bytes.iter().take(accepted).copied();
         self.state.rx.extend(accepted_bytes.map(Received::from));
         self.state.input_held_back |= accepted < bytes.len();
@@ -395,7 +395,7 @@ impl ConsoleDevice for Serial {
 
     /// A break is a zero with a bit in the line status.
     fn send_break(&mut self) -> bool {
-        if self.wants_input() == 0 {
+        if self.rx_space() == 0 {
             return false;
         }
         self.state.rx.push_back(Received {
@@ -406,7 +406,7 @@ impl ConsoleDevice for Serial {
         true
     }
 
-    fn output_ready(&mut self) {
+    fn on_tx_space(&mut self) {
         if self.state.waiting_for_room && self.output.has_room() {
             self.state.waiting_for_room = false;
             self.state.transmit_pending = true;

@@ -225,7 +225,7 @@ fn each_burst_is_one_edge() {
 #[test]
 fn nothing_is_received_before_the_guest_opens_the_port() {
     let mut b = Bench::new();
-    assert_eq!(b.serial.wants_input(), 0);
+    assert_eq!(b.serial.rx_space(), 0);
     assert_eq!(b.serial.receive(b"early"), 0);
     b.outb(IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVE);
     assert_eq!(b.kicks(), 0);
@@ -243,17 +243,13 @@ fn nothing_is_received_before_the_guest_opens_the_port() {
 fn switching_the_fifos_on_loses_nothing() {
     let mut b = Bench::new();
     b.outb(IER, IER_RECEIVE);
-    assert_eq!(
-        b.serial.wants_input(),
-        0,
-        "a probe: the modem lines are down"
-    );
+    assert_eq!(b.serial.rx_space(), 0, "a probe: the modem lines are down");
     b.outb(MCR, MCR_RTS);
     assert_eq!(b.kicks(), 1);
-    assert_eq!(b.serial.wants_input(), 1);
+    assert_eq!(b.serial.rx_space(), 1);
     assert_eq!(b.serial.receive(b"xy"), 1);
     b.outb(IIR_FCR, FCR_ENABLE | 0x80);
-    assert_eq!(b.serial.wants_input(), 15);
+    assert_eq!(b.serial.rx_space(), 15);
     assert_eq!(b.service(), b"x");
 }
 
@@ -283,7 +279,7 @@ fn the_kick_comes_once_and_only_if_input_was_held_back() {
     b.inb(DATA);
     assert_eq!(b.kicks(), 1);
     assert_eq!(b.serial.receive(&[b'x'; 16]), 16);
-    assert_eq!(b.serial.wants_input(), 0);
+    assert_eq!(b.serial.rx_space(), 0);
     b.outb(IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVE);
     assert_eq!(b.kicks(), 1, "cleared is empty as well");
 }
@@ -312,7 +308,7 @@ fn a_full_host_makes_the_transmitter_busy() {
     }
     assert_eq!(b.inb(LSR) & (LSR_THRE | LSR_TEMT), 0);
     b.pulses.take();
-    b.serial.output_ready();
+    b.serial.on_tx_space();
     assert_eq!(b.pulses.take(), 0, "still full");
     // A guest that does not look: what fits is sent, the rest is counted.
     for byte in 16..26 {
@@ -320,11 +316,11 @@ fn a_full_host_makes_the_transmitter_busy() {
     }
     assert_eq!(b.serial.dropped(), 6);
     assert_eq!(b.sent(), (0..20).collect::<Vec<u8>>());
-    b.serial.output_ready();
+    b.serial.on_tx_space();
     assert_eq!(b.pulses.take(), 1);
     assert_eq!(b.inb(IIR_FCR) & 0xf, IIR_TRANSMIT);
     assert_eq!(b.inb(LSR), LSR_THRE | LSR_TEMT);
-    b.serial.output_ready();
+    b.serial.on_tx_space();
     assert_eq!(b.pulses.take(), 0);
 }
 
@@ -334,7 +330,7 @@ fn enabling_the_transmit_interrupt_while_full_waits_for_room() {
     b.outb(IER, IER_TRANSMIT);
     assert_eq!(b.inb(IIR_FCR), IIR_NONE);
     b.capacity.store(100, Ordering::Relaxed);
-    b.serial.output_ready();
+    b.serial.on_tx_space();
     assert_eq!(b.inb(IIR_FCR), IIR_TRANSMIT);
     assert_eq!(b.pulses.take(), 1);
 }
@@ -354,7 +350,7 @@ fn loopback_returns_bytes_and_modem_lines() {
         b.outb(MCR, MCR_LOOPBACK | mcr);
         assert_eq!(b.inb(MSR), msr);
     }
-    assert_eq!(b.serial.wants_input(), 0);
+    assert_eq!(b.serial.rx_space(), 0);
     b.outb(DATA, b'a');
     b.outb(DATA, b'b');
     assert_eq!(b.inb(IIR_FCR), IIR_LINE_STATUS);
@@ -438,7 +434,7 @@ proptest! {
                 Op::Read(offset, len) => b.serial.read(offset, &mut vec![0; len]),
                 Op::Write(offset, data) => b.serial.write(offset, &data),
                 Op::Receive(data) => {
-                    let wanted = b.serial.wants_input();
+                    let wanted = b.serial.rx_space();
                     prop_assert_eq!(b.serial.receive(&data), wanted.min(data.len()));
                 }
                 Op::HostReads(len) => {
@@ -446,7 +442,7 @@ proptest! {
                     let len = len.min(sent.len());
                     sent.drain(..len);
                     drop(sent);
-                    b.serial.output_ready();
+                    b.serial.on_tx_space();
                 }
             }
             prop_assert!(b.serial.state.rx.len() <= FIFO_LEN);

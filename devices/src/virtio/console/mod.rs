@@ -122,7 +122,7 @@ impl VirtioDevice for Console {
             running.tell_size();
         }
         port.running = Some(running);
-        port.output_ready();
+        port.on_tx_space();
         port.input_wanted();
         Ok(())
     }
@@ -130,7 +130,7 @@ impl VirtioDevice for Console {
     fn notify(&mut self, queue: u16) {
         match queue {
             RECEIVE => self.lock().input_wanted(),
-            _ => self.lock().output_ready(),
+            _ => self.lock().on_tx_space(),
         }
     }
 
@@ -262,7 +262,7 @@ impl Port {
 }
 
 impl ConsoleDevice for Port {
-    fn wants_input(&mut self) -> usize {
+    fn rx_space(&mut self) -> usize {
         let has_buffers = self.run(|port, running| match &mut running.receive {
             Some(queue) if port.takes_input => queue.enable_notifications(&running.mem),
             _ => Ok(false),
@@ -310,7 +310,7 @@ impl ConsoleDevice for Port {
         self.receive(b"\x0f") == 1
     }
 
-    fn output_ready(&mut self) {
+    fn on_tx_space(&mut self) {
         self.run(Self::transmit);
     }
 

@@ -68,7 +68,7 @@ pub(in crate::virtio) fn fed() -> Console {
         // Until the console, which has the kick, is dropped.
         while kicks.recv().is_ok() {
             while let Some(port) = port.upgrade()
-                && port.lock().unwrap().wants_input() > 0
+                && port.lock().unwrap().rx_space() > 0
             {
                 port.lock().unwrap().receive(&[b'x'; 21]);
             }
@@ -119,15 +119,15 @@ impl Bench {
     }
 
     fn wants(&self) -> usize {
-        self.port.lock().unwrap().wants_input()
+        self.port.lock().unwrap().rx_space()
     }
 
     fn receive(&self, bytes: &[u8]) -> usize {
         self.port.lock().unwrap().receive(bytes)
     }
 
-    fn output_ready(&self) {
-        self.port.lock().unwrap().output_ready();
+    fn on_tx_space(&self) {
+        self.port.lock().unwrap().on_tx_space();
     }
 
     fn kicked(&self) -> bool {
@@ -175,14 +175,14 @@ fn a_slow_host_makes_the_driver_wait_and_loses_nothing() {
     while got.len() < sent.len() {
         assert_eq!(bench.driver.used_index(), 0, "{}", got.len());
         bench.host.make_room(1000);
-        bench.output_ready();
+        bench.on_tx_space();
         let piece = bench.host.take();
         assert!(!piece.is_empty());
         got.extend(piece);
     }
     assert_eq!(got, sent);
     bench.host.make_room(100);
-    bench.output_ready();
+    bench.on_tx_space();
     assert_eq!(bench.host.take(), sent[..17]);
     assert_eq!(
         (bench.driver.wait_used(), bench.driver.wait_used()),
@@ -220,13 +220,13 @@ fn no_notification_sends_without_end() {
     assert!(burst <= BURST * PIECE && burst > BURST / 2 * PIECE);
     // The host is asked to go on, and from where it was.
     assert!(bench.host.was_asked());
-    bench.output_ready();
+    bench.on_tx_space();
     assert_eq!(bench.host.take().len(), burst);
     assert!(bench.host.was_asked());
     // Shorter than what has been sent of it: done.
     bench.driver.descriptor(0, DATA, 16, INDIRECT, 0);
     bench.driver.descriptor_in(DATA, 0, HIGH, 100, 0, 0);
-    bench.output_ready();
+    bench.on_tx_space();
     assert_eq!(bench.host.take(), b"");
     assert_eq!(bench.driver.wait_used(), (0, 0));
     assert!(!bench.host.was_asked());
@@ -237,7 +237,7 @@ fn a_chain_of_more_than_a_mebibyte_needs_a_reset() {
     let mut bench = Bench::new(1, usize::MAX);
     bench.offer(0, &[(HIGH, 1 << 20, 0)]);
     while bench.host.was_asked() {
-        bench.output_ready();
+        bench.on_tx_space();
     }
     assert_eq!(bench.host.take().len(), 1 << 20);
     assert_eq!(bench.driver.wait_used(), (0, 0));
@@ -435,7 +435,7 @@ proptest! {
         }
         while usize::from(bench.driver.used_index()) < buffers.len() {
             bench.host.make_room(*rooms_of.next().unwrap());
-            bench.output_ready();
+            bench.on_tx_space();
             got.extend(bench.host.take());
         }
         let wanted: Vec<u8> = buffers.iter().flat_map(|len| text(*len as usize)).collect();
