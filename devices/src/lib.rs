@@ -17,6 +17,7 @@
     )
 )]
 
+pub mod block;
 pub mod bus;
 pub mod chardev;
 pub mod event;

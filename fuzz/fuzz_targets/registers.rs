@@ -5,6 +5,7 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use minivmm_devices::bus::BusDevice;
+use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::device::VirtioDevice;
 use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::testing::Driver;
@@ -38,7 +39,7 @@ fuzz_target!(|input: (Kind, Vec<Act>)| {
     let (kind, acts) = input;
     let (hvc, port, host) = console();
     let device: Box<dyn VirtioDevice> = match kind {
-        Kind::Rng => Box::<Rng>::default(),
+        Kind::Rng => Box::new(Rng::new(&ThreadStarter::default()).unwrap()),
         Kind::Block(kind) => Box::new(block(&file(&[0; DISK_SIZE]), kind)),
         Kind::Console => Box::new(hvc),
     };

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, TerminalSize};
-use minivmm_devices::virtio::block::{Access, Block, Disk, Engine};
+use minivmm_devices::block::{Access, Disk, Engine};
+use minivmm_devices::thread::ThreadStarter;
+use minivmm_devices::virtio::blk::Block;
 use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, END, GAP, SEAM, USED};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -51,7 +53,7 @@ pub fn block(file: &File, kind: DiskKind) -> Block {
         DiskKind::Ephemeral => (Access::Ephemeral, Engine::Sync),
     };
     let disk = Disk::open(&path(file), access).unwrap();
-    Block::new(disk, "fuzz", 1, engine).unwrap()
+    Block::new(disk, "fuzz", 1, engine, &ThreadStarter::default()).unwrap()
 }
 
 /// A host that takes `room` bytes of a console's output.

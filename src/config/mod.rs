@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use minivmm_devices::virtio::block::{Engine, MAX_ID_LEN, MAX_QUEUES};
+use minivmm_devices::block::Engine;
+use minivmm_devices::virtio::blk::{MAX_ID_LEN, MAX_QUEUES};
 
 pub use boot::BootProtocol;
 pub use console::{ConsoleTarget, ConsoleTargetError};

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
+use minivmm_devices::block::DiskError;
 use minivmm_devices::bus::BusError;
-use minivmm_devices::virtio::block::DiskError;
 use vm_memory::GuestMemoryError;
 
 use super::memory::MemoryError;

@@ -18,11 +18,12 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use minivmm_devices::THREAD_STACK;
+use minivmm_devices::block::{Access, Disk, DiskOptions};
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::platform::serial::Serial;
 use minivmm_devices::thread::ThreadStarter;
-use minivmm_devices::virtio::block::{Access, Block, Disk, DiskOptions};
+use minivmm_devices::virtio::blk::Block;
 use minivmm_devices::virtio::console::Console as VirtioConsole;
 use minivmm_devices::virtio::device::VirtioDevice;
 use minivmm_devices::virtio::rng::Rng;
@@ -112,7 +113,8 @@ impl Prepared {
         let kvm = Arc::new(kvm::open()?);
         let supported = ask_for_cpuid(&kvm);
         let cmdline = boot::suit_cmdline(&machine::cmdline_with_devices(config));
-        let disks = config.disks.iter().map(|disk| open_disk(disk, config.cpus));
+        let disks = config.disks.iter();
+        let disks = disks.map(|disk| open_disk(disk, config.cpus, threads));
         let disks = disks.collect::<Result<_, _>>()?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {
@@ -195,7 +197,10 @@ impl Prepared {
         for spec in machine::virtio_devices(&self.config) {
             let device: Option<Box<dyn VirtioDevice>> = match spec {
                 VirtioSpec::Disk(..) => disks.next().map(|disk| Box::new(disk) as _),
-                VirtioSpec::Rng => Some(Box::<Rng>::default()),
+                VirtioSpec::Rng => {
+                    let rng = Rng::new(&self.threads).map_err(host("a device's thread"))?;
+                    Some(Box::new(rng))
+                }
                 VirtioSpec::Console => hvc0.take().map(|(output, kick)| {
                     let device = VirtioConsole::new(output, kick, console.size);
                     user_console = device.port();
@@ -417,7 +422,7 @@ impl Drop for Vm {
 }
 
 /// Opens what a disk needs of the host.
-fn open_disk(disk: &DiskConfig, cpus: u8) -> Result<Block, VmError> {
+fn open_disk(disk: &DiskConfig, cpus: u8, threads: &ThreadStarter) -> Result<Block, VmError> {
     let access = match (disk.read_only, disk.ephemeral) {
         (true, _) => Access::ReadOnly,
         (false, true) => Access::Ephemeral,
@@ -432,7 +437,7 @@ fn open_disk(disk: &DiskConfig, cpus: u8) -> Result<Block, VmError> {
     let id = disk.id.as_deref().unwrap_or_default();
     let queues = disk.queues.unwrap_or(cpus.into());
     let engine = disk.engine.unwrap_or_default();
-    Block::new(opened, id, queues, engine).map_err(host("an eventfd"))
+    Block::new(opened, id, queues, engine, threads).map_err(host("a device's thread"))
 }
 
 /// What devices report, turned into the VM's end.

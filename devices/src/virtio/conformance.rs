@@ -6,13 +6,15 @@ use std::time::Duration;
 use proptest::prelude::*;
 use virtio_bindings::virtio_mmio::*;
 
-use super::block::{Access, Block, Disk, Engine};
+use super::blk::Block;
 use super::console;
 use super::device::{StopMode, VirtioDevice};
 use super::rng::Rng;
 use super::testing::*;
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use crate::block::{Access, Disk, Engine};
 use crate::bus::BusDevice;
+use crate::thread::ThreadStarter;
 use crate::virtio::transport::mmio;
 
 const KINDS: [&str; 6] = [
@@ -26,7 +28,7 @@ const KINDS: [&str; 6] = [
 
 fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
-        "rng" => Box::<Rng>::default(),
+        "rng" => Box::new(Rng::new(&ThreadStarter::default()).unwrap()),
         "console" => Box::new(console::tests::fed()),
         _ => {
             let file = tempfile::NamedTempFile::new().unwrap();
@@ -38,7 +40,7 @@ fn device(kind: &str) -> Box<dyn VirtioDevice> {
                 _ => (Access::Ephemeral, Engine::Sync),
             };
             let disk = Disk::open(file.path(), access).unwrap();
-            Box::new(Block::new(disk, "serial", 1, engine).unwrap())
+            Box::new(Block::new(disk, "serial", 1, engine, &ThreadStarter::default()).unwrap())
         }
     }
 }

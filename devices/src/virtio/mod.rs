@@ -2,7 +2,7 @@
 //!
 //! A device ([`device::VirtioDevice`]) knows its kind, its features, its configuration space and its requests. All that
 //! devices have in common is elsewhere: the [`transport`] owns status, features and the queues' parameters; a
-//! [`queue::Virtqueue`] walks the rings; a [`worker::Worker`] runs a queue's requests on a thread of its own.
+//! [`queue::Virtqueue`] walks the rings; a [`worker::QueueWorker`] serves queues on a thread of its own.
 //!
 //! Everything that is read from guest memory is read once, checked, and used from the copy. A driver that breaks the
 //! rules of the transport or of a ring gets DEVICE_NEEDS_RESET (§ 2.1.2): its device does nothing more until it is reset.
@@ -10,7 +10,7 @@
 //! Locks: vCPUs reach a transport through the bus, with its lock held. Workers hold none of it: they have a queue and an
 //! interrupt of their own, so that a transport may wait for its device's workers.
 
-pub mod block;
+pub mod blk;
 pub mod console;
 pub mod device;
 pub mod queue;

@@ -88,8 +88,8 @@ pub enum QueueError {
     #[error("the chain at {0} was made available again while the device has it")]
     InFlight(u16),
     /// Not the driver's fault: the device cannot go on.
-    #[error("io_uring failed: {0}")]
-    Engine(#[source] std::io::Error),
+    #[error("the host failed it: {0}")]
+    Host(#[source] std::io::Error),
     /// A request that its device cannot even answer.
     #[error("a request that cannot be answered: {0}")]
     Unanswerable(&'static str),

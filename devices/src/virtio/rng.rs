@@ -8,7 +8,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::device::{Resources, StopMode, VirtioDevice};
 use super::queue::{Chain, QueueError, Virtqueue};
-use super::worker::Worker;
+use super::worker::QueueWorker;
+use crate::thread::{ThreadKind, ThreadStarter};
 
 /// Device ID (§ 5).
 pub const DEVICE_TYPE: u32 = 4;
@@ -20,9 +21,21 @@ const QUEUE_SIZES: [u16; 1] = [64];
 const MAX_BYTES: usize = 4096;
 
 /// The device. It has neither features nor configuration.
-#[derive(Default)]
 pub struct Rng {
-    workers: Vec<Worker>,
+    workers: [QueueWorker; 1],
+}
+
+impl Rng {
+    /// A device with its thread.
+    pub fn new(threads: &ThreadStarter) -> io::Result<Self> {
+        let (kind, name) = (ThreadKind::Rng, "virtio-rng".into());
+        let notifiers = vec![(0, EventFd::new(EFD_CLOEXEC)?)];
+        let worker = QueueWorker::new(threads, kind, name, notifiers, &[], |worker, queues| {
+            let mut chain = Chain::default();
+            worker.run(queues, |queue| queue.handle_all(&mut chain, give_entropy))
+        })?;
+        Ok(Self { workers: [worker] })
+    }
 }
 
 impl VirtioDevice for Rng {
@@ -41,28 +54,16 @@ impl VirtioDevice for Rng {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn start(&mut self, resources: Resources) -> io::Result<()> {
-        let Resources {
-            mem,
-            mut queues,
-            interrupt,
-            ..
-        } = resources;
-        if let Some(queue) = queues.pop() {
-            let (name, event) = ("virtio-rng".into(), EventFd::new(EFD_CLOEXEC)?);
-            let worker = Worker::start(name, event, queue, mem, interrupt, |serving| {
-                serving.run(give_entropy)
-            });
-            self.workers = vec![worker?];
-        }
+        QueueWorker::start_all(&mut self.workers, resources);
         Ok(())
     }
 
-    fn notify(&mut self, _queue: u16) {
-        self.workers.iter().for_each(Worker::notify);
+    fn notify(&mut self, queue: u16) {
+        QueueWorker::notify(&self.workers, queue);
     }
 
     fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
-        Worker::stop_all(&mut self.workers, mode, wait)
+        QueueWorker::stop_all(&mut self.workers, mode, wait)
     }
 }
 

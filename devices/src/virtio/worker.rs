@@ -1,37 +1,51 @@
-//! A thread that runs the requests of one queue, so that no vCPU waits for them.
+//! A thread that serves queues, so that no vCPU waits for their requests.
 
-use std::convert::Infallible;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Interrupt, StopMode};
+use super::device::{Interrupt, Resources, StopMode};
 use super::queue::{Chain, QueueError, Virtqueue};
-use crate::THREAD_STACK;
+use crate::thread::{ThreadKind, ThreadStarter};
 
 /// Requests that are completed before the driver hears of them, at most: it is told when the queue has run empty, and
 /// in a long burst this often, so that it can go on in parallel.
 const BATCH: u32 = 16;
 
-/// A running worker. Dropping it stops it, and waits for what the host still does for it.
-pub struct Worker {
-    queue: u16,
+/// A worker: its thread starts with the device, and sleeps until the device starts. Dropping it stops it, and waits for what
+/// the host still does for it.
+pub struct QueueWorker {
     signal: Arc<Signal>,
-    /// Its other end goes with the thread: that is how to wait for it no longer than so long.
-    alive: Receiver<Infallible>,
-    /// `None` only while it is being stopped.
-    thread: Option<JoinHandle<Virtqueue>>,
+    /// `None` only while it is being dropped.
+    runs: Option<Sender<Run>>,
+    stopped: Receiver<Vec<Virtqueue>>,
+    is_running: bool,
+    /// Of a worker that has stopped, while others of its device have not.
+    queues: Vec<Virtqueue>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// From a start of the device to its stop.
+struct Run {
+    queues: Vec<Virtqueue>,
+    mem: GuestMemoryMmap,
+    features: u64,
+    interrupt: Interrupt,
 }
 
 /// How a worker is told that there is something to do.
 struct Signal {
-    event: EventFd,
+    /// By queue. They are never read: each write is an edge.
+    notifiers: Vec<(u16, EventFd)>,
+    epoll: Epoll,
     stop: AtomicU8,
 }
 
@@ -40,77 +54,122 @@ const RUN: u8 = 0;
 const DRAIN: u8 = 1;
 const CANCEL: u8 = 2;
 
-impl Worker {
-    /// Starts a thread that works on the queue as `work` does, which returns once [`Serving::must_stop`] says so.
-    /// Notifications may come through `event` too.
-    pub fn start(
+impl QueueWorker {
+    /// A worker for these queues, each with the eventfd of its notifications. From start to stop it works as `serve` does,
+    /// which returns once [`WorkerContext::must_stop`] says so. `descriptors` wake it too, each time that they become readable.
+    pub fn new(
+        threads: &ThreadStarter,
+        kind: ThreadKind,
         name: String,
-        event: EventFd,
-        mut queue: Virtqueue,
-        mem: GuestMemoryMmap,
-        interrupt: Interrupt,
-        work: impl FnOnce(&mut Serving<'_>) -> Result<(), QueueError> + Send + 'static,
+        notifiers: Vec<(u16, EventFd)>,
+        descriptors: &[RawFd],
+        mut serve: impl for<'m> FnMut(
+            &'m WorkerContext,
+            &mut [QueueContext<'m>],
+        ) -> Result<(), QueueError>
+        + Send
+        + 'static,
     ) -> io::Result<Self> {
-        let index = queue.index();
+        let epoll = Epoll::new()?;
+        let events = notifiers.iter().map(|(_, event)| event.as_raw_fd());
+        for fd in events.chain(descriptors.iter().copied()) {
+            let edge = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+            epoll.ctl(ControlOperation::Add, fd, edge)?;
+        }
         let signal = Arc::new(Signal {
-            event,
+            notifiers,
+            epoll,
             stop: AtomicU8::new(RUN),
         });
+        let (runs, to_run) = channel::<Run>();
+        let (has_stopped, stopped) = channel();
         let signalled = Arc::clone(&signal);
-        let (alive_until_drop, alive) = channel();
-        let thread = thread::Builder::new()
-            .name(name)
-            .stack_size(THREAD_STACK)
-            .spawn(move || {
-                let _alive = alive_until_drop;
-                let mut serving = Serving {
-                    queue: &mut queue,
-                    mem: &mem,
-                    interrupt: &interrupt,
-                    signal: &signalled,
+        let thread = threads.spawn(kind, name, move || {
+            for run in to_run {
+                let worker = WorkerContext {
+                    mem: run.mem,
+                    features: run.features,
+                    interrupt: run.interrupt,
+                    signal: Arc::clone(&signalled),
+                };
+                let context = |queue| QueueContext {
+                    queue,
+                    worker: &worker,
                     unreported: 0,
                 };
-                if let Err(e) = work(&mut serving) {
-                    interrupt.needs_reset(&e);
+                let mut queues: Vec<_> = run.queues.into_iter().map(context).collect();
+                if let Err(e) = serve(&worker, &mut queues) {
+                    worker.interrupt.needs_reset(&e);
                 }
-                queue
-            })?;
+                let queues = queues.into_iter().map(|context| context.queue).collect();
+                // It fails only for a worker that is being dropped.
+                let _ = has_stopped.send(queues);
+            }
+        })?;
         Ok(Self {
-            queue: index,
             signal,
-            alive,
+            runs: Some(runs),
+            stopped,
+            is_running: false,
+            queues: Vec::new(),
             thread: Some(thread),
         })
     }
 
-    /// The number of its queue.
-    pub fn queue(&self) -> u16 {
-        self.queue
+    fn serves(&self, queue: u16) -> bool {
+        self.signal.notifiers.iter().any(|(own, _)| *own == queue)
     }
 
-    /// Has the worker look into its queue.
-    pub fn notify(&self) {
-        // This cannot fail, nor block before it was written 2^64 times.
-        let _ = self.signal.event.write(1);
+    /// Starts those of a device's workers that have queues among its resources.
+    pub fn start_all(workers: &mut [Self], resources: Resources) {
+        let mut queues = resources.queues;
+        for worker in workers {
+            let own = queues.extract_if(.., |queue| worker.serves(queue.index()));
+            let run = Run {
+                queues: own.collect(),
+                mem: resources.mem.clone(),
+                features: resources.features,
+                interrupt: resources.interrupt.clone(),
+            };
+            if !run.queues.is_empty() {
+                worker.signal.stop.store(RUN, Ordering::Release);
+                // It fails only where a panic of the thread does not end the process.
+                worker.is_running = worker
+                    .runs
+                    .as_ref()
+                    .is_some_and(|runs| runs.send(run).is_ok());
+            }
+        }
+    }
+
+    /// Has the worker of this queue look into it.
+    pub fn notify(workers: &[Self], queue: u16) {
+        let mut notifiers = workers.iter().flat_map(|worker| &worker.signal.notifiers);
+        if let Some((_, event)) = notifiers.find(|(index, _)| *index == queue) {
+            // This cannot fail, nor block before it was written 2^64 times.
+            let _ = event.write(1);
+        }
     }
 
     /// Stops all of a device's workers at once, so that it waits for one request and not for one of each queue. When they
-    /// have ended within `wait`, it takes the queues back; the workers stay, and end, if they have not.
+    /// have ended within `wait`, it takes the queues back; the workers that have not will end.
     pub fn stop_all(
-        workers: &mut Vec<Self>,
+        workers: &mut [Self],
         mode: StopMode,
         wait: Duration,
     ) -> Option<Vec<Virtqueue>> {
         workers.iter().for_each(|worker| worker.ask_to_stop(mode));
         let limit = Instant::now() + wait;
-        let ended = |worker: &Self| {
+        for worker in workers.iter_mut().filter(|worker| worker.is_running) {
             let left = limit.saturating_duration_since(Instant::now());
-            worker.alive.recv_timeout(left) != Err(RecvTimeoutError::Timeout)
-        };
-        workers
-            .iter()
-            .all(ended)
-            .then(|| workers.drain(..).filter_map(|mut w| w.join()).collect())
+            match worker.stopped.recv_timeout(left) {
+                Err(RecvTimeoutError::Timeout) => return None,
+                queues => worker.queues = queues.unwrap_or_default(),
+            }
+            worker.is_running = false;
+        }
+        let queues = workers.iter_mut().flat_map(|w| w.queues.drain(..));
+        Some(queues.collect())
     }
 
     /// A worker that was told to cancel does not drain its queue any more.
@@ -119,52 +178,51 @@ impl Worker {
             StopMode::Drain => DRAIN,
             StopMode::Cancel => CANCEL,
         };
-        if self.signal.stop.fetch_max(stop, Ordering::AcqRel) < stop {
-            self.notify();
+        if self.is_running
+            && self.signal.stop.fetch_max(stop, Ordering::AcqRel) < stop
+            && let Some((_, event)) = self.signal.notifiers.first()
+        {
+            let _ = event.write(1);
         }
     }
-
-    fn join(&mut self) -> Option<Virtqueue> {
-        // It fails only where a panic does not end the process.
-        self.thread.take()?.join().ok()
-    }
 }
 
-impl Drop for Worker {
+impl Drop for QueueWorker {
     fn drop(&mut self) {
         self.ask_to_stop(StopMode::Cancel);
-        self.join();
+        self.runs = None;
+        if let Some(thread) = self.thread.take() {
+            // It fails only where a panic does not end the process.
+            let _ = thread.join();
+        }
     }
 }
 
-/// A worker's queue, on the worker's thread.
-pub struct Serving<'m> {
-    queue: &'m mut Virtqueue,
+/// What all queues of a worker share, on the worker's thread.
+pub struct WorkerContext {
     /// Guest RAM.
-    pub mem: &'m GuestMemoryMmap,
-    interrupt: &'m Interrupt,
-    signal: &'m Signal,
-    /// Completed requests of which the driver has not heard.
-    unreported: u32,
+    pub mem: GuestMemoryMmap,
+    /// The features that the driver has accepted.
+    pub features: u64,
+    interrupt: Interrupt,
+    signal: Arc<Signal>,
 }
 
-impl<'m> Serving<'m> {
-    /// Looks into the queue at once, and then whenever there is a notification, and handles one request after the other
-    /// until the worker must stop. `handle` does what a chain asks for and returns how many bytes of its writable part were
-    /// written; its error is for a request that cannot be answered, and stops the device.
-    pub fn run(
-        &mut self,
-        mut handle: impl FnMut(&mut Chain<'m>) -> Result<u32, QueueError>,
+impl WorkerContext {
+    /// Has each queue take its `turn` at once, and then whenever there is a notification or a further descriptor has
+    /// become readable, until the worker must stop. A turn says whether it is done until then.
+    pub fn run<'m>(
+        &'m self,
+        queues: &mut [QueueContext<'m>],
+        mut turn: impl FnMut(&mut QueueContext<'m>) -> Result<bool, QueueError>,
     ) -> Result<(), QueueError> {
-        let mut chain = Chain::default();
         while !self.must_stop() {
-            while self.pop(&mut chain)? {
-                let written = handle(&mut chain)?;
-                self.complete(chain.head(), written)?;
+            let mut all_done = true;
+            for queue in &mut *queues {
+                all_done &= turn(queue)?;
             }
-            self.report()?;
-            if self.ask_for_notification()? {
-                self.wait();
+            if all_done {
+                self.wait()?;
             }
         }
         Ok(())
@@ -177,33 +235,63 @@ impl<'m> Serving<'m> {
 
     /// Whether requests in hand are to be cut short: [`StopMode::Cancel`].
     pub fn is_cancelled(&self) -> bool {
-        self.cancelled()()
+        self.signal.stop.load(Ordering::Acquire) == CANCEL || self.interrupt.is_reset_needed()
     }
 
-    /// The same for whoever carries out a request.
-    pub fn cancelled(&self) -> impl Fn() -> bool + use<'m> {
-        let (signal, interrupt) = (self.signal, self.interrupt);
-        move || signal.stop.load(Ordering::Acquire) == CANCEL || interrupt.is_reset_needed()
+    /// Waits for a notification, a further descriptor, or until the worker must stop. A notification that came since the
+    /// last wait is not lost.
+    pub fn wait(&self) -> Result<(), QueueError> {
+        match self.signal.epoll.wait(-1, &mut [EpollEvent::default(); 8]) {
+            // What breaks it off may be the kernel's work for a completion.
+            Err(e) if e.kind() != io::ErrorKind::Interrupted => Err(QueueError::Host(e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// One of a worker's queues, on the worker's thread.
+pub struct QueueContext<'m> {
+    queue: Virtqueue,
+    /// What it shares with the others.
+    pub worker: &'m WorkerContext,
+    /// Completed requests of which the driver has not heard.
+    unreported: u32,
+}
+
+impl<'m> QueueContext<'m> {
+    /// A turn that handles one request after the other, in `chain`. `handle` does what a chain asks for and returns how many
+    /// bytes of its writable part were written; its error is for a request that cannot be answered, and stops the device.
+    pub fn handle_all(
+        &mut self,
+        chain: &mut Chain<'m>,
+        mut handle: impl FnMut(&mut Chain<'m>) -> Result<u32, QueueError>,
+    ) -> Result<bool, QueueError> {
+        while self.pop(chain)? {
+            let written = handle(chain)?;
+            self.complete(chain.head(), written)?;
+        }
+        self.report()?;
+        self.ask_for_notification()
     }
 
     /// Entries of the queue: more requests than that cannot be in flight.
-    pub fn queue_size(&self) -> u16 {
+    pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
     /// Takes the next request; `false` if there is none or the worker must stop. There are no notifications while requests
     /// are being taken.
     pub fn pop(&mut self, chain: &mut Chain<'m>) -> Result<bool, QueueError> {
-        if self.must_stop() {
+        if self.worker.must_stop() {
             return Ok(false);
         }
-        self.queue.disable_notifications(self.mem)?;
-        self.queue.pop(self.mem, chain)
+        self.queue.disable_notifications(&self.worker.mem)?;
+        self.queue.pop(&self.worker.mem, chain)
     }
 
     /// Gives a request back. The driver hears of it now and then by itself, and for certain by `report`.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.queue.complete(self.mem, head, written)?;
+        self.queue.complete(&self.worker.mem, head, written)?;
         self.unreported += 1;
         if self.unreported == BATCH {
             return self.report();
@@ -215,8 +303,8 @@ impl<'m> Serving<'m> {
     pub fn report(&mut self) -> Result<(), QueueError> {
         if self.unreported > 0 {
             self.unreported = 0;
-            if self.queue.needs_interrupt(self.mem)? {
-                self.interrupt.used_buffers(self.queue.index());
+            if self.queue.needs_interrupt(&self.worker.mem)? {
+                self.worker.interrupt.used_buffers(self.queue.index());
             }
         }
         Ok(())
@@ -224,17 +312,9 @@ impl<'m> Serving<'m> {
 
     /// Asks for a notification of the next request; `false` if one is there already, of which none tells.
     pub fn ask_for_notification(&mut self) -> Result<bool, QueueError> {
-        Ok(!self.queue.enable_notifications(self.mem)?)
-    }
-
-    /// Waits for a notification, or until the worker must stop. One that came since the last is not lost.
-    pub fn wait(&self) {
-        // A signal that breaks the wait off is a notification of nothing.
-        let _ = self.signal.event.read();
-    }
-
-    /// The eventfd of the notifications, for another way to wait for them.
-    pub fn event(&self) -> &'m EventFd {
-        &self.signal.event
+        Ok(!self.queue.enable_notifications(&self.worker.mem)?)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -99,3 +99,43 @@ impl Overlay {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writers_of_one_cluster_do_not_undo_each_other() {
+        const CLUSTERS: u64 = 1000;
+        let base = tempfile::tempfile().unwrap();
+        base.set_len(CLUSTERS * 4096).unwrap();
+        let overlay = Overlay::new(CLUSTERS * 4096).unwrap();
+        let barrier = std::sync::Barrier::new(4);
+        std::thread::scope(|scope| {
+            for writer in 0..4u8 {
+                let (overlay, base, barrier) = (&overlay, &base, &barrier);
+                scope.spawn(move || {
+                    for cluster in 0..CLUSTERS {
+                        let (len, at) = if writer == 3 {
+                            (5 * 512, 3)
+                        } else {
+                            (512, u64::from(writer))
+                        };
+                        let offset = cluster * 4096 + at * 512;
+                        barrier.wait();
+                        let bytes = vec![writer + 1; len];
+                        let write = |top: &File| top.write_all_at(&bytes, offset);
+                        overlay.change(base, offset, len as u64, write).unwrap();
+                    }
+                });
+            }
+        });
+        for cluster in 0..CLUSTERS {
+            let (file, len) = overlay.place(&base, cluster * 4096, 4096);
+            let mut bytes = [0; 4096];
+            file.read_exact_at(&mut bytes, cluster * 4096).unwrap();
+            assert_eq!((len, bytes[0], bytes[512], bytes[1024]), (4096, 1, 2, 3));
+            assert!(bytes[1536..] == [4; 2560]);
+        }
+    }
+}

@@ -8,10 +8,24 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock, ioctl_blksszget};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
-use super::SECTOR_SIZE;
 use super::format::Format;
 use super::overlay::MAX_LEN as MAX_EPHEMERAL_LEN;
+
+/// The unit of a disk's capacity and of offsets on it, in bytes.
+pub const SECTOR_SIZE: u64 = 512;
+
+/// How the host's file is read and written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// Through io_uring, all requests of a queue at once.
+    #[default]
+    IoUring,
+    /// With preadv and pwritev, one request of a queue after the other.
+    Sync,
+}
 
 /// Why a disk cannot be had.
 #[derive(Debug, thiserror::Error)]

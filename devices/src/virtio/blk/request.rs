@@ -11,9 +11,16 @@ use virtio_bindings::virtio_blk::{
 
 use vm_memory::VolatileSlice;
 
-use super::disk::{Cancelled, Direction, Disk};
-use super::{MAX_DISCARD_SECTORS, MAX_ID_LEN, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE};
+use crate::block::{Cancelled, Direction, Disk, SECTOR_SIZE};
 use crate::virtio::queue::{Buffers, Chain, QueueError};
+
+/// Longest serial number in bytes: VIRTIO_BLK_T_GET_ID has room for no more (§ 5.2.6).
+pub const MAX_ID_LEN: usize = 20;
+
+/// Longest discard in sectors, 2 GiB, and longest write of zeroes, 64 MiB: on a host that must write these itself a
+/// request should still end soon, since the others of its queue wait for it.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 22;
+pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 17;
 
 /// `type`, `reserved` and `sector` of `struct virtio_blk_req`, in bytes.
 const HEADER_LEN: usize = 16;
@@ -123,11 +130,13 @@ impl Requests {
         let disk = &self.disk;
         match operation {
             Operation::Transfer(Direction::Read, offset) => {
-                disk.transfer(Direction::Read, &chain.writable, offset, iovecs, cancelled)?;
-                return Ok(chain.writable.len());
+                let (slices, len) = (chain.writable.slices(), chain.writable.len());
+                disk.transfer(Direction::Read, slices, len, offset, iovecs, cancelled)?;
+                return Ok(len);
             }
             Operation::Transfer(Direction::Write, offset) => {
-                disk.transfer(Direction::Write, &chain.readable, offset, iovecs, cancelled)?;
+                let (slices, len) = (chain.readable.slices(), chain.readable.len());
+                disk.transfer(Direction::Write, slices, len, offset, iovecs, cancelled)?;
             }
             Operation::GetId => return Ok(chain.writable.write_front(&self.id) as u64),
             Operation::Flush => {

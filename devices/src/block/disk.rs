@@ -4,58 +4,24 @@
 use std::env;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FallocateFlags, fallocate, fdatasync};
+use rustix::fs::fdatasync;
 use rustix::io::{Errno, retry_on_intr};
 
-use super::SECTOR_SIZE;
+use vm_memory::VolatileSlice;
+
 use super::format;
-use super::open::{Access, DiskError, DiskOptions, block_size, failed, open_and_lock};
+use super::open::{Access, DiskError, DiskOptions, SECTOR_SIZE, block_size, failed, open_and_lock};
 use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
-use crate::virtio::queue::Buffers;
-
-/// iovecs that the kernel takes in one call (UIO_MAXIOV).
-const MAX_IOVECS: usize = 1024;
-
-/// Room for an iovec.
-pub(super) const NO_IOVEC: libc::iovec = libc::iovec {
-    iov_base: std::ptr::null_mut(),
-    iov_len: 0,
+use super::transfer::{
+    Cancelled, Direction, PIECE, describe, go_on, punch_hole, transfer, write_zeroes,
 };
-
-/// Longest piece of a read or write, in bytes: what the host may do before it is asked again whether to go on. It is as long as
-/// the requests that Linux makes.
-pub(super) const PIECE: u64 = 1 << 20;
 
 /// Longest piece, in bytes, of a range that is given back to the host or made zeroes, which costs the host less.
 const CLEAR_PIECE: u64 = 64 << 20;
-
-/// Zeroes to write where the host has no faster way.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-
-/// Direction of a transfer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// From the disk to the guest.
-    Read,
-    /// From the guest to the disk.
-    Write,
-}
-
-/// Says that a request is to be cut short. Long ones are carried out in pieces, and it is asked between them.
-pub(super) type Cancelled<'a> = &'a dyn Fn() -> bool;
-
-/// An error if a request is to be cut short.
-fn go_on(cancelled: Cancelled<'_>) -> io::Result<()> {
-    if cancelled() {
-        return Err(Errno::CANCELED.into());
-    }
-    Ok(())
-}
 
 /// An open and locked disk. The lock goes with it.
 pub struct Disk {
@@ -153,8 +119,13 @@ impl Disk {
     }
 
     /// The file, if all reads and writes are its.
-    pub(super) fn plain_file(&self) -> Option<BorrowedFd<'_>> {
+    pub(crate) fn plain_file(&self) -> Option<BorrowedFd<'_>> {
         self.overlay.is_none().then(|| self.file.as_fd())
+    }
+
+    /// Whether what is written does not go to the file.
+    pub(crate) fn has_overlay(&self) -> bool {
+        self.overlay.is_some()
     }
 
     /// Whether nothing may be written to it.
@@ -164,22 +135,23 @@ impl Disk {
 
     /// The same with another file behind it.
     #[cfg(test)]
-    pub(super) fn with_file(self, file: File) -> Self {
+    pub(crate) fn with_file(self, file: File) -> Self {
         Self { file, ..self }
     }
 
-    /// Moves all of `buffers` from or to the bytes at `offset`, straight from and to guest memory. `iovecs` is room to
-    /// work in.
-    pub(super) fn transfer(
+    /// Moves all of `slices`, `len` bytes, from or to the bytes at `offset`, straight from and to guest memory. `iovecs` is room
+    /// to work in.
+    pub(crate) fn transfer(
         &self,
         direction: Direction,
-        buffers: &Buffers<'_>,
+        slices: &[VolatileSlice<'_>],
+        len: u64,
         offset: u64,
         iovecs: &mut Vec<libc::iovec>,
         cancelled: Cancelled<'_>,
     ) -> io::Result<()> {
-        describe(buffers, iovecs);
-        let (mut rest, len, mut done) = (iovecs.as_mut_slice(), buffers.len(), 0);
+        describe(slices, iovecs);
+        let (mut rest, mut done) = (iovecs.as_mut_slice(), 0);
         while done < len {
             go_on(cancelled)?;
             let (at, piece) = (offset + done, PIECE.min(len - done));
@@ -201,7 +173,7 @@ impl Disk {
     }
 
     /// Makes durable what was written (§ 5.2.6.2), where that is to last.
-    pub(super) fn flush(&self) -> io::Result<()> {
+    pub(crate) fn flush(&self) -> io::Result<()> {
         if self.read_only || self.overlay.is_some() {
             return Ok(());
         }
@@ -210,7 +182,7 @@ impl Disk {
 
     /// What to answer to a flush of the file that came to `result`. The host tells of lost writes once and then takes what it
     /// has for durable (fsync(2)), so that after one that failed, in whichever queue, no flush can be trusted.
-    pub(super) fn flushed<T>(&self, result: io::Result<T>) -> io::Result<T> {
+    pub(crate) fn flushed<T>(&self, result: io::Result<T>) -> io::Result<T> {
         if let Err(e) = &result {
             if !self.flush_failed.swap(true, Ordering::AcqRel) {
                 self.failed.store(true, Ordering::Release);
@@ -226,7 +198,7 @@ impl Disk {
     }
 
     /// Reports the first failure of the host: a guest, which sees an I/O error for each, has no words for its cause.
-    pub(super) fn report(&self, error: &io::Error) {
+    pub(crate) fn report(&self, error: &io::Error) {
         let is_cancelled = Errno::from_io_error(error) == Some(Errno::CANCELED)
             || error.kind() == io::ErrorKind::Interrupted;
         if is_cancelled || self.failed.swap(true, Ordering::AcqRel) {
@@ -241,7 +213,7 @@ impl Disk {
     }
 
     /// Gives a range back to the host. That is a hint: a host that cannot has nothing to do.
-    pub(super) fn discard(
+    pub(crate) fn discard(
         &self,
         offset: u64,
         len: u64,
@@ -260,7 +232,7 @@ impl Disk {
     }
 
     /// Makes a range read as zeroes; with `unmap`, its room may be given back to the host.
-    pub(super) fn write_zeroes(
+    pub(crate) fn write_zeroes(
         &self,
         offset: u64,
         len: u64,
@@ -287,149 +259,4 @@ fn in_pieces(
         let done = piece * CLEAR_PIECE;
         clear(offset + done, CLEAR_PIECE.min(len - done))
     })
-}
-
-/// Makes `iovecs` those of `buffers`.
-pub(super) fn describe(buffers: &Buffers<'_>, iovecs: &mut Vec<libc::iovec>) {
-    iovecs.clear();
-    iovecs.extend(buffers.slices().iter().map(|slice| libc::iovec {
-        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-        iov_len: slice.len(),
-    }));
-}
-
-/// Moves `len` bytes between the file at `offset` and guest memory; gives what is left of the iovecs.
-fn transfer<'a>(
-    file: &File,
-    direction: Direction,
-    mut iovecs: &'a mut [libc::iovec],
-    mut offset: u64,
-    mut len: u64,
-) -> io::Result<&'a mut [libc::iovec]> {
-    while len > 0 {
-        let count = transfer_some(file, direction, iovecs, offset, len)?;
-        offset += count as u64;
-        len -= count as u64;
-        let used_up = advance(iovecs, count);
-        iovecs = iovecs.get_mut(used_up..).unwrap_or_default();
-    }
-    Ok(iovecs)
-}
-
-/// Moves at least one byte and at most `len`; says how many.
-#[allow(
-    unsafe_code,
-    reason = "the safe interfaces to vectored I/O want slices, which guest memory must not be made into: the guest \
-              writes it at any time"
-)]
-fn transfer_some(
-    file: &File,
-    direction: Direction,
-    iovecs: &[libc::iovec],
-    offset: u64,
-    len: u64,
-) -> io::Result<usize> {
-    let mut part = NO_IOVEC;
-    let (ptr, count, _) = front(iovecs, len, &mut part);
-    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-    let fd = file.as_raw_fd();
-    loop {
-        // SAFETY: `ptr` points to at least `count` iovecs, in `iovecs` or in `part`. Each lies within a `VolatileSlice` that `Disk::transfer`'s
-        // caller holds, a piece of a live mapping, readable and writable, which the kernel checks besides; nothing in this
-        // process keeps references to guest memory. The file descriptor is open as long as `file` is there.
-        let result = unsafe {
-            match direction {
-                Direction::Read => libc::preadv(fd, ptr, count as libc::c_int, offset),
-                Direction::Write => libc::pwritev(fd, ptr, count as libc::c_int, offset),
-            }
-        };
-        match usize::try_from(result) {
-            // The file was truncated since it was opened.
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => return Ok(count),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
-}
-
-/// The beginning of `iovecs`, at most `len` bytes: where, how many iovecs, and how many bytes. It is as many whole iovecs as there
-/// is room for, or the beginning of one, which then is in `part`.
-pub(super) fn front(
-    iovecs: &[libc::iovec],
-    len: u64,
-    part: &mut libc::iovec,
-) -> (*const libc::iovec, u32, u64) {
-    let (mut count, mut bytes) = (0, 0);
-    for iovec in iovecs.iter().take(MAX_IOVECS) {
-        let more = bytes + iovec.iov_len as u64;
-        if more > len {
-            break;
-        }
-        (count, bytes) = (count + 1, more);
-    }
-    match iovecs.first() {
-        Some(first) if count == 0 => {
-            *part = libc::iovec {
-                iov_len: len as usize,
-                ..*first
-            };
-            (part, 1, len)
-        }
-        _ => (iovecs.as_ptr(), count, bytes),
-    }
-}
-
-fn write_zeroes(
-    file: &File,
-    offset: u64,
-    len: u64,
-    unmap: bool,
-    cancelled: Cancelled<'_>,
-) -> io::Result<()> {
-    go_on(cancelled)?;
-    let fast = if unmap {
-        punch_hole(file, offset, len)
-    } else {
-        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-        fallocate(file, flags, offset, len)
-    };
-    match fast {
-        Err(Errno::OPNOTSUPP) => {}
-        result => return Ok(result?),
-    }
-    let (mut offset, mut left) = (offset, len);
-    while left > 0 {
-        go_on(cancelled)?;
-        let count = left.min(ZEROES.len() as u64);
-        let zeroes = ZEROES.get(..count as usize).unwrap_or_default();
-        file.write_all_at(zeroes, offset)?;
-        offset += count;
-        left -= count;
-    }
-    Ok(())
-}
-
-fn punch_hole(file: &File, offset: u64, len: u64) -> Result<(), Errno> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    fallocate(file, flags, offset, len)
-}
-
-/// Takes `count` bytes off the front; says how many iovecs that used up.
-pub(super) fn advance(iovecs: &mut [libc::iovec], mut count: usize) -> usize {
-    let mut used_up = 0;
-    for iovec in iovecs {
-        if count < iovec.iov_len {
-            iovec.iov_base = iovec.iov_base.wrapping_byte_add(count);
-            iovec.iov_len -= count;
-            break;
-        }
-        count -= iovec.iov_len;
-        used_up += 1;
-    }
-    used_up
 }

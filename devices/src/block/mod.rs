@@ -1,0 +1,15 @@
+//! What reads and writes a disk: a raw file or a host block device, with a temporary overlay or without, one request
+//! at a time ([`Disk`]) or many at once through io_uring ([`ring`]). It knows no virtio.
+
+mod disk;
+mod format;
+mod open;
+mod overlay;
+pub mod ring;
+mod transfer;
+
+pub use disk::Disk;
+pub use format::Format;
+pub use open::{Access, DiskError, DiskOptions, Engine, SECTOR_SIZE};
+pub(crate) use transfer::Cancelled;
+pub use transfer::Direction;

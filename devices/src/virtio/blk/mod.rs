@@ -1,0 +1,184 @@
+//! The block device (§ 5.2): the front end of a [`Disk`].
+
+mod request;
+mod serve;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+pub use request::MAX_ID_LEN;
+use request::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Requests};
+
+use super::device::{Resources, StopMode, VirtioDevice, read_config_bytes};
+use super::queue::Virtqueue;
+use super::worker::QueueWorker;
+use crate::block::ring::Ring;
+use crate::block::{Disk, Engine, SECTOR_SIZE};
+use crate::thread::{ThreadKind, ThreadStarter};
+
+/// Device ID (§ 5).
+pub const DEVICE_TYPE: u32 = 2;
+
+/// Most queues of a disk. Each is a thread, and with io_uring a ring; one interrupt serves them all, so that more of them
+/// bring nothing.
+pub const MAX_QUEUES: u16 = 8;
+
+const QUEUE_SIZE: u16 = 256;
+const QUEUE_SIZES: [u16; MAX_QUEUES as usize] = [QUEUE_SIZE; MAX_QUEUES as usize];
+/// Data segments of a request: what the queue has room for beside header and status, which need a descriptor each.
+const SEG_MAX: u32 = 254;
+
+/// Physical block size in bytes: what file systems and disks of today have.
+const PHYSICAL_BLOCK_SIZE: u32 = 4096;
+
+/// The device.
+pub struct Block {
+    disk: Arc<Disk>,
+    config: [u8; 60],
+    /// Of each queue.
+    notifiers: Vec<EventFd>,
+    workers: Vec<QueueWorker>,
+}
+
+impl Block {
+    /// A device for `disk` with this serial number, of which the first [`MAX_ID_LEN`] bytes count, and as many queues, but
+    /// at least one and at most [`MAX_QUEUES`], with a thread and perhaps a ring each.
+    pub fn new(
+        disk: Disk,
+        serial: &str,
+        queues: u16,
+        engine: Engine,
+        threads: &ThreadStarter,
+    ) -> io::Result<Self> {
+        let queues = queues.clamp(1, MAX_QUEUES);
+        let mut id = [0; MAX_ID_LEN];
+        for (byte, value) in id.iter_mut().zip(serial.bytes()) {
+            *byte = value;
+        }
+        let mut block = Self {
+            config: config_space(&disk, queues),
+            disk: Arc::new(disk),
+            notifiers: Vec::new(),
+            workers: Vec::new(),
+        };
+        for queue in 0..queues {
+            let notifier = EventFd::new(EFD_CLOEXEC)?;
+            let worker = block.worker(queue, &notifier, id, engine, threads)?;
+            block.notifiers.push(notifier);
+            block.workers.push(worker);
+        }
+        Ok(block)
+    }
+
+    /// Makes the worker of a queue.
+    fn worker(
+        &self,
+        queue: u16,
+        notifier: &EventFd,
+        id: [u8; MAX_ID_LEN],
+        engine: Engine,
+        threads: &ThreadStarter,
+    ) -> io::Result<QueueWorker> {
+        let disk = Arc::clone(&self.disk);
+        let notifiers = vec![(queue, notifier.try_clone()?)];
+        let mut ring = serve::new_ring(&disk, engine, QUEUE_SIZE);
+        let descriptors: Vec<_> = ring.iter().map(Ring::fd).collect();
+        let name = format!("virtio-blk {queue}");
+        QueueWorker::new(
+            threads,
+            ThreadKind::Block,
+            name,
+            notifiers,
+            &descriptors,
+            move |worker, queues| {
+                let requests = Requests {
+                    disk: Arc::clone(&disk),
+                    id,
+                    // § 5.2.6.2: to a driver that cannot flush, a completed write is on the disk.
+                    write_through: worker.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+                };
+                serve::serve(&requests, &mut ring, worker, queues)
+            },
+        )
+    }
+}
+
+/// `struct virtio_blk_config` (§ 5.2.4).
+fn config_space(disk: &Disk, queues: u16) -> [u8; 60] {
+    let block_size = disk.block_size();
+    let in_blocks = (PHYSICAL_BLOCK_SIZE / block_size).max(1);
+    let mut config = [0; 60];
+    let mut put = |offset: usize, bytes: &[u8]| {
+        if let Some(field) = config.get_mut(offset..offset + bytes.len()) {
+            field.copy_from_slice(bytes);
+        }
+    };
+    put(0, &disk.sectors().to_le_bytes()); // capacity
+    put(12, &SEG_MAX.to_le_bytes()); // seg_max
+    put(20, &block_size.to_le_bytes()); // blk_size
+    put(24, &[in_blocks.ilog2() as u8, 0]); // topology: physical_block_exp, alignment_offset
+    put(26, &(in_blocks as u16).to_le_bytes()); // topology: min_io_size
+    put(34, &queues.to_le_bytes()); // num_queues
+    put(36, &MAX_DISCARD_SECTORS.to_le_bytes()); // max_discard_sectors
+    put(40, &1u32.to_le_bytes()); // max_discard_seg
+    let alignment = PHYSICAL_BLOCK_SIZE.max(block_size) / SECTOR_SIZE as u32;
+    put(44, &alignment.to_le_bytes()); // discard_sector_alignment
+    put(48, &MAX_WRITE_ZEROES_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+    put(52, &1u32.to_le_bytes()); // max_write_zeroes_seg
+    put(56, &[1]); // write_zeroes_may_unmap
+    config
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        let always = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_MQ;
+        let more = if self.disk.is_read_only() {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+        };
+        always | more
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES.get(..self.notifiers.len()).unwrap_or_default()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    fn start(&mut self, resources: Resources) -> io::Result<()> {
+        QueueWorker::start_all(&mut self.workers, resources);
+        Ok(())
+    }
+
+    fn notify(&mut self, queue: u16) {
+        QueueWorker::notify(&self.workers, queue);
+    }
+
+    fn notifiers(&self) -> &[EventFd] {
+        &self.notifiers
+    }
+
+    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
+        QueueWorker::stop_all(&mut self.workers, mode, wait)
+    }
+}
