@@ -20,7 +20,7 @@ find_triple = $(shell has_musl() { [ -d "$$(rustc --print target-libdir --target
 TRIPLE = $(eval TRIPLE := $(find_triple))$(TRIPLE)
 build test bench lint: export CARGO_BUILD_TARGET = $(TRIPLE)
 
-.PHONY: help build boot boot-debian test fuzz bench compare lint man kernel guests deps clean
+.PHONY: help build boot boot-debian test fuzz bench compare lint man dist kernel guests deps clean
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, small, ...); ends with poweroff'
@@ -34,6 +34,7 @@ help:
 	@echo '              build/compare/report.html (COMPARE_RUNS=$(COMPARE_RUNS), KERNEL=$(KERNEL))'
 	@echo 'make lint     formatting, clippy, rustdoc and shellcheck'
 	@echo 'make man      man pages and completions for bash, fish and zsh, in build/man/'
+	@echo 'make dist     build/minivmm-VERSION-x86_64.tar.gz: the binary, man pages, completions and documents, to be unpacked at a prefix'
 	@echo 'make kernel   the small kernel, which KERNEL=small boots, from guest-kernels/kernel/ (minutes)'
 	@echo 'make guests   fetch the kernels, build the demo initramfs ($(DEMO)) and Debian'\''s initrd and disk'
 	@echo 'make deps     install what is missing, as the other targets do'
@@ -92,6 +93,17 @@ lint: deps
 
 man: deps
 	$(CARGO) run --example man -- build/man
+
+# Man pages and completions lie where man and the shells look for them below a prefix such as /usr/local.
+dist: build man
+	@rm -rf build/dist && mkdir -p build/dist/share/doc/minivmm
+	install -D -t build/dist/bin $(MINIVMM)
+	install -D -m 644 -t build/dist/share/man/man1 build/man/*.1
+	install -D -m 644 build/man/minivmm.bash build/dist/share/bash-completion/completions/minivmm
+	install -D -m 644 -t build/dist/share/fish/vendor_completions.d build/man/minivmm.fish
+	install -D -m 644 -t build/dist/share/zsh/site-functions build/man/_minivmm
+	cp -r README.md CHANGELOG.md docs build/dist/share/doc/minivmm
+	tar --owner=0 --group=0 -C build/dist -czf build/minivmm-$$($(CARGO) pkgid | sed 's/.*[#@]//')-x86_64.tar.gz bin share
 
 kernel: deps
 	guest-kernels/kernel/build
