@@ -18,7 +18,7 @@ use minivmm_devices::chardev::ConsoleOutput;
 use minivmm_devices::thread::ThreadStarter;
 
 /// Longest output that is kept of a VM: a guest must not choose how much memory its host uses.
-const OUTPUT_LIMIT: usize = 1 << 20;
+const OUTPUT_LIMIT: usize = 16 << 20;
 
 /// Console output kept in memory. Clones are the same output.
 #[derive(Clone, Default)]
