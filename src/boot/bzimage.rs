@@ -101,36 +101,7 @@ impl BzImage {
                 .malformed("it is a zImage, to be loaded below 1 MiB, and claims a 64-bit entry"));
         }
 
-        let setup_sects = if header.setup_sects == 0 {
-            4
-        } else {
-            u64::from(header.setup_sects)
-        };
-        let code_offset = (setup_sects + 1) * SECTOR;
-        // syssize counts units of 16 bytes, and the file may end within the last.
-        let file_len = input.len().saturating_sub(code_offset);
-        let code_len = match u64::from(header.syssize) * SYSSIZE_UNIT {
-            len if len > file_len && len - file_len < SYSSIZE_UNIT => file_len,
-            len => len,
-        };
-        if code_len <= ENTRY_64_OFFSET {
-            return Err(input.malformed(format!(
-                "its protected-mode part has {code_len} bytes (syssize)"
-            )));
-        }
-        input.check_range(
-            code_offset,
-            code_len,
-            "its protected-mode part (setup_sects, syssize)",
-        )?;
-        let (payload_offset, payload_length) = (header.payload_offset, header.payload_length);
-        if u64::from(payload_offset) + u64::from(payload_length) > code_len {
-            return Err(input.malformed(format!(
-                "its payload ({payload_length} bytes at {payload_offset:#x}) ends after its protected-mode part \
-                 ({code_len} bytes)"
-            )));
-        }
-
+        let (code_offset, code_len) = protected_mode_part(input, &header)?;
         let (load_gpa, end_gpa) = placement(input, &header, code_len)?;
         let version = read_version(input, &header, code_offset)?;
         Ok(Self {
@@ -203,6 +174,40 @@ fn parse_header(head: &[u8]) -> Option<setup_header> {
         .get_mut(..count)?
         .copy_from_slice(bytes.get(..count)?);
     Some(header)
+}
+
+/// Offset and length of the protected-mode part in the file, checked, with the payload in it.
+fn protected_mode_part(input: &InputFile, header: &setup_header) -> Result<(u64, u64), BootError> {
+    let setup_sects = if header.setup_sects == 0 {
+        4
+    } else {
+        u64::from(header.setup_sects)
+    };
+    let code_offset = (setup_sects + 1) * SECTOR;
+    // syssize counts units of 16 bytes, and the file may end within the last.
+    let file_len = input.len().saturating_sub(code_offset);
+    let code_len = match u64::from(header.syssize) * SYSSIZE_UNIT {
+        len if len > file_len && len - file_len < SYSSIZE_UNIT => file_len,
+        len => len,
+    };
+    if code_len <= ENTRY_64_OFFSET {
+        return Err(input.malformed(format!(
+            "its protected-mode part has {code_len} bytes (syssize)"
+        )));
+    }
+    input.check_range(
+        code_offset,
+        code_len,
+        "its protected-mode part (setup_sects, syssize)",
+    )?;
+    let (payload_offset, payload_length) = (header.payload_offset, header.payload_length);
+    if u64::from(payload_offset) + u64::from(payload_length) > code_len {
+        return Err(input.malformed(format!(
+            "its payload ({payload_length} bytes at {payload_offset:#x}) ends after its protected-mode part \
+             ({code_len} bytes)"
+        )));
+    }
+    Ok((code_offset, code_len))
 }
 
 /// Where the kernel goes and what it needs there (boot.rst, "init_size" and "pref_address").

@@ -6,6 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::thread::sleep;
 use std::time::Duration;
 
+use super::hostile::{check_outcome, mutate, mutations};
 use super::payload::bzimage_with;
 use super::*;
 

@@ -87,12 +87,34 @@ impl KernelConfig {
     }
 }
 
+fn build(name: &str) -> String {
+    format!("build the kernel with CONFIG_{name}=y")
+}
+
 /// What the options mean for a guest of this VMM.
 pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
-    let build = |name: &str| format!("build the kernel with CONFIG_{name}=y");
-    let mut checks = Vec::new();
+    let mut checks = check_discovery(config);
+    checks.extend(check_options(config));
 
-    // How the kernel finds CPUs, interrupts and devices.
+    let formats: Vec<_> = ["GZIP", "BZIP2", "LZMA", "XZ", "LZO", "LZ4", "ZSTD"]
+        .into_iter()
+        .filter(|format| config.has(&format!("RD_{format}")))
+        .map(str::to_lowercase)
+        .collect();
+    checks.push(Check::info(
+        "initrd formats",
+        if formats.is_empty() {
+            "plain cpio".to_owned()
+        } else {
+            format!("plain cpio, {}", formats.join(", "))
+        },
+    ));
+    checks
+}
+
+/// How the kernel finds CPUs, interrupts and devices.
+fn check_discovery(config: &KernelConfig) -> Vec<Check> {
+    let mut checks = Vec::new();
     checks.push(match (config.has("ACPI"), config.has("X86_MPPARSE")) {
         (true, mp_table) => Check::ok(
             "CONFIG_ACPI",
@@ -136,7 +158,12 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
             .hint(build("VIRTIO_MMIO_CMDLINE_DEVICES")),
         );
     }
+    checks
+}
 
+/// Options that are yes or no.
+fn check_options(config: &KernelConfig) -> Vec<Check> {
+    let mut checks = Vec::new();
     for (name, without) in [
         (
             "SERIAL_8250_CONSOLE",
@@ -176,20 +203,6 @@ pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
             if config.has(name) { with } else { without },
         ));
     }
-
-    let formats: Vec<_> = ["GZIP", "BZIP2", "LZMA", "XZ", "LZO", "LZ4", "ZSTD"]
-        .into_iter()
-        .filter(|format| config.has(&format!("RD_{format}")))
-        .map(str::to_lowercase)
-        .collect();
-    checks.push(Check::info(
-        "initrd formats",
-        if formats.is_empty() {
-            "plain cpio".to_owned()
-        } else {
-            format!("plain cpio, {}", formats.join(", "))
-        },
-    ));
     checks
 }
 

@@ -100,18 +100,20 @@ fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, Boo
             _ => break,
         }
     }
-    match has_init {
-        Some(true) => checks.push(Check::ok("/init", "present")),
-        Some(false) => checks.push(
-            Check::warn(
-                "/init",
-                "absent: the kernel will look for a root file system instead",
-            )
-            .hint("add an executable /init, or name one with rdinit= on the kernel's command line"),
-        ),
-        None => {}
-    }
+    checks.extend(has_init.map(check_init));
     Ok(checks)
+}
+
+fn check_init(present: bool) -> Check {
+    if present {
+        Check::ok("/init", "present")
+    } else {
+        Check::warn(
+            "/init",
+            "absent: the kernel will look for a root file system instead",
+        )
+        .hint("add an executable /init, or name one with rdinit= on the kernel's command line")
+    }
 }
 
 fn check_compression(

@@ -1,0 +1,136 @@
+//! A disk: the value of `--disk`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use minivmm_devices::block::Engine;
+use minivmm_devices::virtio::blk::{MAX_ID_LEN, MAX_QUEUES};
+use serde::{Deserialize, Serialize};
+
+/// How a disk is written on the command line.
+const DISK_SYNTAX: &str = "path=FILE[,ro][,ephemeral][,format=raw][,sector=512|4096][,id=SERIAL][,queues=N]\
+                           [,engine=io_uring|sync]";
+
+/// The format of a disk's file. There is only one, which need not be named but for a file that looks like another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// Its bytes are the disk's.
+    Raw,
+}
+
+/// A disk. Written as its help says.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiskConfig {
+    /// Raw image or block device of the host.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    #[serde(rename = "ro")]
+    pub read_only: bool,
+    /// Whether what the guest writes goes to a temporary file and not to [`DiskConfig::path`].
+    pub ephemeral: bool,
+    /// Its format, if that must be said.
+    pub format: Option<DiskFormat>,
+    /// Bytes in a logical block, 512 or 4096; without it, the block device's own, and 512 in a file.
+    pub sector: Option<u32>,
+    /// Serial number, by which a guest may find it.
+    pub id: Option<String>,
+    /// Number of queues; without it, one a vCPU up to [`MAX_QUEUES`].
+    pub queues: Option<u16>,
+    /// How the host's file is read and written; without it, through io_uring but for an ephemeral disk.
+    pub engine: Option<Engine>,
+}
+
+impl DiskConfig {
+    pub(super) fn validate(&self) -> Result<(), String> {
+        if self.path.as_os_str().is_empty() {
+            return Err("no file: write path=FILE".into());
+        }
+        if self.ephemeral && self.read_only {
+            return Err("ephemeral and ro: the guest either writes to a copy that goes with the VM, or it does not write".into());
+        }
+        if self.ephemeral && self.engine == Some(Engine::IoUring) {
+            return Err(
+                "ephemeral and engine=io_uring: an ephemeral disk has engine=sync alone".into(),
+            );
+        }
+        if let Some(sector) = self.sector
+            && ![512, 4096].contains(&sector)
+        {
+            return Err(format!(
+                "sector={sector}: a disk has sectors of 512 or 4096 bytes"
+            ));
+        }
+        if let Some(queues) = self.queues
+            && !(1..=MAX_QUEUES).contains(&queues)
+        {
+            return Err(format!(
+                "queues={queues}: a disk has 1 to {MAX_QUEUES} queues"
+            ));
+        }
+        match &self.id {
+            Some(id) if !(1..=MAX_ID_LEN).contains(&id.len()) => Err(format!(
+                "id '{id}' has {} bytes: a serial number has 1 to {MAX_ID_LEN}",
+                id.len()
+            )),
+            Some(id) if !id.bytes().all(|b| b.is_ascii_graphic()) => Err(format!(
+                "id '{}': a serial number has letters, digits and signs alone",
+                id.escape_default()
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut config = Self::default();
+        let mut seen = Vec::new();
+        for part in text.split(',') {
+            let (key, value) = match part.split_once('=') {
+                Some((key, value)) => (key, Some(value)),
+                None => (part, None),
+            };
+            match (key, value) {
+                ("path", Some(value)) => config.path = value.into(),
+                ("ro", None) => config.read_only = true,
+                ("ephemeral", None) => config.ephemeral = true,
+                ("format", Some("raw")) => config.format = Some(DiskFormat::Raw),
+                ("format", _) => {
+                    return Err(format!(
+                        "'{part}': disks are raw; convert others (qemu-img convert -O raw), or write format=raw"
+                    ));
+                }
+                ("sector", Some(value)) => {
+                    let sector = value.parse().map_err(|e| format!("'{part}': {e}"))?;
+                    config.sector = Some(sector);
+                }
+                ("id", Some(value)) => config.id = Some(value.into()),
+                ("queues", Some(value)) => {
+                    let queues = value.parse().map_err(|e| format!("'{part}': {e}"))?;
+                    config.queues = Some(queues);
+                }
+                ("engine", Some("io_uring")) => config.engine = Some(Engine::IoUring),
+                ("engine", Some("sync")) => config.engine = Some(Engine::Sync),
+                ("engine", _) => {
+                    return Err(format!("'{part}': write engine=io_uring or engine=sync"));
+                }
+                _ => {
+                    return Err(format!(
+                        "'{part}' is not known; write {DISK_SYNTAX} (a path with a comma can be given in a \
+                         configuration file)"
+                    ));
+                }
+            }
+            if seen.contains(&key) {
+                return Err(format!("'{part}': {key} comes twice"));
+            }
+            seen.push(key);
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
