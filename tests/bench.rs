@@ -279,7 +279,7 @@ fn mistakes_are_named() {
         &["the baseline /nowhere"],
     );
     let ended = run(&mut minivmm(&["bench", "--vs", "none"]));
-    assert_error(&ended, 2, &["--kernel"]);
+    assert_error(&ended, 2, &["no kernel"]);
     // The tiny guest says nothing but one sign.
     let mut command = minivmm(&["bench", "--memory", "16M", "--vs", "none", "--kernel"]);
     assert_error(
