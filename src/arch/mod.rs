@@ -1,4 +1,4 @@
-//! What is particular to a processor's architecture: nothing outside names one. docs/architecture.md says what a second one needs.
+//! Architecture-specific code. Nothing outside this module names an architecture. docs/architecture.md says what a second one needs.
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

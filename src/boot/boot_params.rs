@@ -55,7 +55,7 @@ pub(crate) fn write(
     }
     params.hdr.setup_data = 0;
     params.hdr.heap_end_ptr = 0;
-    // The real-mode code, which would look at it, does not run: "normal", so that no video mode is asked for.
+    // "normal": do not ask for a video mode. Only the real-mode code, which does not run, would use it.
     params.hdr.vid_mode = 0xffff;
     (params.hdr.cmd_line_ptr, params.ext_cmd_line_ptr) = halves(layout::CMDLINE_START);
     let (start, size) = initrd.map_or((0, 0), |range| (range.start, range.end - range.start));

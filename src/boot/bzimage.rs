@@ -51,7 +51,7 @@ pub(crate) struct BzImage {
     pub(crate) code_len: u64,
     /// Where it is loaded.
     pub(crate) load_gpa: u64,
-    /// End of the memory it needs before it can look at the memory map.
+    /// End of the memory that it uses before it reads the memory map.
     pub(crate) end_gpa: u64,
     /// "6.1.0-56-cloud-amd64 (...) #1 SMP ...".
     pub(crate) version: Option<String>,
@@ -66,7 +66,7 @@ impl BzImage {
                 u16_at(head, 0x1fe).unwrap_or(0)
             )));
         }
-        // The version is asked first: in older kernels other fields may be missing.
+        // Checked first: older versions lack other fields.
         if let Some(version) = u16_at(head, 0x206).filter(|version| *version < MIN_VERSION) {
             return Err(BootError::ProtocolTooOld {
                 path: input.path().to_owned(),
@@ -250,7 +250,7 @@ fn placement(
         })
 }
 
-/// The version string, whose pointer is relative to 0x200 (boot.rst, "kernel_version"). A bad pointer is no error.
+/// The version string, whose pointer is relative to 0x200 (boot.rst, "kernel_version"). A bad pointer is not an error.
 fn read_version(
     input: &InputFile,
     header: &setup_header,

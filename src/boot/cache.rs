@@ -1,12 +1,12 @@
 //! Unpacked kernels, kept for the next boot.
 //!
-//! An entry is what was in a bzImage, and its name is that file's identity. It comes into being whole: it is written under
-//! another name, brought to the disk, stamped and renamed. The stamp is the bzImage's time of modification in whole seconds;
-//! an entry that anybody has written to since has another time and is not used. Entries are read, never mapped: nothing that
-//! happens to one reaches a running guest.
+//! An entry is the decompressed kernel of a bzImage; its name is that file's identity. Entries are created atomically: written
+//! under a temporary name, synced, stamped and renamed. The stamp is the bzImage's mtime in whole seconds. An entry that was
+//! written to later has another mtime and is not used. Entries are read, never mapped, so that a change to one cannot reach a
+//! running guest.
 //!
-//! The directory is opened once, and all else is relative to that descriptor: whoever owns a directory above it may rename it or
-//! put a symbolic link in its place, and gains nothing.
+//! The directory is opened once and all accesses are relative to that descriptor. The owner of a parent directory gains nothing
+//! by renaming it or by replacing it with a symbolic link.
 
 use std::fs::{DirBuilder, File, FileTimes, Metadata, OpenOptions};
 use std::io;
@@ -21,13 +21,13 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::input::FileIdentity;
 
-/// Most files, and most bytes that they may take on the disk. The oldest go first.
+/// Limits of the cache: number of files, and bytes on disk. The oldest entries are evicted first.
 const MAX_FILES: usize = 8;
 const MAX_BYTES: u64 = 512 << 20;
-/// A file that changed later than so long ago may change again without its times showing it: file systems count them in
-/// steps, the coarsest of 2 s.
+/// A file younger than this may change again without a new timestamp: the coarsest file system timestamps have a
+/// granularity of 2 s.
 const SETTLED: Duration = Duration::from_secs(2);
-/// What the names of files begin with that are still written to.
+/// Prefix of files that are being written.
 const TEMPORARY: &str = ".tmp";
 
 /// The user's kernel cache: $XDG_CACHE_HOME, or else ~/.cache (XDG Base Directory Specification), and there a directory whose
@@ -42,14 +42,14 @@ pub fn default_dir() -> Option<PathBuf> {
     Some(base.join("minivmm/kernels-v1"))
 }
 
-/// A directory of unpacked kernels that is ours alone.
+/// A directory of decompressed kernels that only this user can write to.
 #[derive(Debug)]
 pub(crate) struct KernelCache {
     dir: File,
 }
 
 impl KernelCache {
-    /// Takes the directory, and makes it first if need be.
+    /// Opens the directory, and creates it if necessary.
     pub(crate) fn open(dir: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let dir = OpenOptions::new()
@@ -67,7 +67,7 @@ impl KernelCache {
 
     /// The entry for this file, if there is one that can be trusted.
     pub(crate) fn get(&self, id: &FileIdentity) -> Option<File> {
-        // Neither through a link nor held up by a pipe of that name.
+        // Do not follow a symbolic link, and do not block on a FIFO.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = openat(&self.dir, entry(id), flags, Mode::empty()).ok()?;
         let file = File::from(file);
@@ -76,7 +76,7 @@ impl KernelCache {
         (metadata.is_file() && is_ours(&metadata) && untouched).then_some(file)
     }
 
-    /// Keeps what `write` writes for the file `id`.
+    /// Adds an entry for the file `id`, with the content that `write` writes.
     pub(crate) fn put(
         &self,
         id: &FileIdentity,
@@ -84,7 +84,9 @@ impl KernelCache {
     ) -> io::Result<()> {
         let changed = Duration::from_secs(u64::try_from(id.ctime.0).unwrap_or(0)) + SETTLED;
         if SystemTime::UNIX_EPOCH + changed >= SystemTime::now() {
-            return Err(io::Error::other("the kernel has changed only just now"));
+            return Err(io::Error::other(
+                "the kernel file was modified less than a few seconds ago",
+            ));
         }
         let mut random = [0; 8];
         getrandom(&mut random, GetRandomFlags::empty())?;
@@ -99,7 +101,7 @@ impl KernelCache {
         self.tidy()
     }
 
-    /// Makes the file `temporary` the entry for `id`.
+    /// Renames the file `temporary` to the entry for `id`.
     fn keep(
         &self,
         file: &File,
@@ -114,8 +116,8 @@ impl KernelCache {
         Ok(renameat(&self.dir, temporary, &self.dir, entry(id))?)
     }
 
-    /// Removes what is too much, the oldest first, and with it what a killed writer has left. Files that are not the cache's
-    /// stay, and do not count.
+    /// Evicts the oldest entries beyond the limits, and temporary files of killed writers. Other files are neither counted nor
+    /// removed.
     fn tidy(&self) -> io::Result<()> {
         let mut files = Vec::new();
         for file in Dir::read_from(&self.dir)? {
@@ -124,7 +126,7 @@ impl KernelCache {
             if !is_own_name(name.to_bytes()) {
                 continue;
             }
-            // What has gone in the meantime was another's to remove.
+            // Another process may have removed it already.
             if let Ok(stat) = statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW) {
                 let size = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
                 files.push((stat.st_ctime, stat.st_ctime_nsec, size, name.to_owned()));
@@ -175,7 +177,7 @@ fn is_own_name(name: &[u8]) -> bool {
     }
 }
 
-/// Whether nobody else has a hand in this file or directory.
+/// Whether this user owns the file or directory and no other may write to it.
 fn is_ours(metadata: &Metadata) -> bool {
     metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0
 }

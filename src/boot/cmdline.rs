@@ -14,8 +14,8 @@ pub(crate) fn words(cmdline: &str) -> impl Iterator<Item = &str> {
     cmdline.split_whitespace().take_while(|word| *word != "--")
 }
 
-/// What a kernel cannot do on this machine, what it is told instead, and why: people bring command lines that were published for
-/// other monitors, with more hardware or less.
+/// Parameters that cannot work on this machine, their replacements, and why. Command lines published for other VMMs have
+/// them.
 const UNSUITED: [(&str, &str, &str); 11] = [
     ("noapic", "", NO_8259),
     ("acpi=noirq", "", NO_8259),
@@ -32,9 +32,9 @@ const UNSUITED: [(&str, &str, &str); 11] = [
 ];
 const NO_8259: &str = "interrupts come by the I/O APIC and ACPI, and there is no 8259";
 const NO_OTHER_TIMER: &str = "the local APIC has the only timer";
-const NO_OTHER_CLOCK: &str = "kvm-clock alone tells how fast the TSC is";
+const NO_OTHER_CLOCK: &str = "only kvm-clock gives the frequency of the TSC";
 
-/// The command line, with a warning for each word in it that cannot work and is left out or replaced.
+/// Removes or replaces parameters that cannot work, with a warning for each.
 pub(crate) fn suit(cmdline: &str) -> String {
     edit(cmdline, |word| {
         let (_, new, why) = UNSUITED.iter().find(|(unsuited, ..)| word == *unsuited)?;
@@ -47,7 +47,7 @@ pub(crate) fn suit(cmdline: &str) -> String {
     })
 }
 
-/// The command line without `acpi=off`, and without what tells a kernel without ACPI of its devices.
+/// Removes `acpi=off` and the device parameters that only a kernel without ACPI needs.
 pub(crate) fn with_acpi(cmdline: &str) -> String {
     edit(cmdline, |word| {
         let unwanted = word == "acpi=off" || word.starts_with("virtio_mmio.device=");
@@ -55,9 +55,9 @@ pub(crate) fn with_acpi(cmdline: &str) -> String {
     })
 }
 
-/// The command line, in which `new` replaces words of the kernel's; by nothing, where it says so.
+/// Replaces the kernel's parameters for which `new` returns something; an empty string removes one.
 fn edit(cmdline: &str, new: impl Fn(&str) -> Option<&'static str>) -> String {
-    // Behind "--" it is init's, and stays as it is, quotes and spaces and all.
+    // What follows "--" is for init and stays unchanged, with its quotes and spaces.
     let init_at = [
         cmdline.starts_with("-- ").then_some(0),
         cmdline.find(" -- "),

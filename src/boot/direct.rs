@@ -1,5 +1,5 @@
-//! A bzImage entered at the kernel inside it: minivmm does what the kernel's decompressor would do in the guest, which takes
-//! the guest much longer, and can be done once for many boots.
+//! Direct boot of the ELF kernel inside a bzImage. minivmm does the work of the kernel's decompressor, faster than the guest
+//! would, and once for many boots.
 
 use std::fs::File;
 use std::io;
@@ -22,15 +22,15 @@ use super::payload::{self, PayloadError};
 use super::ram::GuestMemory;
 use super::relocs::{Outside, Relocations};
 
-/// Longest relocation table in bytes; Debian's have 0.9 MB.
+/// Maximum length of the relocation table in bytes; Debian's kernels have 0.9 MB.
 const MAX_TABLE: u64 = 16 << 20;
 /// Runs of zeros of this size, and at multiples of it, are left out of the files that we write.
 const HOLE: usize = 64 << 10;
 
-/// Why a bzImage is left to its own decompressor.
+/// Why a bzImage cannot be booted directly and has to decompress itself.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DirectBootError {
-    /// The payload cannot be unpacked here.
+    /// The payload cannot be decompressed.
     #[error(transparent)]
     Payload(#[from] PayloadError),
     /// The kernel in it cannot be loaded.
@@ -44,24 +44,24 @@ pub(crate) enum DirectBootError {
         /// pref_address.
         preferred: u64,
     },
-    /// An alignment that no kernel for 64 bits has.
+    /// An alignment that is invalid for a 64-bit kernel.
     #[error("its alignment is {0:#x}")]
     Alignment(u32),
-    /// What follows the kernel is no relocation table.
-    #[error("the {0} bytes behind its kernel are no relocation table")]
+    /// What follows the kernel is not a relocation table.
+    #[error("the {0} bytes after its kernel are not a relocation table")]
     NoTable(u64),
     /// The relocation table is wrong.
     #[error(transparent)]
     Outside(#[from] Outside),
-    /// The command line says where the kernel may go.
+    /// The command line restricts where the kernel may be loaded.
     #[error("{0} is on the command line, and limits where it may go")]
     Limited(String),
-    /// The host did not do its part.
+    /// A system call failed.
     #[error("cannot {what}")]
     Host {
-        /// What was asked of it.
+        /// What it was for.
         what: &'static str,
-        /// What it said.
+        /// Its error.
         #[source]
         source: io::Error,
     },
@@ -70,7 +70,7 @@ pub(crate) enum DirectBootError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// The kernel out of a bzImage, and how it may be moved.
+/// The ELF kernel from a bzImage, and its relocations.
 pub(crate) struct DirectKernel {
     input: InputFile,
     elf: ElfKernel,
@@ -81,8 +81,8 @@ pub(crate) struct DirectKernel {
 }
 
 impl DirectKernel {
-    /// The kernel in `image`, out of the cache in the directory `cache` if it is there, and otherwise unpacked, and kept
-    /// there. Where there can be no cache, that is no error.
+    /// Gets the kernel in `image` from the cache in directory `cache`, or decompresses it and caches it. A cache that cannot
+    /// be used is not an error.
     pub(crate) fn open(
         input: &InputFile,
         image: &BzImage,
@@ -95,7 +95,7 @@ impl DirectKernel {
         let cache = cache.and_then(|dir| KernelCache::open(dir).map_err(without).ok());
         let from_file = |file| {
             let file = InputFile::from_file(Role::Kernel, input.path(), file)
-                .map_err(host("look at the unpacked kernel"))?;
+                .map_err(host("read the decompressed kernel"))?;
             Self::parse(file, image)
         };
         let cached = cache
@@ -108,7 +108,7 @@ impl DirectKernel {
         let unpacked = payload::unpack(input, image)?;
         let file = in_memory(&unpacked).map_err(host("keep it in memory"))?;
         let kernel = from_file(file)?;
-        // What has changed while it was read may be a mixture.
+        // A file that changed while it was read may be a mixture of both versions.
         if let Some(cache) = cache.filter(|_| input.is_unchanged()) {
             cache
                 .put(input.identity(), |file| write_sparse(file, &unpacked))
@@ -189,7 +189,7 @@ impl DirectKernel {
                 None => Ok(()),
             });
         if let Err(why) = result {
-            // Whoever loads something else now counts on memory that is zero.
+            // The fallback loader needs zeroed memory.
             image.copy_from(&vec![0u8; len]);
             return Err(why);
         }
@@ -204,7 +204,7 @@ impl DirectKernel {
 
 fn random() -> io::Result<[u64; 2]> {
     let mut bytes = [0; 16];
-    // So few bytes are given whole (getrandom(2)).
+    // Reads of up to 256 bytes are never short (getrandom(2)).
     getrandom(&mut bytes, GetRandomFlags::empty())?;
     let both = u128::from_le_bytes(bytes);
     Ok([both as u64, (both >> 64) as u64])

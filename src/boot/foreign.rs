@@ -1,4 +1,4 @@
-//! What is booted by other protocols than Linux's and PVH, and what it is.
+//! Kernels of other boot protocols than Linux's and PVH, recognized by name.
 
 use memchr::memmem;
 
@@ -10,17 +10,17 @@ const HEADERS_LEN: usize = 32 << 10;
 const MULTIBOOT: [u8; 4] = 0x1bad_b002u32.to_le_bytes();
 const MULTIBOOT2: [u8; 4] = 0xe852_50d6u32.to_le_bytes();
 
-/// How much of a file is searched for names: more than those who are known have.
+/// Bytes of a file that are searched for a name; known kernels are smaller.
 const SEARCHED: u64 = 16 << 20;
-/// What those who have no other sign say of themselves.
+/// Version strings of kernels that have no other signature.
 const NAMES: [(&[u8], &str); 3] = [
     (b"Xen version ", "the Xen hypervisor"),
     (b"GNU Mach", "GNU Mach"),
     (b"U-Boot 2", "the boot loader U-Boot"),
 ];
 
-/// The error about a file that something else than minivmm boots, if it is one: by its multiboot header or, with `odd`, if
-/// nothing else is known of the file, by what it says of itself.
+/// The error for a kernel of another boot protocol, if the file is one: recognized by its multiboot header or, with `odd` (an
+/// otherwise unknown file), by its version string.
 pub(super) fn refuse(input: &InputFile, odd: bool) -> Result<Option<BootError>, BootError> {
     let mut headers = vec![0; HEADERS_LEN];
     let len = input.read_some(0, &mut headers)?;
@@ -39,7 +39,7 @@ pub(super) fn refuse(input: &InputFile, odd: bool) -> Result<Option<BootError>, 
         .find(|(text, _)| memmem::find(&file, text).is_some());
     let what = match name {
         Some((_, name)) => *name,
-        None if multiboot => "a multiboot kernel of another system than Linux",
+        None if multiboot => "a multiboot kernel, not Linux",
         None => return Ok(None),
     };
     Ok(Some(BootError::WrongKind {

@@ -14,7 +14,7 @@ pub enum Compression {
     Gzip,
     /// bzip2.
     Bzip2,
-    /// LZMA alone, the format before xz.
+    /// LZMA, the legacy format before xz.
     Lzma,
     /// xz.
     Xz,
@@ -220,7 +220,7 @@ pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> Bo
     }
 }
 
-/// Refuses what surely is no initrd. Everything else passes: a kernel may know more formats than this program.
+/// Rejects files that cannot be an initrd. Unknown formats pass: the kernel may support them.
 pub(crate) fn check_initrd_kind(input: &InputFile, head: &[u8]) -> Result<(), BootError> {
     let (what, hint) = match FileKind::identify(head) {
         FileKind::BzImage => (

@@ -1,4 +1,4 @@
-//! What a kernel in guest memory tells by the texts in it: what it can do before it runs, and in its log how it ended.
+//! Strings in a kernel's memory: features before it runs, and its log after a panic.
 
 use std::ops::Range;
 
@@ -8,14 +8,14 @@ use vm_memory::{Bytes, GuestAddress};
 use super::bzimage::printable;
 use super::ram::GuestMemory;
 
-/// Bytes of guest memory that are looked at in one piece.
+/// Bytes of guest memory that are searched at a time.
 const PIECE: u64 = 1 << 20;
 /// Longest message of a panic that is read; the kernel's own buffer for it has 1024 bytes.
 const MAX_MESSAGE: usize = 256;
 
-/// What a kernel says when it reads an MP table (arch/x86/kernel/mpparse.c).
+/// Logged by a kernel that reads an MP table (arch/x86/kernel/mpparse.c).
 const MP_TABLE: &[u8] = b"Intel MultiProcessor Specification v1.";
-/// What a kernel says when it panics (kernel/panic.c).
+/// Logged by a kernel that panics (kernel/panic.c).
 const PANIC: &[u8] = b"Kernel panic - not syncing: ";
 
 /// Whether the kernel in these GPAs can read an MP table.

@@ -27,7 +27,7 @@ pub(crate) fn load(
 
     let size = input.len();
     let ram_end = low_ram_end(mem);
-    // Linux keeps the size in 32 bits (ramdisk_size) unless it is told of more; below the gap there is no more.
+    // Linux keeps the size in 32 bits (ramdisk_size) unless ext_ramdisk_size is set; below the MMIO gap it always fits.
     let top = ceiling.min(ram_end);
     let start = top
         .checked_sub(size)

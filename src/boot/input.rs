@@ -29,8 +29,8 @@ pub(crate) struct InputFile {
     identity: FileIdentity,
 }
 
-/// What tells a file and its content from every other: where it is, and when it changed. Nobody can set the time of the last
-/// change (ctime), so that a file that was overwritten is another one, whatever else was made to look the same.
+/// Identifies a file and its content by inode and timestamps. A user cannot set the ctime, so an overwritten file always has a
+/// new identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FileIdentity {
     pub(crate) dev: u64,
@@ -55,7 +55,7 @@ impl FileIdentity {
 }
 
 impl InputFile {
-    /// Opens `path`. A FIFO or a device is refused before it is opened, so that nothing can hang or be set off.
+    /// Opens `path`. A FIFO or a device is refused before it is opened, so that opening neither blocks nor has side effects.
     pub(crate) fn open(role: Role, path: &Path) -> Result<Self, BootError> {
         let failed = |source: io::Error| {
             let path = path.to_owned();

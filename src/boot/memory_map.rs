@@ -92,7 +92,7 @@ pub(crate) fn mib_ceil(bytes: u64) -> u64 {
     bytes.div_ceil(MIB)
 }
 
-/// Checks that memory goes on at least to `end_gpa`, which lies below the MMIO gap.
+/// Checks that RAM extends at least to `end_gpa`, which lies below the MMIO gap.
 pub(crate) fn check_fits(
     input: &InputFile,
     mem: &GuestMemory,

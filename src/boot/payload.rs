@@ -9,14 +9,14 @@ use super::error::BootError;
 use super::format::{Compression, hex};
 use super::input::InputFile;
 
-/// Why a payload cannot be unpacked here. The guest may still be able to.
+/// Why a payload cannot be decompressed on the host. The guest may still be able to.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PayloadError {
     /// The kernel file cannot be read.
     #[error(transparent)]
     Read(#[from] BootError),
     /// A format that Linux does not pack its kernels in, or none.
-    #[error("its payload begins with {head}, which is no compression of Linux kernels")]
+    #[error("its payload begins with {head}, which is not a compression format of Linux kernels")]
     UnknownFormat {
         /// The first bytes, in hexadecimal.
         head: String,
@@ -42,8 +42,8 @@ pub(crate) enum PayloadError {
         #[source]
         source: io::Error,
     },
-    /// What was unpacked is no kernel.
-    #[error("what its {format} payload holds is no ELF file")]
+    /// The decompressed payload is not a kernel.
+    #[error("its {format} payload is not an ELF file")]
     NotElf {
         /// How it is compressed.
         format: Compression,
@@ -62,7 +62,7 @@ pub(crate) fn format(input: &InputFile, image: &BzImage) -> Result<Compression, 
     }
 }
 
-/// Unpacks the payload. It takes no more memory than the kernel's init_size twice, and what the decoder needs.
+/// Decompresses the payload. Memory use is at most twice the kernel's init_size, plus the decoder's.
 pub(crate) fn unpack(input: &InputFile, image: &BzImage) -> Result<Vec<u8>, PayloadError> {
     let format = format(input, image)?;
     let damaged = |source| PayloadError::Damaged { format, source };

@@ -19,7 +19,7 @@ pub(crate) struct Relocations {
     add32: Vec<u32>,
 }
 
-/// A list's place that is not in the kernel.
+/// A relocation outside the kernel.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("its relocation table names {address:#x}, which is not in the kernel")]
 pub(crate) struct Outside {
@@ -28,7 +28,7 @@ pub(crate) struct Outside {
 }
 
 impl Relocations {
-    /// Reads the table; `None` if this is none.
+    /// Parses the table; `None` if it is not one.
     pub(crate) fn parse(table: &[u8]) -> Option<Self> {
         let (words, []) = table.as_chunks() else {
             return None;
@@ -47,8 +47,7 @@ impl Relocations {
         })
     }
 
-    /// Makes `image`, a kernel that was linked for the physical address `link`, one whose virtual addresses are `delta`
-    /// bytes higher.
+    /// Relocates `image`, a kernel linked for the physical address `link`, by `delta` bytes of virtual address.
     pub(crate) fn apply(
         &self,
         image: &VolatileSlice<'_>,

@@ -24,7 +24,7 @@ pub enum ConsoleTarget {
 
 /// A text that names no [`ConsoleTarget`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("unknown place for the console, {0:?}; use stdio, pty, file=PATH or none")]
+#[error("unknown console target {0:?}; use stdio, pty, file=PATH or none")]
 pub struct ConsoleTargetError(String);
 
 impl FromStr for ConsoleTarget {

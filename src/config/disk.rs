@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 const DISK_SYNTAX: &str = "path=FILE[,ro][,ephemeral][,format=raw][,sector=512|4096][,id=SERIAL][,queues=N]\
                            [,engine=io_uring|sync]";
 
-/// The format of a disk's file. There is only one, which need not be named but for a file that looks like another.
+/// The format of a disk's file. The only one is raw. It must be given for a file that looks like another format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
-    /// Its bytes are the disk's.
+    /// The file's bytes are the disk's.
     Raw,
 }
 
@@ -30,13 +30,13 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Whether what the guest writes goes to a temporary file and not to [`DiskConfig::path`].
     pub ephemeral: bool,
-    /// Its format, if that must be said.
+    /// Its format, if given.
     pub format: Option<DiskFormat>,
     /// Bytes in a logical block, 512 or 4096; without it, the block device's own, and 512 in a file.
     pub sector: Option<u32>,
     /// Serial number, by which a guest may find it.
     pub id: Option<String>,
-    /// Number of queues; without it, one a vCPU up to [`MAX_QUEUES`].
+    /// Number of queues; by default one per vCPU, up to [`MAX_QUEUES`].
     pub queues: Option<u16>,
     /// How the host's file is read and written; without it, through io_uring but for an ephemeral disk.
     pub engine: Option<Engine>,
@@ -48,11 +48,11 @@ impl DiskConfig {
             return Err("no file: write path=FILE".into());
         }
         if self.ephemeral && self.read_only {
-            return Err("ephemeral and ro: the guest either writes to a copy that goes with the VM, or it does not write".into());
+            return Err("ephemeral and ro exclude each other: an ephemeral disk is writable, and its changes are discarded with the VM".into());
         }
         if self.ephemeral && self.engine == Some(Engine::IoUring) {
             return Err(
-                "ephemeral and engine=io_uring: an ephemeral disk has engine=sync alone".into(),
+                "ephemeral and engine=io_uring: an ephemeral disk supports only engine=sync".into(),
             );
         }
         if let Some(sector) = self.sector
@@ -75,7 +75,7 @@ impl DiskConfig {
                 id.len()
             )),
             Some(id) if !id.bytes().all(|b| b.is_ascii_graphic()) => Err(format!(
-                "id '{}': a serial number has letters, digits and signs alone",
+                "id '{}': a serial number has only letters, digits and punctuation",
                 id.escape_default()
             )),
             _ => Ok(()),

@@ -17,12 +17,17 @@ pub use console::{ConsoleTarget, ConsoleTargetError};
 pub use disk::{DiskConfig, DiskFormat};
 pub use units::{MemorySize, Span};
 
-/// What a kernel is told whatever its console is: to reset rather than hang after a panic; to print little, since every byte on a
-/// serial line costs two exits; and to leave out what costs time at boot. The PCI bus is empty, yet a kernel that finds an AMD
-/// processor with a GART (not those since 2012) reads 16,000 of its registers, unless `pci=` says not to look early;
-/// `pci=off` spares that as well, but has it log an error. With RAM above 4 GiB it would set 64 MiB of it aside
-/// for devices that reach no further, which no device here is (`swiotlb=`). With a single CPU, Linux patches each LOCK prefix
-/// away, 9,000 in Debian's: a guest that runs for long may be quicker if it does. And Debian's kernels test their ciphers.
+/// Default parameters for every console. Each saves boot time, except `panic=-1`, which resets after a panic instead of
+/// hanging.
+///
+/// - `quiet`: every byte on the serial line costs two exits.
+/// - `pci=conf1,noearly`: the PCI bus is empty, yet on an AMD processor with a GART (before 2012) early quirks read 16,000
+///   configuration registers. `pci=off` avoids that too, but logs an error.
+/// - `swiotlb=noforce`: with RAM above 4 GiB, Linux reserves 64 MiB of bounce buffers, which no device here needs.
+/// - `noreplace-smp`: with one CPU, Linux patches out every LOCK prefix, 9,000 in Debian's kernels. A long-running guest may
+///   be faster without this parameter.
+/// - `cryptomgr.notests`: Debian's kernels self-test their ciphers.
+///
 /// docs/benchmarks.md has what each of them takes.
 macro_rules! common_cmdline {
     () => {
@@ -33,8 +38,8 @@ macro_rules! common_cmdline {
 /// Kernel command line of a microVM whose console is COM1.
 pub const DEFAULT_CMDLINE: &str = concat!("console=ttyS0 ", common_cmdline!());
 
-/// The same for hvc0. Its driver may be a module, and without it a kernel would be silent even in a panic, so COM1 has the
-/// messages until the driver takes over: behind `quiet`, since it prints what there is when it is read.
+/// The same for hvc0. Its driver may be a module, so early messages, even of a panic, go to COM1 until it is loaded. `earlycon`
+/// comes after `quiet`, since it prints the log as soon as it is parsed.
 pub const VIRTIO_CMDLINE: &str = concat!(
     "console=hvc0 ",
     common_cmdline!(),
@@ -83,10 +88,10 @@ pub enum ConfigError {
     /// No kernel was named.
     #[error("no kernel is named")]
     NoKernel,
-    /// Not a possible number of vCPUs.
+    /// An invalid number of vCPUs.
     #[error("{0} vCPUs are not possible: a VM has 1 to {MAX_CPUS}")]
     Cpus(u8),
-    /// A disk that cannot be.
+    /// An invalid disk.
     #[error("disk {path}: {why}", path = path.display())]
     Disk {
         /// The file.
@@ -94,7 +99,7 @@ pub enum ConfigError {
         /// What is wrong.
         why: String,
     },
-    /// Not a possible size.
+    /// An invalid memory size.
     #[error("{0} of memory is not possible: a VM has 16M to 4T, in whole pages of 4 KiB{1}")]
     Memory(MemorySize, &'static str),
 }
@@ -212,7 +217,7 @@ impl VmConfig {
         })
     }
 
-    /// Checks what no file or device need be asked about.
+    /// Checks what can be checked without access to files and devices.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.kernel.as_os_str().is_empty() {
             return Err(ConfigError::NoKernel);
@@ -254,7 +259,7 @@ impl VmConfig {
     }
 }
 
-/// Serde also takes a structure for an array of its fields, in an order that is nobody's affair.
+/// Rejects arrays in place of objects. Serde would accept a structure as an array of its fields.
 fn parse(json: &str) -> serde_json::Result<VmConfig> {
     let config = serde_json::from_str(json)?;
     let value: Value = serde_json::from_str(json)?;
@@ -271,7 +276,7 @@ fn parse(json: &str) -> serde_json::Result<VmConfig> {
     Ok(config)
 }
 
-/// Puts words together, but for parts that are empty.
+/// Joins the parts that are not empty, with spaces.
 pub fn join_words<const N: usize>(parts: [&str; N]) -> String {
     let parts: Vec<&str> = parts
         .iter()

@@ -63,7 +63,7 @@ impl fmt::Display for MemorySize {
 pub struct Span(pub Duration);
 
 impl Span {
-    /// So long after `start`; `None`, which is never, beyond what the clock can say.
+    /// The time this long after `start`; `None`, for never, if the clock cannot represent it.
     pub fn after(self, start: Instant) -> Option<Instant> {
         start.checked_add(self.0)
     }

@@ -13,10 +13,10 @@ use rustix::termios::tcgetwinsize;
 use super::escape::{Escape, HELP, Key};
 use super::terminal;
 
-/// Keys kept for a guest that is not reading. A terminal is read ahead of the guest, or `Ctrl-A x` could not be seen
-/// just when it is needed most; when this is full, the terminal is no longer read and nothing is lost.
+/// Bytes of read-ahead for a guest that does not read its input. A terminal is read ahead of the guest so that `Ctrl-A x` works
+/// then. When this is full, the terminal is not read, and nothing is lost.
 const LOOK_AHEAD: usize = 64 << 10;
-/// Bytes read at once.
+/// Bytes per read(2).
 const CHUNK: usize = 4096;
 
 /// What came of [`ConsoleInput::pump`].
@@ -196,14 +196,14 @@ impl ConsoleInput {
             tv_sec: 0,
             tv_nsec: 0,
         };
-        // A signal is no reason to wait for input that is there: its edge has passed.
+        // Retry on EINTR: the epoll edge for this input has passed.
         let ready = match retry_on_intr(|| poll(&mut fds, Some(&at_once))) {
             Ok(0) => return Read::NotReady,
             Ok(_) => fds[0].revents(),
             Err(e) => return end_of_input(e),
         };
         if is_pty && !ready.contains(PollFlags::IN) {
-            // Hung up: nobody is attached now. Somebody may be later.
+            // Hung up: no terminal is attached now, but one may attach later.
             return Read::NotReady;
         }
         match retry_on_intr(|| rustix::io::read(fd, &mut *buffer)) {

@@ -4,8 +4,8 @@
 //! shows it to an [observer](OutputObserver). [`ConsoleInput`] is the input, driven by the event loop. [`RawTerminal`] keeps the
 //! terminal raw while the VM runs.
 //!
-//! Flow control goes all the way both ways: a slow reader makes the guest wait, and input waits in its pipe or terminal
-//! until the guest has room. Nothing grows without bound, and nothing is lost but what is said to be.
+//! Flow control works in both directions: a slow reader makes the guest wait, and input waits in its pipe or terminal
+//! until the guest has room. Buffers are bounded, and lost output is counted.
 
 mod escape;
 mod input;
@@ -45,7 +45,7 @@ pub enum ConsoleError {
         /// What the system said.
         source: io::Error,
     },
-    /// There is no pseudo-terminal to be had.
+    /// A pseudo-terminal cannot be opened.
     #[error("cannot open a pseudo-terminal for the console (is /dev/pts mounted?)")]
     Pty(#[source] io::Error),
     /// The output thread cannot be started.

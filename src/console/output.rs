@@ -1,10 +1,9 @@
 //! Output of the guest: a bounded buffer that the vCPU thread fills and a thread of its own reads and drains.
 //!
-//! The vCPU thread never waits here, nor does it look at what it copies. When the buffer is full, a UART shows a busy
-//! transmitter, a virtio console leaves what comes in its queue, and the guest waits; when half of it is free again, the
-//! device is told.
+//! The vCPU thread only copies: it neither blocks nor scans. While the buffer is full, a UART's transmitter is busy, a virtio
+//! console leaves buffers in its queue, and the guest waits. When half of the buffer is free again, the device is notified.
 //!
-//! Locks: `observer` comes before `state`; `ready` is taken alone. The device's lock is held by callers of [`Sink`], so
+//! Locks: `observer` comes before `state`; `ready` is never held together with another. The device's lock is held by callers of [`Sink`], so
 //! the callback in `ready`, which takes that lock, is called with none held.
 
 use std::collections::VecDeque;
@@ -21,13 +20,13 @@ use rustix::io::Errno;
 
 use super::pty;
 
-/// Bytes that wait for the host at most.
+/// Capacity of the buffer in bytes.
 pub(super) const CAPACITY: usize = 1 << 20;
-/// After the buffer was full, the device is told when no more than this waits.
+/// After the buffer was full, the device is notified when no more than this is pending.
 const LOW_WATER: usize = CAPACITY / 2;
-/// Bytes written at once: what a pipe that is ready for writing always takes (PIPE_BUF).
+/// Bytes per write(2): what a pipe that is ready for writing always takes (PIPE_BUF).
 const CHUNK: usize = 4096;
-/// How long the rest of a line is awaited, so that a line is one write(2) and not one for each byte.
+/// How long to wait for the rest of a line, so that a line takes one write(2) and not one per byte.
 const LINGER: Duration = Duration::from_micros(500);
 /// How long the thread waits for its reader until it looks again at what has come meanwhile.
 const READER_STEP: Timespec = Timespec {
@@ -81,7 +80,7 @@ pub(super) struct State {
     pending: VecDeque<u8>,
     /// Bytes at the front of `pending` that the observer has.
     read: usize,
-    /// When the bytes that it has not came, and how many at a time. Empty if nobody wants to know.
+    /// Arrival times and lengths of the bytes that it does not have. Empty unless `watch_arrivals`.
     arrivals: VecDeque<(Instant, usize)>,
     watch_arrivals: bool,
     /// Bytes of this run of the VM.
@@ -94,7 +93,7 @@ pub(super) struct State {
     running: bool,
     /// The thread waits, for any byte or for a line's end.
     waiting: Waiting,
-    /// A device was told that there is no room, or wants to be called back.
+    /// A device found no room, or requested a notification.
     tx_blocked: bool,
     /// The thread ends when nothing is pending.
     closing: bool,
@@ -138,7 +137,7 @@ impl State {
         came
     }
 
-    /// The device is to be told that there is room.
+    /// Whether the device must be notified of room.
     fn owes_tx_notify(&self) -> bool {
         self.tx_blocked && self.pending.len() <= LOW_WATER
     }
@@ -468,7 +467,7 @@ fn write_some(destination: Option<&Destination>, chunk: &[u8], cancel: &OwnedFd)
         match rustix::io::write(fd, chunk) {
             Ok(len) if len > 0 => return Written::Bytes(len),
             Err(Errno::INTR) => {}
-            // Ready, and yet it takes nothing: cannot be for long, but must not spin either.
+            // Ready, but nothing was written: retry, without a busy loop.
             Ok(_) | Err(Errno::AGAIN) if cancelled => return Written::Cancelled,
             Ok(_) | Err(Errno::AGAIN) => thread::sleep(Duration::from_millis(1)),
             Err(Errno::IO) if is_pty => return Written::Nobody,

@@ -26,9 +26,9 @@ pub(super) fn open() -> Result<(OwnedFd, PathBuf), Errno> {
         OptionalActions::Now,
         &raw_modes(&tcgetattr(&master)?),
     )?;
-    // A master whose slave was never open looks like one with somebody attached; once closed it reports a hang-up.
+    // The master reports POLLHUP only after its slave has been opened and closed once.
     drop(slave(&master)?);
-    // The file description is ours alone, so this disturbs nobody.
+    // The file description is not shared, so O_NONBLOCK affects only this process.
     rustix::io::ioctl_fionbio(&master, true)?;
     Ok((master, path))
 }
@@ -43,8 +43,7 @@ pub(super) fn unread(master: &OwnedFd) -> usize {
     if ready(master, PollFlags::OUT).contains(PollFlags::HUP) {
         return 0;
     }
-    // The slave knows. Asked whether it is readable, it first takes over what is still on its way, which a count alone
-    // would not see.
+    // poll(2) on the slave flushes the tty buffer first, which FIONREAD alone would not count.
     let Ok(slave) = slave(master) else { return 0 };
     if !ready(&slave, PollFlags::IN).contains(PollFlags::IN) {
         return 0;

@@ -8,8 +8,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::terminal;
 
-/// Signals that end the VM in good order: all that are sent to end a process, by people, supervisors, timers and limits. What
-/// an instruction sets off is not among them, nor is SIGABRT, by which a supervisor asks for a core dump.
+/// Signals that stop the VM cleanly: all that users, supervisors, timers and limits send to terminate a process. Not among them
+/// are synchronous faults, and SIGABRT, with which a supervisor asks for a core dump.
 const STOP_SIGNALS: [Signal; 13] = [
     Signal::SIGINT,
     Signal::SIGTERM,
@@ -90,8 +90,7 @@ impl AsFd for Signals {
     }
 }
 
-/// Does what SIGTSTP does by default: stops the process, unless nobody is there to have it go on (POSIX calls its process
-/// group orphaned).
+/// The default action of SIGTSTP: stops the process, unless its process group is orphaned.
 fn stop_self() {
     let stop = SigSet::from(Signal::SIGTSTP);
     let stopped = raise(Signal::SIGTSTP)

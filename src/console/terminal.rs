@@ -1,8 +1,7 @@
 //! Raw mode of the terminal on stdin, and its restoration on every way out.
 //!
-//! The terminal outlives the process, so its state is the one thing here that is global: whoever ends the process, be
-//! it a panic or a fatal signal, must be able to restore it. Only a foreground process touches the terminal: from the
-//! background the kernel would stop it, and the terminal is somebody else's then.
+//! The terminal outlives the process, so its state is global: a panic hook or a fatal signal's handler must be able to restore
+//! it. Only a foreground process may change the terminal; a background process would be stopped (SIGTTOU).
 
 use std::io;
 use std::os::fd::AsFd;
@@ -16,9 +15,9 @@ use rustix::termios::{
 
 /// The terminal as it was found. Set once, before `RAW` is first set.
 static ORIGINAL: OnceLock<Termios> = OnceLock::new();
-/// The terminal is raw, and it was us.
+/// This process has made the terminal raw.
 static RAW: AtomicBool = AtomicBool::new(false);
-/// It should be, whenever we are in the foreground.
+/// The terminal should be raw while this process is in the foreground.
 static WANTED: AtomicBool = AtomicBool::new(false);
 
 /// Keeps the terminal on stdin raw while it lives.

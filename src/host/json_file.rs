@@ -1,4 +1,4 @@
-//! The file that a report goes to, as JSON: opened and looked at before the time is spent that the report is about.
+//! A JSON report file, opened and checked before the run that it reports on.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::host::output;
 
-/// Why there is no report in the file.
+/// Why the report cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum JsonFileError {
     /// `-` would be where the guest's output goes.
@@ -18,10 +18,10 @@ pub enum JsonFileError {
          /dev/stderr for JSON"
     )]
     Stdout,
-    /// A mistyped command line must not cost anybody a file.
+    /// The file would be overwritten, perhaps by a mistake on the command line.
     #[error("{} exists and is not JSON: a report would overwrite it; remove it or name another file", .0.display())]
     WouldOverwrite(PathBuf),
-    /// The host refused.
+    /// A system call failed.
     #[error("cannot write a report to {}", path.display())]
     Write {
         /// The file.

@@ -20,7 +20,7 @@ pub enum OpenError {
     /// The device does not open.
     #[error("cannot open {DEVICE}: {0}")]
     Device(String),
-    /// The device is not KVM's.
+    /// The device is not KVM's, or has another API version.
     #[error(
         "{DEVICE} has API version {0}, not {API_VERSION}: it is not KVM's device; make it again (rm {DEVICE}; mknod {DEVICE} c \
          10 232)"
@@ -28,7 +28,7 @@ pub enum OpenError {
     ApiVersion(i32),
 }
 
-/// Opens KVM; an error has a hint.
+/// Opens KVM. Errors include a hint.
 pub fn open() -> Result<Kvm, OpenError> {
     let kvm = Kvm::new().map_err(|error| {
         OpenError::Device(match error.errno() {

@@ -1,4 +1,4 @@
-//! What a process holds in memory that no other process has.
+//! The private memory of a process.
 
 use procfs::ProcResult;
 use procfs::process::{MemoryMap, Process};
@@ -17,7 +17,7 @@ pub fn private_bytes(map: &MemoryMap) -> u64 {
     .sum()
 }
 
-/// The private memory of a process that runs, in bytes.
+/// The private memory of a running process, in bytes.
 pub fn process_private_bytes(process: &Process) -> ProcResult<u64> {
     let rollup = process.smaps_rollup()?.memory_map_rollup;
     Ok(rollup.iter().map(private_bytes).sum())

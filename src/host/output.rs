@@ -1,11 +1,11 @@
-//! Files that somebody named for output.
+//! Opens files for output.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Opens or creates the file, which keeps what it has. A FIFO's reader, which may never come, is not waited for.
+/// Opens or creates the file without truncating it. Does not wait for the reader of a FIFO.
 pub fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .write(true)

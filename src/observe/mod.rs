@@ -1,4 +1,4 @@
-//! Readers of a VM's data: what its console says, when what happened, and what is left to see of a guest that died.
+//! Observers of a VM: console scanner, boot timeline, post-mortem.
 
 pub mod phases;
 pub mod post_mortem;

@@ -38,7 +38,7 @@ impl CrashReport<'_> {
                     _ => "the guest was stopped",
                 };
                 let silent = if self.console_bytes == 0 {
-                    " without a word on the console"
+                    " without any console output"
                 } else {
                     ""
                 };
@@ -88,7 +88,7 @@ impl CrashReport<'_> {
         out
     }
 
-    /// The message of a kernel that has hung since it panicked.
+    /// The panic message of a kernel that hung after its panic.
     fn unheard_panic(&self) -> Option<String> {
         let stopped = matches!(
             self.outcome,
@@ -148,14 +148,14 @@ impl CrashReport<'_> {
             _ if self.console_bytes > 0 => "the last lines on the console tell more",
             _ if !listens => match console {
                 ConsoleKind::Serial => {
-                    "the kernel command line names no console=ttyS0, so that the guest may well have run, unseen"
+                    "the kernel command line names no console=ttyS0, so the guest may have run without visible output"
                 }
                 ConsoleKind::Virtio => {
-                    "the kernel command line names no console=hvc0, so that the guest may well have run, unseen"
+                    "the kernel command line names no console=hvc0, so the guest may have run without visible output"
                 }
             },
             _ if console == ConsoleKind::Virtio => {
-                "the guest may well have run, unseen: virtio_mmio and virtio_console must be built into the kernel, or \
+                "the guest may have run without visible output: virtio_mmio and virtio_console must be built into the kernel, or \
                  modules that the initrd loads; `--console serial` needs neither"
             }
             _ => {
@@ -166,9 +166,8 @@ impl CrashReport<'_> {
     }
 }
 
-/// How loudly an end calls for a post-mortem: a vCPU that failed, or a guest that ended without a word although it had a
-/// console to say it on, is an error; one that had to be stopped may be worth a look. A tiny guest that ends on purpose
-/// says so by power-off or exit port.
+/// The log level of the post-mortem, `None` for no post-mortem. A failed vCPU, and a guest that ended without any console
+/// output, are errors. A guest that had to be stopped is worth a note. Power-off and the exit port are normal ends.
 pub fn level(outcome: &Outcome, console_bytes: u64) -> Option<log::Level> {
     match outcome {
         Outcome::VcpuFailed(_) => Some(log::Level::Error),

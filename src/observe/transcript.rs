@@ -1,4 +1,4 @@
-//! What is read in the guest's output: whether the kernel panicked, and when the boot's phases were.
+//! Scans the guest's output for kernel panics and boot phases.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -6,21 +6,20 @@ use std::time::Instant;
 use super::phases::{PhaseScanner, Phases};
 use crate::console::OutputObserver;
 
-/// Most last lines of a panic that are reported: who is told has to find out whether the kernel wrote the line, and a guest may
-/// write any number of them.
+/// Limit of reported panic ends. Each makes the callback search guest memory, and a guest can print any number of them.
 const MAX_PANIC_ENDS: u32 = 8;
 
-/// What is known about the output of one run of a VM.
+/// What the scanners know about the output of one run of a VM.
 #[derive(Default)]
 pub struct Transcript {
     panic: PanicScanner,
     panic_ends: u32,
-    /// To be called after what looks like the last line of a panic.
+    /// Called after what looks like the last line of a panic.
     pub on_panic_end: Option<Arc<dyn Fn() + Send + Sync>>,
     phases: Option<PhaseScanner>,
 }
 
-/// A transcript, in the hands of the console and of whoever asks. Clones are the same one.
+/// A shared handle to a transcript.
 #[derive(Clone)]
 pub struct SharedTranscript(Arc<Mutex<Transcript>>);
 
@@ -72,7 +71,7 @@ impl Transcript {
             .unwrap_or_default()
     }
 
-    /// Whether the kernel's panic line has been seen, and no orderly reboot or power-off after it.
+    /// Whether a panic was seen, with no orderly reboot or power-off after it.
     pub fn saw_panic(&self) -> bool {
         self.panic.seen
     }
@@ -81,7 +80,7 @@ impl Transcript {
 /// Looks for the kernel's panic line, a byte at a time.
 ///
 /// It counts only where the kernel's log would put it: at the start of a line, or behind a time stamp, which may follow
-/// a shell's prompt. A later orderly reboot or power-off takes it back: then it was somebody printing an old log.
+/// a shell's prompt. A later orderly reboot or power-off cancels it: then an old log was printed.
 #[derive(Debug, Default)]
 struct PanicScanner {
     /// The last bytes of the current line.

@@ -70,7 +70,7 @@ pub fn vcpu_cpuid(supported: &CpuId, index: u8, cpus: u8, tsc_deadline: bool) ->
     }
 
     if has_leaf_b {
-        // Subleaf 0: threads (type 1), one a core; subleaf 1: cores (type 2); subleaf 2 ends the list.
+        // Subleaf 0: threads (type 1), one per core; subleaf 1: cores (type 2); subleaf 2 ends the list.
         for (subleaf, eax, ebx, kind) in [(0, 0, 1, 1), (1, id_bits, count, 2), (2, 0, 0, 0)] {
             let entry = kvm_cpuid_entry2 {
                 function: 0xb,

@@ -44,9 +44,9 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 
 /// First address of the 32-bit MMIO gap: no RAM from here to 4 GiB.
 pub const MMIO_GAP_START: u64 = 0xc000_0000;
-/// First virtio-mmio window; each is [`VIRTIO_MMIO_SIZE`] long and the next follows at once.
+/// First virtio-mmio window; each is [`VIRTIO_MMIO_SIZE`] long and they are contiguous.
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
-/// Bytes of a virtio-mmio window: a page, so that one can be given away alone.
+/// Bytes of a virtio-mmio window: a page, so that each can be mapped separately.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// I/O APIC registers (SDM vol. 3 § 11.4.1 has the local APIC at 1 MiB behind it).
 pub const IOAPIC_START: u64 = 0xfec0_0000;
@@ -55,14 +55,14 @@ pub const LAPIC_START: u64 = 0xfee0_0000;
 /// KVM's scratch pages on Intel hosts: three for the TSS, and right below them, where KVM puts it by itself, one for the
 /// identity map.
 pub const KVM_TSS_START: u64 = 0xfffb_d000;
-/// End of the MMIO gap: RAM goes on at 4 GiB.
+/// End of the MMIO gap: RAM continues at 4 GiB.
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
 
 /// I/O port that takes the guest's exit status (one byte).
 pub const EXIT_PORT: u16 = 0xf4;
 /// I/O port that takes boot marks (one byte).
 pub const BOOT_MARK_PORT: u16 = 0xf5;
-/// First I/O port of the i8042, kept for its reset command alone.
+/// First I/O port of the i8042, used only for its reset command.
 pub const I8042_PORT: u16 = 0x60;
 /// First I/O port of COM1.
 pub const COM1_PORT: u16 = 0x3f8;

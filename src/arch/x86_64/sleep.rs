@@ -1,4 +1,4 @@
-//! What can wake a vCPU that sleeps: a guest that has halted for good looks like one that idles.
+//! Tells a vCPU that has halted for good from one that idles, by what can wake it.
 
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Error, VcpuFd};
@@ -21,7 +21,7 @@ const LVT_MASKED: u32 = 1 << 16;
 pub enum Sleep {
     /// It runs, or its timer will wake it.
     Awake,
-    /// Another's interrupt can wake it.
+    /// Only an interrupt from a device or another vCPU can wake it.
     NoTimer,
     /// Nothing but an NMI or INIT can wake it: interrupts are off, or it has not been started.
     ForGood,

@@ -1,4 +1,4 @@
-//! A vCPU's state: as it is at boot, and what it tells of a guest that has ended.
+//! A vCPU's state: its setup for boot, and what is read from it after the guest has ended.
 
 use std::fmt;
 
@@ -8,14 +8,14 @@ use kvm_ioctls::VcpuFd;
 use super::regs::Entry;
 use super::{cpuid, msrs, regs};
 
-/// Why KVM did not take a vCPU's state.
+/// Why a vCPU's state cannot be set.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// It refused a part of it.
+    /// An ioctl failed.
     #[error("{0} failed")]
     Refused(&'static str, #[source] kvm_ioctls::Error),
-    /// It refused an MSR.
-    #[error("it does not take MSR {0:#x}")]
+    /// KVM rejected an MSR.
+    #[error("KVM_SET_MSRS failed at MSR {0:#x}")]
     Msr(u32),
 }
 
@@ -52,21 +52,21 @@ pub fn set_up(
         .map_err(refused("KVM_SET_FPU"))
 }
 
-/// Whether the vCPU stands where an INIT has put it.
+/// Whether the vCPU is in its state after INIT.
 pub fn is_at_reset_vector(fd: &VcpuFd) -> bool {
     let registers = fd.get_regs().and_then(|r| Ok((r, fd.get_sregs()?)));
     registers.is_ok_and(|(regs, sregs)| regs::are_at_reset_vector(&regs, &sregs))
 }
 
-/// Whether a triple fault was how Linux reboots by `reboot=t`: with an interrupt descriptor table of no size
-/// (arch/x86/kernel/idt.c, idt_invalidate). AMD processors forget that, so that there any triple fault passes.
+/// Whether a triple fault may be Linux's `reboot=t`, which loads an IDT with limit 0 (arch/x86/kernel/idt.c, idt_invalidate).
+/// AMD processors reset the IDT limit on a triple fault, so there every one counts.
 pub fn may_have_reset_by_triple_fault(fd: &VcpuFd) -> bool {
     let invalidated = |sregs: kvm_sregs| sregs.idt.limit == 0;
     is_at_reset_vector(fd) || fd.get_sregs().is_ok_and(invalidated)
 }
 
-/// Whether KVM still tells the vCPU the time. Linux has that stopped before it reboots, but not where it resets the machine because
-/// it has panicked (arch/x86/kernel/kvm.c, kvm_guest_cpu_offline).
+/// Whether the vCPU's kvm-clock is enabled. Linux disables it before an orderly reboot, but not before a reset after a panic
+/// (arch/x86/kernel/kvm.c, kvm_guest_cpu_offline).
 pub fn has_kvm_clock_on(fd: &VcpuFd) -> bool {
     const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
     const ENABLED: u64 = 1;
@@ -89,7 +89,7 @@ impl Registers {
         Ok(Self(fd.get_regs()?, fd.get_sregs()?))
     }
 
-    /// RIP; `None` if a reset has changed it.
+    /// RIP; `None` after a reset.
     pub fn instruction_pointer(&self) -> Option<u64> {
         (!regs::are_at_reset_vector(&self.0, &self.1)).then_some(self.0.rip)
     }

@@ -189,15 +189,15 @@ fn lz4_goes_on_after_8_mib_and_after_another_magic() {
 fn what_is_no_payload_is_named() {
     contains(
         &failure(b"\x04\x22\x4d\x18 LZ4"),
-        &["04 22 4d 18", "no compression of Linux kernels"],
+        &["04 22 4d 18", "not a compression format of Linux kernels"],
     );
     contains(&failure(b"plain"), &["plain"]);
-    contains(&failure(b""), &["no compression"]);
+    contains(&failure(b""), &["not a compression format"]);
     let mut text = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     text.write_all(b"no kernel").unwrap();
     contains(
         &failure(&text.finish().unwrap()),
-        &["gzip payload holds is no ELF file"],
+        &["gzip payload is not an ELF file"],
     );
 }
 
