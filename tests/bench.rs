@@ -91,7 +91,7 @@ fn assert_error(ended: &Ended, code: i32, words: &[&str]) {
 }
 
 #[test]
-fn all_that_are_there_are_measured_in_turn() {
+fn all_available_vmms_are_measured() {
     let all = [
         "qemu-system-x86_64",
         "firecracker",
@@ -173,7 +173,7 @@ fn a_table_names_what_was_measured() {
 }
 
 #[test]
-fn a_monitor_that_hangs_is_killed_and_the_others_go_on() {
+fn hung_vmm_is_killed_and_the_others_continue() {
     let fakes = Fakes::new(&[("lkvm", HANGING), ("crosvm", WORKING)]);
     let report = fakes.report(&["--timeout", "5s", "--vs", "kvmtool,crosvm"]);
     let kvmtool = by_name(&report, "kvmtool");
@@ -188,7 +188,7 @@ fn a_monitor_that_hangs_is_killed_and_the_others_go_on() {
 }
 
 #[test]
-fn a_monitor_that_fails_is_quoted() {
+fn failed_vmm_is_quoted() {
     let script = "echo 'cannot read this kernel' >&2; exit 7";
     let fakes = Fakes::new(&[("firecracker", script)]);
     let ended = run(&mut fakes.bench(&["--vs", "firecracker"]));
@@ -294,7 +294,7 @@ fn mistakes_are_named() {
 }
 
 #[test]
-fn nobody_is_left_running() {
+fn no_process_is_left_running() {
     for (signal, status) in [("INT", Some(130)), ("TERM", Some(143)), ("KILL", None)] {
         let fakes = Fakes::new(&[("crosvm", HANGING)]);
         let child = fakes.bench(&["--vs", "crosvm"]).spawn().unwrap();

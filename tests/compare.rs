@@ -98,7 +98,7 @@ fn assert_error(ended: &Ended, code: i32, words: &[&str]) {
 }
 
 #[test]
-fn what_works_is_measured_and_what_fails_is_told() {
+fn failures_are_reported_beside_results() {
     let fakes = Fakes::new(&[("crun", OCI), ("podman", "echo no such luck >&2; exit 125")]);
     let html = fakes.file("report.html");
     let ended = run(&mut fakes.compare(&["--html", html.to_str().unwrap(), "--json"]));

@@ -52,7 +52,7 @@ fn address(out: &str, word: &str) -> u64 {
 }
 
 #[test]
-fn a_cached_bzimage_is_somewhere_else_at_every_boot() {
+fn cached_bzimage_gets_a_new_kaslr_slot_every_boot() {
     const BOOTS: usize = 20;
     // Where the kernel is in virtual and in physical memory, and where vmalloc's memory begins.
     let script = "grep ' _text$' /proc/kallsyms; grep 'Kernel code' /proc/iomem; \
@@ -81,7 +81,7 @@ fn a_cached_bzimage_is_somewhere_else_at_every_boot() {
 }
 
 #[test]
-fn a_kernel_that_decompresses_itself_finds_the_same_machine() {
+fn self_decompressing_kernel_sees_the_same_machine() {
     let script = "cat /proc/cmdline; grep -v Kernel /proc/iomem; cd /sys/firmware/memmap; \
                   for i in *; do cat $i/start $i/end $i/type; done";
     let dir = TempDir::new().unwrap();
@@ -127,7 +127,7 @@ impl Drop for Mounted {
 }
 
 #[test]
-fn a_cache_on_a_full_or_read_only_disk_stops_no_boot() {
+fn full_or_read_only_cache_does_not_stop_a_boot() {
     let kernel = PathBuf::from(kernel("cloud", "bzImage"));
     for options in ["size=1m", "ro"] {
         let cache = Mounted::new(options);

@@ -223,7 +223,7 @@ fn debian_gives_a_login_on_hvc0() {
 }
 
 #[test]
-fn two_debians_run_from_one_disk_that_stays_as_it_was() {
+fn two_debians_share_one_ephemeral_disk() {
     let disk = debian_copy();
     let sum = md5(disk.path());
     let path = format!("path={},ephemeral", disk.path().display());
@@ -283,7 +283,7 @@ fn random(limit: u64) -> u64 {
 }
 
 #[test]
-fn what_the_guest_was_told_is_on_disk_survives_kill_9() {
+fn flushed_writes_survive_sigkill() {
     let [files, sectors, copy] = [16, 16, 16].map(|mib| {
         let file = NamedTempFile::new().unwrap();
         file.as_file().set_len(mib << 20).unwrap();

@@ -89,7 +89,7 @@ fn no_dev_kvm() {
 }
 
 #[test]
-fn a_dev_kvm_that_is_none() {
+fn dev_kvm_is_not_kvm() {
     let wanted = ["/dev/kvm", "mknod /dev/kvm c 10 232"];
     says_with_dev("touch /dev/kvm;", &wanted);
 }
@@ -258,7 +258,7 @@ fn a_wrong_command_line() {
 }
 
 #[test]
-fn a_disk_that_cannot_be_is_named() {
+fn invalid_disk_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let place = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     fs::write(place("short"), "short").unwrap();

@@ -149,7 +149,7 @@ fn memory_above_4_gib_takes_none_away() {
 }
 
 #[test]
-fn a_default_boot_says_nothing() {
+fn default_boot_logs_nothing() {
     for flavor in ["cloud", "generic", "6.12"] {
         let mut command = minivmm(&["--kernel", &kernel(flavor, "bzImage")]);
         command.args(["--initrd", &initramfs(), "--deadline", "100s"]);
@@ -161,7 +161,7 @@ fn a_default_boot_says_nothing() {
 }
 
 #[test]
-fn a_command_line_for_other_monitors_works() {
+fn command_line_for_other_vmms_works() {
     let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage")]);
     command.args(["--initrd", &initramfs(), "--deadline", "100s", "--cmdline"]);
     command.arg(
@@ -180,7 +180,7 @@ fn a_command_line_for_other_monitors_works() {
 }
 
 #[test]
-fn a_poweroff_is_0_and_takes_no_time() {
+fn poweroff_exits_0_promptly() {
     let mut command = minivmm(&[
         "--kernel",
         &kernel("cloud", "bzImage"),
@@ -195,7 +195,7 @@ fn a_poweroff_is_0_and_takes_no_time() {
 }
 
 #[test]
-fn a_reboot_ends_or_starts_again() {
+fn reboot_exits_or_restarts() {
     let cloud = kernel("cloud", "bzImage");
     let args = [
         "--kernel",
@@ -215,12 +215,12 @@ fn a_reboot_ends_or_starts_again() {
 }
 
 #[test]
-fn the_workloads_status_is_handed_on() {
+fn exit_port_status_is_the_exit_status() {
     boot(&kernel("cloud", "bzImage"), &[], "exit 42").assert_code(42);
 }
 
 #[test]
-fn a_panic_is_134() {
+fn panic_exits_134() {
     // No root file system: an early panic, before any module could tell pvpanic.
     let mut command = minivmm(&[
         "--kernel",
@@ -245,7 +245,7 @@ fn a_panic_is_134() {
 }
 
 #[test]
-fn too_little_memory_is_told_before_it_hurts() {
+fn too_little_memory_is_refused() {
     let ended = run(&mut minivmm(&[
         "--kernel",
         &kernel("cloud", "bzImage"),
@@ -257,7 +257,7 @@ fn too_little_memory_is_told_before_it_hurts() {
 }
 
 #[test]
-fn debians_own_initrd_gets_to_its_rescue_shell() {
+fn debian_initrd_reaches_its_rescue_shell() {
     let initrd = guest("debian-initrd", &["cloud"]);
     let mut command = minivmm(&[
         "--kernel",
@@ -280,7 +280,7 @@ fn debians_own_initrd_gets_to_its_rescue_shell() {
 }
 
 #[test]
-fn the_guest_gets_entropy() {
+fn virtio_rng_feeds_the_guest() {
     let out = virtio("entropy", &["--rng"], &["virtio_rng.0"]);
     assert!(out.contains("\n4000\r\n"), "{out}");
 }
@@ -331,7 +331,7 @@ fn a_session_on_hvc0() {
 }
 
 #[test]
-fn what_is_piped_into_hvc0_early_is_not_lost() {
+fn early_input_to_hvc0_is_not_lost() {
     let ended = run_with_input(&mut on_hvc0(), b"echo here-I-am on $(tty)\nexec poweroff\n");
     ended.assert_code(0);
     let out = ended.out();
@@ -339,7 +339,7 @@ fn what_is_piped_into_hvc0_early_is_not_lost() {
 }
 
 #[test]
-fn a_panic_is_134_whether_hvc0_is_there_or_not() {
+fn panic_exits_134_with_and_without_hvc0() {
     let mut command = on_hvc0();
     command.args(["--append", "-- sh -c \"echo c > /proc/sysrq-trigger\""]);
     let with_driver = run(&mut command);

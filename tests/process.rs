@@ -126,7 +126,7 @@ fn assert_harmless(ended: &Ended, status: i32, lines: Option<usize>) {
 const NASTY: &str = "\x1b]0;x\x07\x1b[2K\rminivmm: fine\n\u{9b}31mminivmm: done";
 
 #[test]
-fn names_do_not_command_the_terminal() {
+fn file_names_cannot_inject_terminal_escapes() {
     let dir = tempfile::tempdir().unwrap();
     let nasty = dir.path().join(NASTY);
     let path = nasty.to_str().unwrap();

@@ -47,7 +47,7 @@ fn code(child: Child) -> Option<i32> {
 }
 
 #[test]
-fn one_attaches_types_detaches_and_attaches_again() {
+fn pty_can_be_detached_and_reattached() {
     let (child, path) = start(&mut boot_tiny("echo", "", &[]));
     // No key is minivmm's own here, and none is translated or echoed: what comes back is the guest's.
     for keys in [&b"hello\r\x03\x1a\x01x\x1b[A"[..], b"again\n"] {
@@ -73,7 +73,7 @@ fn one_attaches_types_detaches_and_attaches_again() {
 }
 
 #[test]
-fn what_nobody_is_attached_for_is_dropped_and_the_guest_goes_on() {
+fn output_without_a_reader_is_dropped() {
     let (child, path) = start(&mut boot_tiny("ends", "mwmp", &[]));
     thread::sleep(Duration::from_millis(500));
     let mut user = attach(&path);
@@ -83,7 +83,7 @@ fn what_nobody_is_attached_for_is_dropped_and_the_guest_goes_on() {
 }
 
 #[test]
-fn who_is_attached_gets_everything_up_to_power_off() {
+fn pty_reader_gets_all_output() {
     let (child, path) = start(&mut boot_tiny("ends", "wmp", &[]));
     let mut user = attach(&path);
     user.write_all(b".").unwrap();
@@ -94,7 +94,7 @@ fn who_is_attached_gets_everything_up_to_power_off() {
 }
 
 #[test]
-fn who_is_attached_and_reads_nothing_delays_the_end_by_a_second_at_most() {
+fn stalled_pty_reader_delays_the_exit_by_one_second() {
     let (child, path) = start(&mut boot_tiny("ends", "wmp", &[]));
     let mut user = attach(&path);
     user.write_all(b".").unwrap();
@@ -105,7 +105,7 @@ fn who_is_attached_and_reads_nothing_delays_the_end_by_a_second_at_most() {
 }
 
 #[test]
-fn a_signal_ends_it_attached_or_not() {
+fn signal_ends_the_vm_attached_or_not() {
     for attached in [false, true] {
         let (child, path) = start(&mut boot_tiny("flood", "", &[]));
         let user = attached.then(|| attach(&path));

@@ -79,12 +79,12 @@ fn boot_from_disk(cpus: &str, append: &str) -> Ended {
 }
 
 #[test]
-fn its_root_is_found_by_acpi() {
+fn root_disk_is_found_by_acpi() {
     boot_from_disk("2", "").assert_printed(&["cpus 2 acpi 1\r\n"]);
 }
 
 #[test]
-fn its_root_is_found_without_acpi() {
+fn root_disk_is_found_without_acpi() {
     // By virtio_mmio.device=, which minivmm adds, and the MP table.
     boot_from_disk("3", "acpi=off").assert_printed(&["cpus 3 acpi 0\r\n"]);
 }
@@ -134,7 +134,7 @@ fn it_powers_off_and_its_ports_are_there_for_a_shell() {
 }
 
 #[test]
-fn its_panic_is_told_by_pvpanic() {
+fn panic_is_reported_by_pvpanic() {
     // Which it has built in: without panic= there is no reset.
     let mut command = minivmm(&["--kernel", &bzimage()]);
     run(command.args(["--cmdline", "console=ttyS0", "--deadline", "100s"])).assert_code(134);

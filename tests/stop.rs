@@ -118,7 +118,7 @@ fn a_hung_disk_cannot_keep_a_vm() {
 }
 
 #[test]
-fn a_guest_that_ends_with_its_disk_hung_has_its_own_status_once_it_is_stopped() {
+fn guest_status_is_kept_when_a_hung_disk_is_stopped() {
     for engine in ENGINES {
         let Some((child, disk)) = on_a_hung_disk("rri", Mode::Holds, engine, "2s") else {
             return;

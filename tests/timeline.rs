@@ -50,7 +50,7 @@ const BEFORE_THE_GUEST: [&str; 7] = [
 ];
 
 #[test]
-fn a_boot_is_told_in_order() {
+fn timeline_events_are_in_order() {
     // A mark, "tiny# ", a mark, power off.
     let (ended, timeline) = timeline_of("ends", "bmbp", &["--cpus", "2"]);
     ended.assert_code(0);
@@ -139,7 +139,7 @@ fn the_process_starts_after_its_parent_asked_and_before_main() {
 }
 
 #[test]
-fn a_bad_end_is_told_as_well() {
+fn timeline_records_a_failed_vm() {
     for (cmdline, status) in [("mt", 139), ("mPr", 134), ("mc", 134), ("me*", 42)] {
         let (ended, timeline) = timeline_of("ends", cmdline, &[]);
         ended.assert_code(status);
@@ -174,7 +174,7 @@ fn a_vm_that_cannot_be_built_has_a_timeline_to_there() {
 }
 
 #[test]
-fn of_many_boots_the_first_is_told() {
+fn timeline_is_of_the_first_boot() {
     // Each boot takes what its UART can hold; the last waits for more.
     let file = NamedTempFile::new().unwrap();
     let path = file.path().to_str().unwrap();
@@ -232,7 +232,7 @@ fn without_a_file_it_is_a_table_on_stderr() {
 }
 
 #[test]
-fn a_file_that_cannot_be_is_refused_before_the_boot() {
+fn unwritable_timeline_is_refused_before_the_boot() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let precious = path("rootfs.cpio");

@@ -59,7 +59,7 @@ fn every_end_has_its_status() {
 }
 
 #[test]
-fn a_kernel_that_hangs_after_its_panic_has_panicked() {
+fn panic_that_hangs_exits_134() {
     let ended = run(&mut boot_tiny("ends", "PEs", &["--deadline", "200s"]));
     ended.assert_code(134);
     assert!(ended.out().ends_with("tiny ]---\r\n"), "{}", ended.out());
@@ -71,7 +71,7 @@ fn a_kernel_that_hangs_after_its_panic_has_panicked() {
 }
 
 #[test]
-fn a_panic_that_nobody_hears_is_found_in_the_kernels_log() {
+fn silent_panic_is_found_in_the_kernel_log() {
     // All of them have the line in their memory, and none on the console.
     for (cmdline, status) in [("r", 0), ("Cr", 134), ("Cp", 0), ("Ct reboot=t", 134)] {
         let ended = run(&mut boot_tiny("ends", cmdline, &[]));
@@ -92,7 +92,7 @@ fn a_panic_that_nobody_hears_is_found_in_the_kernels_log() {
 }
 
 #[test]
-fn an_init_to_the_boot_processor_is_a_reset() {
+fn init_to_the_boot_cpu_is_a_reset() {
     for (cmdline, by) in [("l", "its local APIC"), ("i", "the I/O APIC")] {
         let args = ["--deadline", "60s"];
         let ended = run(&mut boot_tiny("init-ipi", cmdline, &args));
@@ -105,7 +105,7 @@ fn an_init_to_the_boot_processor_is_a_reset() {
 }
 
 #[test]
-fn status_255_is_handed_on() {
+fn exit_port_status_255() {
     // The guest hands on the exclusive-or of its input.
     run_with_input(&mut boot_tiny("echo", "", &[]), &[0xff, 4]).assert_code(255);
 }
@@ -145,7 +145,7 @@ fn a_triple_fault_leaves_a_post_mortem() {
 }
 
 #[test]
-fn quiet_says_nothing_even_then() {
+fn quiet_suppresses_the_post_mortem() {
     let ended = run(&mut boot_tiny("ends", "t", &["-q"]));
     ended.assert_code(139);
     assert_eq!(ended.stderr, "");
@@ -190,7 +190,7 @@ fn output_is_delivered_where_a_restart_fails() {
 }
 
 #[test]
-fn a_guest_that_nothing_will_wake_is_told_of() {
+fn guest_halted_for_good_is_reported() {
     const FOR_GOOD: &str = "nothing will wake it";
     const NO_TIMER: &str = "only a device can wake it";
     // Read until it is there: a failure is a hang, which the deadline ends.
@@ -211,7 +211,7 @@ fn a_guest_that_nothing_will_wake_is_told_of() {
 }
 
 #[test]
-fn a_guest_is_told_that_it_was_stopped() {
+fn stop_is_reported_on_the_console() {
     let mut child = boot_tiny("clock", "", &["--deadline", "60s"])
         .spawn()
         .unwrap();
@@ -227,7 +227,7 @@ fn a_guest_is_told_that_it_was_stopped() {
 }
 
 #[test]
-fn restarts_leave_nothing_behind() {
+fn restarts_leak_nothing() {
     let args = ["--on-reboot", "restart", "--deadline", "3s", "--cpus", "2"];
     let child = boot_tiny("ends", "r", &args).spawn().unwrap();
     let most = |what: &str| {
@@ -250,12 +250,12 @@ fn restarts_leave_nothing_behind() {
 }
 
 #[test]
-fn every_port_and_hole_may_be_touched() {
+fn every_port_and_mmio_hole_can_be_accessed() {
     run(&mut boot_tiny("holes", "", &[])).assert_code(0);
 }
 
 #[test]
-fn what_no_kernel_would_do_is_survived() {
+fn hostile_guest_accesses_are_survived() {
     for (cmdline, statuses) in [
         // outl to the exit port.
         ("w", 7..=7),
@@ -349,7 +349,7 @@ fn a_slow_reader_gets_every_byte() {
 }
 
 #[test]
-fn a_reader_that_leaves_does_not_end_the_guest() {
+fn closed_output_reader_does_not_end_the_guest() {
     let mut child = boot_tiny("lines", "", &[]).spawn().unwrap();
     let mut stdout = child.stdout.take().unwrap();
     let mut first = [0u8; 9];
@@ -361,7 +361,7 @@ fn a_reader_that_leaves_does_not_end_the_guest() {
 }
 
 #[test]
-fn a_reader_that_stalls_holds_neither_memory_nor_a_signal() {
+fn stalled_reader_bounds_memory_and_allows_signals() {
     let child = {
         let mut command = boot_tiny("flood", "", &[]);
         command.spawn().unwrap()
@@ -391,7 +391,7 @@ fn a_reader_that_stalls_holds_neither_memory_nor_a_signal() {
 }
 
 #[test]
-fn signals_that_were_blocked_before_the_start_hold_nothing_up() {
+fn inherited_signal_mask_does_not_block_the_exit() {
     // On a thread of its own: a child inherits the mask of the thread that makes it.
     thread::spawn(|| {
         SigSet::all().thread_block().unwrap();
@@ -432,7 +432,7 @@ fn nohup_is_respected() {
 }
 
 #[test]
-fn limits_are_no_signal_deaths() {
+fn resource_limits_exit_cleanly() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("console");
     let serial = format!("--serial file={} --deadline 10s", file.display());
@@ -455,7 +455,7 @@ fn limits_are_no_signal_deaths() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_holds_nothing_up() {
+fn unread_log_does_not_block() {
     let start = Instant::now();
     let mut child = boot_tiny("abuse", "b", &["-v", "--deadline", "1s"])
         .spawn()
@@ -471,7 +471,7 @@ fn a_log_that_nobody_reads_holds_nothing_up() {
 }
 
 #[test]
-fn closed_standard_streams_do_no_harm() {
+fn closed_standard_streams_are_tolerated() {
     let script = format!(
         "exec {} --memory 16M --cmdline p --kernel {} <&- >&- 2>&-",
         env!("CARGO_BIN_EXE_minivmm"),
@@ -524,7 +524,7 @@ fn a_fifo_is_a_console_once_it_has_a_reader() {
 }
 
 #[test]
-fn a_vm_comes_from_a_file_and_arguments_go_over_it() {
+fn arguments_override_the_configuration_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("vm.json");
     let json =
@@ -540,14 +540,14 @@ fn a_vm_comes_from_a_file_and_arguments_go_over_it() {
 }
 
 #[test]
-fn as_many_vcpus_as_promised() {
+fn max_vcpus_boot() {
     for cpus in ["1", "2", "64"] {
         run(&mut boot_tiny("hello", "", &["--cpus", cpus])).assert_code(0);
     }
 }
 
 #[test]
-fn more_memory_than_the_host_has() {
+fn memory_beyond_the_host_starts_or_is_refused() {
     let mut command = minivmm(&["--memory", "512G", "--kernel"]);
     command.arg(tiny("hello"));
     let ended = run(&mut command);
@@ -561,7 +561,7 @@ fn more_memory_than_the_host_has() {
 }
 
 #[test]
-fn a_virtio_device_works_and_survives_its_driver() {
+fn virtio_device_survives_a_hostile_driver() {
     for (case, status) in [("o", 64), ("b", 79), ("r", 64)] {
         let ended = run(&mut boot_tiny("virtio", case, &["--rng"]));
         assert_eq!(ended.code(), status, "{case}: {}", ended.stderr);
@@ -587,7 +587,7 @@ fn cpu_seconds(pid: u32) -> f64 {
 }
 
 #[test]
-fn a_halted_guest_costs_the_host_no_time_however_much_it_has_queued() {
+fn halted_guest_with_queued_requests_uses_no_cpu_time() {
     let args = ["--console", "virtio"];
     let mut command = boot_tiny("console-flood", "", &args);
     let child = command.stdout(Stdio::null()).spawn().unwrap();
