@@ -13,7 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use minivmm::config::VmConfig;
 use minivmm::vmm::event_loop::EventLoop;
 use minivmm::vmm::outcome::Outcome;
-use minivmm::vmm::vm::{BuildTimes, ConsoleEnds, Observers, Prepared, Vm};
+use minivmm::vmm::prepare::{BuildTimes, Prepared};
+use minivmm::vmm::vm::{ConsoleEnds, Observers, Vm};
 use minivmm_devices::chardev::ConsoleOutput;
 use minivmm_devices::thread::ThreadStarter;
 
@@ -64,7 +65,7 @@ pub(crate) fn start(kernel: &Path, cmdline: &str) -> Result<(Vm, Captured), Box<
     };
     let mut times = BuildTimes::default();
     let prepared = Prepared::new(&config, &ThreadStarter::default(), &mut times)?;
-    let mut vm = prepared.build(console, Observers::default(), &mut times)?;
+    let mut vm = Vm::build(prepared, console, Observers::default(), &mut times)?;
     vm.start(|| Ok(()), None)?;
     Ok((vm, output))
 }

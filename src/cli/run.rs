@@ -25,8 +25,9 @@ use crate::vmm::error::{VmError, host};
 use crate::vmm::event_loop::EventLoop;
 use crate::vmm::memory::MemoryError;
 use crate::vmm::outcome::Outcome;
+use crate::vmm::prepare::{BuildTimes, Prepared};
 use crate::vmm::vcpu::VcpuError;
-use crate::vmm::vm::{BuildTimes, ConsoleEnds, Observers, Prepared, Vm};
+use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
 
 /// How often, with `-v`, the VM is asked whether anything can wake its guest.
 const SLEEP_CHECK: Duration = Duration::from_secs(2);
@@ -302,7 +303,7 @@ impl Run<'_> {
             profile_exits: watched,
         };
         let mut times = BuildTimes::default();
-        let mut vm = prepared.build(ends, observers, &mut times)?;
+        let mut vm = Vm::build(prepared, ends, observers, &mut times)?;
         self.timeline.note_build(&times);
         let senders = vm.senders().map(|device| Arc::downgrade(&device));
         self.console.on_output_ready(Arc::new(move || {

@@ -7,5 +7,6 @@ pub mod event_loop;
 pub mod machine;
 pub mod memory;
 pub mod outcome;
+pub mod prepare;
 pub mod vcpu;
 pub mod vm;

@@ -1,7 +1,7 @@
 //! A VM: an object with a lifecycle.
 //!
 //! ```text
-//!  Prepared::new      Prepared::build     Vm::start           Vm::pause
+//!  Prepared::new        Vm::build        Vm::start           Vm::pause
 //! ---------------> Prepared ------> built --------> running <-----------> paused
 //!                                     |                |      Vm::resume    |
 //!                                     |  Vm::join      | an end, Vm::join   |
@@ -12,18 +12,12 @@
 //! through its [`Control`].
 
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Cap, Kvm, VmFd};
-use minivmm_devices::THREAD_STACK;
-use minivmm_devices::block::{Access, Disk, DiskOptions};
+use kvm_ioctls::Cap;
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::platform::serial::Serial;
-use minivmm_devices::thread::ThreadStarter;
-use minivmm_devices::virtio::blk::Block;
 use minivmm_devices::virtio::console::Console as VirtioConsole;
 use minivmm_devices::virtio::device::VirtioDevice;
 use minivmm_devices::virtio::rng::Rng;
@@ -33,8 +27,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::control::{Control, End};
 use super::error::{VmError, host, refused};
 use super::machine::{self, Machine, VirtioSpec};
-use super::memory;
 use super::outcome::Outcome;
+use super::prepare::{BuildTimes, Prepared};
 use super::vcpu::exit::Buses;
 use super::vcpu::profile::ExitProfile;
 use super::vcpu::{self, RunningVcpu, TakeJob, Vcpu};
@@ -42,28 +36,14 @@ use crate::acpi;
 use crate::arch::irqchip::IrqChip;
 use crate::arch::sleep::Sleep;
 use crate::arch::{layout, mptable, regs};
-use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
-use crate::config::{DiskConfig, MemorySize, VmConfig};
-use crate::host::kvm;
+use crate::boot::LoadedKernel;
+use crate::config::VmConfig;
 
 /// How long vCPUs may take to stand still: an exit's handling is bounded by far less.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A console device, in the hands of its bus and of the console's owner.
 pub type SharedConsole = Arc<Mutex<dyn ConsoleDevice>>;
-
-/// When a VM's steps were done, as far as they were.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct BuildTimes {
-    /// Guest RAM has its addresses in the process.
-    pub memory_mapped: Option<Instant>,
-    /// Kernel, initrd and command line are in guest RAM.
-    pub kernel_loaded: Option<Instant>,
-    /// KVM has made the VM.
-    pub vm_created: Option<Instant>,
-    /// vCPUs, devices and tables are made.
-    pub vm_ready: Option<Instant>,
-}
 
 /// The host's ends of the consoles.
 pub struct ConsoleEnds {
@@ -84,170 +64,6 @@ pub struct Observers {
     pub profile_exits: bool,
 }
 
-/// A VM with its memory and kernel in place.
-pub struct Prepared {
-    // Dropped in this order: KVM's view of the memory goes before the memory.
-    fd: Arc<VmFd>,
-    kvm: Arc<Kvm>,
-    /// The CPUID that this host's KVM can give a guest.
-    supported: CpuId,
-    mem: GuestMemoryMmap,
-    kernel: LoadedKernel,
-    cmdline: String,
-    config: VmConfig,
-    /// In the order of the configuration.
-    disks: Vec<Block>,
-    threads: ThreadStarter,
-}
-
-impl Prepared {
-    /// Opens all files, makes the VM and its RAM, and loads the kernel. The VM's threads are started by
-    /// `threads`. `times` has what was reached when it fails.
-    pub fn new(
-        config: &VmConfig,
-        threads: &ThreadStarter,
-        times: &mut BuildTimes,
-    ) -> Result<Self, VmError> {
-        config.validate()?;
-        machine::check_capacity(config)?;
-        let kvm = Arc::new(kvm::open()?);
-        let supported = ask_for_cpuid(&kvm);
-        let cmdline = boot::suit_cmdline(&machine::cmdline_with_devices(config));
-        let disks = config.disks.iter();
-        let disks = disks.map(|disk| open_disk(disk, config.cpus, threads));
-        let disks = disks.collect::<Result<_, _>>()?;
-        let mem = memory::create(config.memory.bytes)?;
-        if config.mergeable {
-            memory::warn_without_ksm();
-            memory::enable_ksm(&mem)?;
-        }
-        times.memory_mapped = Some(Instant::now());
-        let cache = config.kernel_cache.then(boot::default_cache_dir).flatten();
-        let kernel = boot::load(
-            &mem,
-            &BootSource {
-                kernel: &config.kernel,
-                initrd: config.initrd.as_deref(),
-                cmdline: &cmdline,
-                protocol: config.boot_protocol,
-                rsdp: layout::ACPI_START,
-                cache: cache.as_deref(),
-            },
-        )?;
-        times.kernel_loaded = Some(Instant::now());
-        if is_stock_linux(&kernel) && kvm::is_pvm() {
-            return Err(VmError::SoftwareKvm {
-                kernel: config.kernel.clone(),
-            });
-        }
-        let max = kvm.get_max_vcpus();
-        if usize::from(config.cpus) > max {
-            return Err(VmError::TooManyCpus {
-                asked: config.cpus,
-                max,
-            });
-        }
-        let fd = create_vm(&kvm)?;
-        let supported = supported()?;
-        // Before the memslots, where KVM would refuse the address with an error number only.
-        check_address_bits(config.memory, &supported)?;
-        // Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
-        memory::register(&fd, &mem)?;
-        fd.set_tss_address(layout::KVM_TSS_START as usize)
-            .map_err(refused("KVM_SET_TSS_ADDR"))?;
-        times.vm_created = Some(Instant::now());
-        Ok(Self {
-            fd: Arc::new(fd),
-            kvm,
-            supported,
-            mem,
-            kernel,
-            cmdline,
-            config: config.clone(),
-            disks,
-            threads: threads.clone(),
-        })
-    }
-
-    /// Makes interrupt controllers, vCPUs and devices, and writes the tables by which the guest finds them.
-    pub fn build(
-        mut self,
-        console: ConsoleEnds,
-        observers: Observers,
-        times: &mut BuildTimes,
-    ) -> Result<Vm, VmError> {
-        let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
-        let interrupts = IrqChip::new(Arc::clone(&self.fd))
-            .map_err(refused("KVM_ENABLE_CAP (KVM_CAP_SPLIT_IRQCHIP)"))?;
-        let vcpus = self.make_vcpus(observers.profile_exits)?;
-
-        let console_ready = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        let console_ready = Arc::new(console_ready.map_err(host("an eventfd"))?);
-        let kicked = Arc::clone(&console_ready);
-        // An eventfd refuses a write only when its counter is full; then its reader is awake.
-        let kick: Kick = Arc::new(move || _ = kicked.write(1));
-        let com1 = interrupts.line(layout::COM1_GSI);
-        let serial = Serial::new(com1, console.serial, Arc::clone(&kick));
-        let serial = Arc::new(Mutex::new(serial));
-        let mut user_console: SharedConsole = serial.clone();
-        let events = event_sink(&control, observers.boot_mark);
-        let mut machine = Machine::new(&interrupts, &events, &serial)?;
-
-        let (mut disks, mut hvc0) = (self.disks.drain(..), Some((console.virtio, kick)));
-        for spec in machine::virtio_devices(&self.config) {
-            let device: Option<Box<dyn VirtioDevice>> = match spec {
-                VirtioSpec::Disk(..) => disks.next().map(|disk| Box::new(disk) as _),
-                VirtioSpec::Rng => {
-                    let rng = Rng::new(&self.threads).map_err(host("a device's thread"))?;
-                    Some(Box::new(rng))
-                }
-                VirtioSpec::Console => hvc0.take().map(|(output, kick)| {
-                    let device = VirtioConsole::new(output, kick, console.size);
-                    user_console = device.port();
-                    Box::new(device) as _
-                }),
-            };
-            if let Some(device) = device {
-                machine.attach_virtio(&spec.name(), device, &self.mem, &interrupts)?;
-            }
-        }
-        drop(disks);
-
-        let (mem, cpus) = (&self.mem, self.config.cpus);
-        acpi::write_tables(mem, cpus, &machine.acpi).map_err(VmError::BootTables)?;
-        mptable::write(mem, cpus).map_err(VmError::BootTables)?;
-        regs::write_boot_tables(mem, self.kernel.entry).map_err(VmError::BootTables)?;
-        times.vm_ready = Some(Instant::now());
-        Ok(Vm {
-            vcpus: Vcpus::Still(vcpus),
-            machine,
-            serial,
-            user_console,
-            console_ready,
-            control,
-            parts: self,
-        })
-    }
-
-    fn make_vcpus(&self, profiled: bool) -> Result<Vec<Vcpu>, VmError> {
-        let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
-        let cpus = self.config.cpus;
-        let make = |index| {
-            let entry = (index == 0).then_some(self.kernel.entry);
-            let supported = &self.supported;
-            let mut vcpu = Vcpu::new(&self.fd, index, cpus, supported, tsc_deadline, entry)?;
-            vcpu.profile = profiled.then(ExitProfile::default);
-            Ok(vcpu)
-        };
-        (0..cpus).map(make).collect()
-    }
-
-    /// What was loaded.
-    pub fn kernel(&self) -> &LoadedKernel {
-        &self.kernel
-    }
-}
-
 /// A VM that is built, runs, is paused, or has ended.
 pub struct Vm {
     vcpus: Vcpus,
@@ -266,6 +82,66 @@ enum Vcpus {
 }
 
 impl Vm {
+    /// Makes a VM of what was prepared: interrupt controllers, vCPUs and devices; and writes the tables by which the guest finds them.
+    pub fn build(
+        mut parts: Prepared,
+        console: ConsoleEnds,
+        observers: Observers,
+        times: &mut BuildTimes,
+    ) -> Result<Self, VmError> {
+        let control = Arc::new(Control::new().map_err(host("an eventfd"))?);
+        let interrupts = IrqChip::new(Arc::clone(&parts.fd))
+            .map_err(refused("KVM_ENABLE_CAP (KVM_CAP_SPLIT_IRQCHIP)"))?;
+        let vcpus = make_vcpus(&parts, observers.profile_exits)?;
+
+        let console_ready = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let console_ready = Arc::new(console_ready.map_err(host("an eventfd"))?);
+        let kicked = Arc::clone(&console_ready);
+        // An eventfd refuses a write only when its counter is full; then its reader is awake.
+        let kick: Kick = Arc::new(move || _ = kicked.write(1));
+        let com1 = interrupts.line(layout::COM1_GSI);
+        let serial = Serial::new(com1, console.serial, Arc::clone(&kick));
+        let serial = Arc::new(Mutex::new(serial));
+        let mut user_console: SharedConsole = serial.clone();
+        let events = event_sink(&control, observers.boot_mark);
+        let mut machine = Machine::new(&interrupts, &events, &serial)?;
+
+        let (mut disks, mut hvc0) = (parts.disks.drain(..), Some((console.virtio, kick)));
+        for spec in machine::virtio_devices(&parts.config) {
+            let device: Option<Box<dyn VirtioDevice>> = match spec {
+                VirtioSpec::Disk(..) => disks.next().map(|disk| Box::new(disk) as _),
+                VirtioSpec::Rng => {
+                    let rng = Rng::new(&parts.threads).map_err(host("a device's thread"))?;
+                    Some(Box::new(rng))
+                }
+                VirtioSpec::Console => hvc0.take().map(|(output, kick)| {
+                    let device = VirtioConsole::new(output, kick, console.size);
+                    user_console = device.port();
+                    Box::new(device) as _
+                }),
+            };
+            if let Some(device) = device {
+                machine.attach_virtio(&spec.name(), device, &parts.mem, &interrupts)?;
+            }
+        }
+        drop(disks);
+
+        let (mem, cpus) = (&parts.mem, parts.config.cpus);
+        acpi::write_tables(mem, cpus, &machine.acpi).map_err(VmError::BootTables)?;
+        mptable::write(mem, cpus).map_err(VmError::BootTables)?;
+        regs::write_boot_tables(mem, parts.kernel.entry).map_err(VmError::BootTables)?;
+        times.vm_ready = Some(Instant::now());
+        Ok(Self {
+            vcpus: Vcpus::Still(vcpus),
+            machine,
+            serial,
+            user_console,
+            console_ready,
+            control,
+            parts,
+        })
+    }
+
     /// Starts the vCPUs, the boot vCPU last: on a thread of its own, or on one that `first_thread` gives its job to. `before` comes
     /// when all other threads are there and the guest has not begun. When this fails, the VM has ended.
     pub fn start(
@@ -421,23 +297,17 @@ impl Drop for Vm {
     }
 }
 
-/// Opens what a disk needs of the host.
-fn open_disk(disk: &DiskConfig, cpus: u8, threads: &ThreadStarter) -> Result<Block, VmError> {
-    let access = match (disk.read_only, disk.ephemeral) {
-        (true, _) => Access::ReadOnly,
-        (false, true) => Access::Ephemeral,
-        (false, false) => Access::ReadWrite,
+fn make_vcpus(parts: &Prepared, profiled: bool) -> Result<Vec<Vcpu>, VmError> {
+    let tsc_deadline = parts.kvm.check_extension(Cap::TscDeadlineTimer);
+    let cpus = parts.config.cpus;
+    let make = |index| {
+        let entry = (index == 0).then_some(parts.kernel.entry);
+        let supported = &parts.supported;
+        let mut vcpu = Vcpu::new(&parts.fd, index, cpus, supported, tsc_deadline, entry)?;
+        vcpu.profile = profiled.then(ExitProfile::default);
+        Ok(vcpu)
     };
-    let options = DiskOptions {
-        access,
-        force_raw: disk.format.is_some(),
-        block_size: disk.sector,
-    };
-    let opened = Disk::open(&disk.path, options)?;
-    let id = disk.id.as_deref().unwrap_or_default();
-    let queues = disk.queues.unwrap_or(cpus.into());
-    let engine = disk.engine.unwrap_or_default();
-    Block::new(opened, id, queues, engine, threads).map_err(host("a device's thread"))
+    (0..cpus).map(make).collect()
 }
 
 /// What devices report, turned into the VM's end.
@@ -457,48 +327,4 @@ fn event_sink(
             }
         }
     })
-}
-
-/// Asks KVM which CPUID it can give a guest, on a thread of its own; what is returned waits for the answer. KVM executes some 30
-/// CPUID instructions for it. Where the host is a virtual machine itself, each is an exit: 0.3 ms in all, while a kernel can be
-/// loaded and a VM made.
-fn ask_for_cpuid(kvm: &Arc<Kvm>) -> impl FnOnce() -> Result<CpuId, VmError> {
-    let kvm = Arc::clone(kvm);
-    let ask = move || kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
-    let thread = thread::Builder::new()
-        .name("cpuid".to_owned())
-        .stack_size(THREAD_STACK)
-        .spawn(ask.clone());
-    move || {
-        let answer = thread.ok().and_then(|thread| thread.join().ok());
-        answer
-            .unwrap_or_else(ask)
-            .map_err(refused("KVM_GET_SUPPORTED_CPUID"))
-    }
-}
-
-/// KVM_CREATE_VM is interrupted by any signal that arrives in it.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
-    loop {
-        match kvm.create_vm() {
-            Err(e) if e.errno() == libc::EINTR => {}
-            Err(e) if e.errno() == libc::EBUSY => return Err(VmError::Busy),
-            result => return result.map_err(refused("KVM_CREATE_VM")),
-        }
-    }
-}
-
-/// CPUID leaf 0x80000008 EAX, bits 0-7: physical address bits.
-fn check_address_bits(asked: MemorySize, supported: &CpuId) -> Result<(), VmError> {
-    let bits = crate::arch::cpuid::physical_address_bits(supported);
-    let end = memory::end_of_ram(asked.bytes);
-    if bits < 64 && end > 1 << bits {
-        return Err(VmError::TooMuchMemory { asked, end, bits });
-    }
-    Ok(())
-}
-
-/// Whether this is a kernel of a distribution's size and not a guest made for the purpose.
-fn is_stock_linux(kernel: &LoadedKernel) -> bool {
-    kernel.format == KernelFormat::BzImage || kernel.kernel_bytes > 4 << 20
 }

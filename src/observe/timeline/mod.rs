@@ -15,8 +15,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::phases::Phases;
+use crate::vmm::prepare::BuildTimes;
 use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
-use crate::vmm::vm::{BuildTimes, Vm};
+use crate::vmm::vm::Vm;
 use memory::PrivateMemory;
 use process_start::ProcessStart;
 use record::Record;

@@ -1,0 +1,182 @@
+//! What comes first of a VM: its files opened, its memory made, its kernel loaded, KVM asked.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Kvm, VmFd};
+use minivmm_devices::THREAD_STACK;
+use minivmm_devices::block::{Access, Disk, DiskOptions};
+use minivmm_devices::thread::ThreadStarter;
+use minivmm_devices::virtio::blk::Block;
+use vm_memory::GuestMemoryMmap;
+
+use super::error::{VmError, host, refused};
+use super::{machine, memory};
+use crate::arch::layout;
+use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
+use crate::config::{DiskConfig, MemorySize, VmConfig};
+use crate::host::kvm;
+
+/// When a VM's steps were done, as far as they were.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BuildTimes {
+    /// Guest RAM has its addresses in the process.
+    pub memory_mapped: Option<Instant>,
+    /// Kernel, initrd and command line are in guest RAM.
+    pub kernel_loaded: Option<Instant>,
+    /// KVM has made the VM.
+    pub vm_created: Option<Instant>,
+    /// vCPUs, devices and tables are made.
+    pub vm_ready: Option<Instant>,
+}
+
+/// A VM with its memory and kernel in place.
+pub struct Prepared {
+    // Dropped in this order: KVM's view of the memory goes before the memory.
+    pub(super) fd: Arc<VmFd>,
+    pub(super) kvm: Arc<Kvm>,
+    /// The CPUID that this host's KVM can give a guest.
+    pub(super) supported: CpuId,
+    pub(super) mem: GuestMemoryMmap,
+    pub(super) kernel: LoadedKernel,
+    pub(super) cmdline: String,
+    pub(super) config: VmConfig,
+    /// In the order of the configuration.
+    pub(super) disks: Vec<Block>,
+    pub(super) threads: ThreadStarter,
+}
+
+impl Prepared {
+    /// Opens all files, makes the VM and its RAM, and loads the kernel. The VM's threads are started by
+    /// `threads`. `times` has what was reached when it fails.
+    pub fn new(
+        config: &VmConfig,
+        threads: &ThreadStarter,
+        times: &mut BuildTimes,
+    ) -> Result<Self, VmError> {
+        config.validate()?;
+        machine::check_capacity(config)?;
+        let kvm = Arc::new(kvm::open()?);
+        let supported = ask_for_cpuid(&kvm);
+        let cmdline = boot::suit_cmdline(&machine::cmdline_with_devices(config));
+        let disks = config.disks.iter();
+        let disks = disks.map(|disk| open_disk(disk, config.cpus, threads));
+        let disks = disks.collect::<Result<_, _>>()?;
+        let mem = memory::create(config.memory.bytes)?;
+        if config.mergeable {
+            memory::warn_without_ksm();
+            memory::enable_ksm(&mem)?;
+        }
+        times.memory_mapped = Some(Instant::now());
+        let cache = config.kernel_cache.then(boot::default_cache_dir).flatten();
+        let kernel = boot::load(
+            &mem,
+            &BootSource {
+                kernel: &config.kernel,
+                initrd: config.initrd.as_deref(),
+                cmdline: &cmdline,
+                protocol: config.boot_protocol,
+                rsdp: layout::ACPI_START,
+                cache: cache.as_deref(),
+            },
+        )?;
+        times.kernel_loaded = Some(Instant::now());
+        if is_stock_linux(&kernel) && kvm::is_pvm() {
+            return Err(VmError::SoftwareKvm {
+                kernel: config.kernel.clone(),
+            });
+        }
+        let max = kvm.get_max_vcpus();
+        if usize::from(config.cpus) > max {
+            return Err(VmError::TooManyCpus {
+                asked: config.cpus,
+                max,
+            });
+        }
+        let fd = create_vm(&kvm)?;
+        let supported = supported()?;
+        // Before the memslots, where KVM would refuse the address with an error number only.
+        check_address_bits(config.memory, &supported)?;
+        // Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
+        memory::register(&fd, &mem)?;
+        fd.set_tss_address(layout::KVM_TSS_START as usize)
+            .map_err(refused("KVM_SET_TSS_ADDR"))?;
+        times.vm_created = Some(Instant::now());
+        Ok(Self {
+            fd: Arc::new(fd),
+            kvm,
+            supported,
+            mem,
+            kernel,
+            cmdline,
+            config: config.clone(),
+            disks,
+            threads: threads.clone(),
+        })
+    }
+}
+
+/// Opens what a disk needs of the host.
+fn open_disk(disk: &DiskConfig, cpus: u8, threads: &ThreadStarter) -> Result<Block, VmError> {
+    let access = match (disk.read_only, disk.ephemeral) {
+        (true, _) => Access::ReadOnly,
+        (false, true) => Access::Ephemeral,
+        (false, false) => Access::ReadWrite,
+    };
+    let options = DiskOptions {
+        access,
+        force_raw: disk.format.is_some(),
+        block_size: disk.sector,
+    };
+    let opened = Disk::open(&disk.path, options)?;
+    let id = disk.id.as_deref().unwrap_or_default();
+    let queues = disk.queues.unwrap_or(cpus.into());
+    let engine = disk.engine.unwrap_or_default();
+    Block::new(opened, id, queues, engine, threads).map_err(host("a device's thread"))
+}
+
+/// Asks KVM which CPUID it can give a guest, on a thread of its own; what is returned waits for the answer. KVM executes some 30
+/// CPUID instructions for it. Where the host is a virtual machine itself, each is an exit: 0.3 ms in all, while a kernel can be
+/// loaded and a VM made.
+fn ask_for_cpuid(kvm: &Arc<Kvm>) -> impl FnOnce() -> Result<CpuId, VmError> {
+    let kvm = Arc::clone(kvm);
+    let ask = move || kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+    let thread = thread::Builder::new()
+        .name("cpuid".to_owned())
+        .stack_size(THREAD_STACK)
+        .spawn(ask.clone());
+    move || {
+        let answer = thread.ok().and_then(|thread| thread.join().ok());
+        answer
+            .unwrap_or_else(ask)
+            .map_err(refused("KVM_GET_SUPPORTED_CPUID"))
+    }
+}
+
+/// KVM_CREATE_VM is interrupted by any signal that arrives in it.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
+    loop {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            Err(e) if e.errno() == libc::EBUSY => return Err(VmError::Busy),
+            result => return result.map_err(refused("KVM_CREATE_VM")),
+        }
+    }
+}
+
+/// CPUID leaf 0x80000008 EAX, bits 0-7: physical address bits.
+fn check_address_bits(asked: MemorySize, supported: &CpuId) -> Result<(), VmError> {
+    let bits = crate::arch::cpuid::physical_address_bits(supported);
+    let end = memory::end_of_ram(asked.bytes);
+    if bits < 64 && end > 1 << bits {
+        return Err(VmError::TooMuchMemory { asked, end, bits });
+    }
+    Ok(())
+}
+
+/// Whether this is a kernel of a distribution's size and not a guest made for the purpose.
+fn is_stock_linux(kernel: &LoadedKernel) -> bool {
+    kernel.format == KernelFormat::BzImage || kernel.kernel_bytes > 4 << 20
+}
