@@ -4,6 +4,7 @@ mod bench;
 mod compare;
 pub mod exit_status;
 mod guest;
+mod guest_log;
 pub mod log;
 pub mod process;
 mod release;

@@ -1,16 +1,14 @@
 //! Runs a VM: ties it to the console, the signals, the deadline and the timeline.
 
-use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use minivmm_devices::thread::ThreadStarter;
-use vmm_sys_util::eventfd::EventFd;
 
+use super::guest_log::{MarkLog, SleepCheck};
 use super::release;
 use super::watch::{DRAIN_TIMEOUT, Watch};
 use crate::NOTICE;
-use crate::arch::sleep::Sleep;
 use crate::boot::BootError;
 use crate::config::{ConfigError, ConsoleTarget, OnReboot, VmConfig};
 use crate::console::{
@@ -28,9 +26,6 @@ use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Prepared};
 use crate::vmm::vcpu::VcpuError;
 use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
-
-/// How often, with `-v`, the VM is asked whether anything can wake its guest.
-const SLEEP_CHECK: Duration = Duration::from_secs(2);
 
 /// What is to be logged when a VM has ended and its console is done.
 type FinalLog = Vec<(log::Level, String)>;
@@ -181,74 +176,6 @@ enum Source {
     ConsoleReady,
     /// The guest has written boot marks.
     BootMark,
-}
-
-/// Boot marks on their way to the log: the vCPU that writes one has the port's lock, and stderr may have a reader who does not read.
-struct MarkLog {
-    marks: Receiver<u8>,
-    /// Readable when there are marks.
-    written: EventFd,
-}
-
-impl MarkLog {
-    /// Marks that wait at most; more are not logged.
-    const CAPACITY: usize = 64;
-
-    /// The log, and what to call with a mark.
-    fn new() -> std::io::Result<(Self, impl Fn(u8) + Send + Sync + 'static)> {
-        let (sender, marks) = sync_channel(Self::CAPACITY);
-        let written = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let wake = written.try_clone()?;
-        let observe = move |mark| {
-            if log::log_enabled!(log::Level::Info) && sender.try_send(mark).is_ok() {
-                // An eventfd refuses a write only when its counter is full; then its reader is awake.
-                let _ = wake.write(1);
-            }
-        };
-        Ok((Self { marks, written }, observe))
-    }
-
-    fn emit(&self) {
-        let _ = self.written.read();
-        for mark in self.marks.try_iter() {
-            log::info!("boot mark {mark}");
-        }
-    }
-}
-
-/// Tells the user, once, of a guest that nothing will wake: it looks as if it idled.
-struct SleepCheck {
-    next: Instant,
-    told: Sleep,
-}
-
-impl SleepCheck {
-    fn new() -> Self {
-        Self {
-            next: Instant::now() + SLEEP_CHECK,
-            told: Sleep::Awake,
-        }
-    }
-
-    fn look(&mut self, vm: &Vm, now: Instant) {
-        if now < self.next {
-            return;
-        }
-        self.next = now + SLEEP_CHECK;
-        let sleep = vm.sleep();
-        if sleep <= self.told {
-            return;
-        }
-        self.told = sleep;
-        match sleep {
-            Sleep::ForGood => log::info!(
-                "the guest has halted with interrupts off: nothing will wake it (a signal or Ctrl-A x ends minivmm)"
-            ),
-            _ => log::info!(
-                "the guest sleeps without a timer: only a device can wake it, as a key does"
-            ),
-        }
-    }
 }
 
 /// What all boots of a VM have in common.
