@@ -4,6 +4,7 @@
 //! the kernel's `virtio_mmio.device=`, names in logs and timelines, the number of slots in use) is taken from it.
 
 use std::sync::{Arc, Mutex};
+use std::vec;
 
 use minivmm_devices::bus::{BusDevice, BusError};
 use minivmm_devices::event::EventSink;
@@ -14,17 +15,21 @@ use minivmm_devices::platform::pci::{self, PciConfig};
 use minivmm_devices::platform::power::{self, AcpiPower};
 use minivmm_devices::platform::pvpanic::{self, Pvpanic};
 use minivmm_devices::platform::serial::{self, Serial};
+use minivmm_devices::thread::ThreadStarter;
+use minivmm_devices::virtio::blk::Block;
+use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
+use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::transport::mmio::{self, MmioTransport};
 use vm_memory::GuestMemoryMmap;
 
-use super::error::VmError;
+use super::error::{VmError, host};
 use super::vcpu::exit::Buses;
 use super::vcpu::profile::BusRegion;
 use crate::acpi::{AcpiDevice, Hid};
 use crate::arch::irqchip::IrqChip;
 use crate::arch::layout;
-use crate::config::{ConsoleKind, DiskConfig, VmConfig, join_words};
+use crate::config::{ConsoleKind, VmConfig, join_words};
 
 /// ACPI's ID of a virtio-mmio device, as Linux knows it (drivers/virtio/virtio_mmio.c).
 const VIRTIO_MMIO_HID: &str = "LNRO0005";
@@ -34,31 +39,40 @@ pub const COM1: &str = "COM1";
 
 /// A virtio device that a configuration asks for.
 #[derive(Debug, Clone, Copy)]
-pub enum VirtioSpec<'a> {
+pub enum VirtioSpec {
     /// A disk, with its place among the disks.
-    Disk(usize, &'a DiskConfig),
+    Disk(usize),
     /// The entropy device.
     Rng,
     /// The console on hvc0.
     Console,
 }
 
-impl VirtioSpec<'_> {
+impl VirtioSpec {
     /// What logs and timelines call it.
     pub fn name(self) -> String {
         match self {
-            Self::Disk(index, _) => format!("disk {index}"),
+            Self::Disk(index) => format!("disk {index}"),
             Self::Rng => "rng".into(),
             Self::Console => "console".into(),
         }
     }
 }
 
+/// What the virtio devices are made of.
+pub struct Backends<'a> {
+    /// The disks in their order.
+    pub disks: vec::IntoIter<Block>,
+    /// The console on hvc0.
+    pub console: Option<Console>,
+    /// Starts the devices' threads.
+    pub threads: &'a ThreadStarter,
+}
+
 /// The virtio devices of a VM in the order of their slots.
-pub fn virtio_devices(config: &VmConfig) -> Vec<VirtioSpec<'_>> {
-    let disks = config.disks.iter().enumerate();
-    disks
-        .map(|(index, disk)| VirtioSpec::Disk(index, disk))
+pub fn virtio_devices(config: &VmConfig) -> Vec<VirtioSpec> {
+    (0..config.disks.len())
+        .map(VirtioSpec::Disk)
         .chain(config.rng.then_some(VirtioSpec::Rng))
         .chain((config.console == ConsoleKind::Virtio).then_some(VirtioSpec::Console))
         .collect()
@@ -191,8 +205,32 @@ impl Machine {
         self.buses.pio.map(name, port.into(), count, device)
     }
 
+    /// Attaches the virtio devices that the configuration asks for.
+    pub fn attach_virtio_devices(
+        &mut self,
+        config: &VmConfig,
+        mut backends: Backends<'_>,
+        mem: &GuestMemoryMmap,
+        interrupts: &IrqChip,
+    ) -> Result<(), VmError> {
+        for spec in virtio_devices(config) {
+            let device: Option<Box<dyn VirtioDevice>> = match spec {
+                VirtioSpec::Disk(..) => backends.disks.next().map(|disk| Box::new(disk) as _),
+                VirtioSpec::Rng => {
+                    let rng = Rng::new(backends.threads).map_err(host("a device's thread"))?;
+                    Some(Box::new(rng))
+                }
+                VirtioSpec::Console => backends.console.take().map(|device| Box::new(device) as _),
+            };
+            if let Some(device) = device {
+                self.attach_virtio(&spec.name(), device, mem, interrupts)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Puts a virtio device into the next slot.
-    pub fn attach_virtio(
+    fn attach_virtio(
         &mut self,
         name: &str,
         device: Box<dyn VirtioDevice>,

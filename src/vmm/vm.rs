@@ -19,14 +19,12 @@ use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize}
 use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::platform::serial::Serial;
 use minivmm_devices::virtio::console::Console as VirtioConsole;
-use minivmm_devices::virtio::device::VirtioDevice;
-use minivmm_devices::virtio::rng::Rng;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, End};
 use super::error::{VmError, host, refused};
-use super::machine::{self, Machine, VirtioSpec};
+use super::machine::{Backends, Machine};
 use super::outcome::Outcome;
 use super::prepare::{BuildTimes, Prepared};
 use super::vcpu::exit::Buses;
@@ -37,7 +35,7 @@ use crate::arch::irqchip::IrqChip;
 use crate::arch::sleep::Sleep;
 use crate::arch::{layout, mptable, regs};
 use crate::boot::LoadedKernel;
-use crate::config::VmConfig;
+use crate::config::{ConsoleKind, VmConfig};
 
 /// How long vCPUs may take to stand still: an exit's handling is bounded by far less.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
@@ -106,25 +104,17 @@ impl Vm {
         let events = event_sink(&control, observers.boot_mark);
         let mut machine = Machine::new(&interrupts, &events, &serial)?;
 
-        let (mut disks, mut hvc0) = (parts.disks.drain(..), Some((console.virtio, kick)));
-        for spec in machine::virtio_devices(&parts.config) {
-            let device: Option<Box<dyn VirtioDevice>> = match spec {
-                VirtioSpec::Disk(..) => disks.next().map(|disk| Box::new(disk) as _),
-                VirtioSpec::Rng => {
-                    let rng = Rng::new(&parts.threads).map_err(host("a device's thread"))?;
-                    Some(Box::new(rng))
-                }
-                VirtioSpec::Console => hvc0.take().map(|(output, kick)| {
-                    let device = VirtioConsole::new(output, kick, console.size);
-                    user_console = device.port();
-                    Box::new(device) as _
-                }),
-            };
-            if let Some(device) = device {
-                machine.attach_virtio(&spec.name(), device, &parts.mem, &interrupts)?;
-            }
+        let hvc0 = (parts.config.console == ConsoleKind::Virtio)
+            .then(|| VirtioConsole::new(console.virtio, kick, console.size));
+        if let Some(hvc0) = &hvc0 {
+            user_console = hvc0.port();
         }
-        drop(disks);
+        let backends = Backends {
+            disks: std::mem::take(&mut parts.disks).into_iter(),
+            console: hvc0,
+            threads: &parts.threads,
+        };
+        machine.attach_virtio_devices(&parts.config, backends, &parts.mem, &interrupts)?;
 
         let (mem, cpus) = (&parts.mem, parts.config.cpus);
         acpi::write_tables(mem, cpus, &machine.acpi).map_err(VmError::BootTables)?;

@@ -20,14 +20,15 @@ pub const SECTOR_SIZE: u64 = 512;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Engine {
-    /// Through io_uring, all requests of a queue at once.
+    /// Through io_uring, all requests of a queue at once; but a write is made at once, in place, while nothing else is in flight.
+    /// To most file systems a buffered write by io_uring takes several times as long.
     #[default]
     IoUring,
     /// With preadv and pwritev, one request of a queue after the other.
     Sync,
 }
 
-/// Why a disk cannot be had.
+/// Why a disk cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// The file cannot be opened.
