@@ -546,3 +546,33 @@ fn compare_runs_one_root_in_containers_and_in_a_guest() {
     }
     assert_eq!(report["same_output"], true, "{report}");
 }
+#[test]
+fn a_panic_without_a_reset_is_134() {
+    let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage")]);
+    command.args(["--deadline", "200s", "--cmdline", "console=ttyS0 quiet"]);
+    let ended = run(&mut command);
+    ended.assert_code(134);
+    assert!(ended.out().ends_with("]---\r\n"), "{}", ended.out());
+}
+
+#[test]
+fn a_panic_that_nobody_hears_is_134() {
+    let unheard = |cmdline: &str| {
+        let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage")]);
+        command.args(["--initrd", &initramfs(), "--deadline", "100s", "--cmdline"]);
+        let ended = run(command.arg(format!("console=hvc0 panic=-1 quiet {cmdline}")));
+        assert_eq!(ended.out(), "");
+        ended
+    };
+    let ended = unheard("rdinit=/bin/busybox -- false");
+    ended.assert_code(134);
+    assert!(
+        ended
+            .stderr
+            .contains("on the console: Attempted to kill init!"),
+        "{}",
+        ended.stderr
+    );
+    // The orderly one.
+    unheard("rdinit=/bin/busybox -- reboot -f").assert_code(0);
+}

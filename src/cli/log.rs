@@ -1,6 +1,7 @@
 //! What minivmm says: on stderr, in lines that begin with its name.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::LevelFilter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -40,8 +41,12 @@ pub fn start_log(level: LevelFilter) {
 }
 
 /// stderr for a thread that must not wait for ever: a guest can make its vCPU's thread log, and a reader that has stopped
-/// would hold that thread, and with it the VM's end. A message that nobody takes for so long is lost.
+/// would hold that thread, and with it the VM's end. A message that nobody takes for so long is lost, and the next ones wait no
+/// longer until somebody reads again.
 pub struct TimedStderr;
+
+/// The last message was lost.
+static STUCK: AtomicBool = AtomicBool::new(false);
 
 impl TimedStderr {
     const PATIENCE: Timespec = Timespec {
@@ -63,10 +68,13 @@ impl TimedStderr {
 impl Write for TimedStderr {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let stderr = rustix::stdio::stderr();
-        match poll(
-            &mut [PollFd::new(&stderr, PollFlags::OUT)],
-            Some(&Self::PATIENCE),
-        ) {
+        let patience = match STUCK.load(Ordering::Relaxed) {
+            true => Timespec::default(),
+            false => Self::PATIENCE,
+        };
+        let ready = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&patience));
+        STUCK.store(ready == Ok(0), Ordering::Relaxed);
+        match ready {
             Ok(0) => Ok(bytes.len()),
             _ => io::stderr().write(bytes),
         }

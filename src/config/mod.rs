@@ -243,12 +243,6 @@ impl VmConfig {
         Ok(())
     }
 
-    /// How many virtio devices the machine has.
-    pub fn virtio_devices(&self) -> usize {
-        let virtio_console = self.console == ConsoleKind::Virtio;
-        self.disks.len() + usize::from(self.rng) + usize::from(virtio_console)
-    }
-
     /// The kernel command line: the default or its replacement, then what is appended.
     pub fn kernel_cmdline(&self) -> String {
         let base = self.cmdline.as_deref().unwrap_or(match self.console {
