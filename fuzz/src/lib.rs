@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
-use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, TerminalSize};
 use minivmm_devices::block::{Access, Disk, Engine};
+use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, TerminalSize};
 use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
 use minivmm_devices::virtio::console::Console;
