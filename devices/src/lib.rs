@@ -1,7 +1,8 @@
 //! Device models of minivmm.
 //!
 //! This crate knows buses ([`bus`]), interrupt lines ([`interrupt`]), guest memory ([`virtio`]) and what a guest can
-//! report to the VMM ([`event`]). It does not depend on KVM, so everything in it is tested without a hypervisor.
+//! report to the VMM ([`event`]), and how all of that is paused, saved and restored ([`state`]). It does not depend on
+//! KVM, so everything in it is tested without a hypervisor.
 //!
 //! Locks: a device lives in an `Arc<Mutex<_>>` that the [`bus`] takes for one access. Callbacks that a device is given
 //! (event sinks, interrupt triggers, console output, kicks) are called with that lock held: they must neither block nor
@@ -26,6 +27,7 @@ pub mod platform;
 #[cfg(test)]
 #[path = "../../tests/common/skip.rs"]
 mod skip;
+pub mod state;
 pub mod thread;
 pub mod virtio;
 pub use thread::STACK_SIZE as THREAD_STACK;

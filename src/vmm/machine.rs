@@ -15,6 +15,7 @@ use minivmm_devices::platform::pci::{self, PciConfig};
 use minivmm_devices::platform::power::{self, AcpiPower};
 use minivmm_devices::platform::pvpanic::{self, Pvpanic};
 use minivmm_devices::platform::serial::{self, Serial};
+use minivmm_devices::state::{Devices, Suspend};
 use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
 use minivmm_devices::virtio::console::Console;
@@ -135,6 +136,8 @@ pub struct Machine {
     pub buses: Arc<Buses>,
     /// What the DSDT tells.
     pub acpi: Vec<AcpiDevice>,
+    /// The devices that have state, by the names that they have on the buses.
+    pub state: Devices,
     next_slot: usize,
 }
 
@@ -148,14 +151,14 @@ impl Machine {
         let mut machine = Self {
             buses: Arc::default(),
             acpi: Vec::new(),
+            state: Devices::default(),
             next_slot: 0,
         };
-        machine.buses.mmio.map(
-            "I/O APIC",
-            layout::IOAPIC_START,
-            ioapic::LEN,
-            interrupts.ioapic.clone(),
-        )?;
+        let name = "I/O APIC";
+        let ioapic = interrupts.ioapic.clone();
+        machine.state.add(name, ioapic.clone());
+        let base = layout::IOAPIC_START;
+        machine.buses.mmio.map(name, base, ioapic::LEN, ioapic)?;
         let event = || events.clone();
         let exit = ExitPort::new(event());
         let mark = BootMarkPort::new(event());
@@ -164,9 +167,9 @@ impl Machine {
         machine.attach_port("boot-mark port", layout::BOOT_MARK_PORT, exit_len, mark)?;
         machine.attach_port("i8042", layout::I8042_PORT, i8042::LEN, I8042::new(event()))?;
         let power = AcpiPower::new(event());
-        machine.attach_port("ACPI power", layout::ACPI_POWER_PORT, power::LEN, power)?;
+        machine.attach_saved("ACPI power", layout::ACPI_POWER_PORT, power::LEN, power)?;
         let pci = PciConfig::new(event());
-        machine.attach_port("PCI", layout::PCI_CONFIG_PORT, pci::LEN, pci)?;
+        machine.attach_saved("PCI", layout::PCI_CONFIG_PORT, pci::LEN, pci)?;
         let pvpanic = Pvpanic::new(event());
         machine.attach_port("pvpanic", layout::PVPANIC_PORT, pvpanic_len, pvpanic)?;
         machine.acpi.push(AcpiDevice {
@@ -177,12 +180,10 @@ impl Machine {
             mmio: None,
             gsi: None,
         });
-        machine.buses.pio.map(
-            COM1,
-            layout::COM1_PORT.into(),
-            serial::PORT_LEN,
-            serial.clone(),
-        )?;
+        let serial = serial.clone();
+        machine.state.add(COM1, serial.clone());
+        let (port, len) = (layout::COM1_PORT.into(), serial::PORT_LEN);
+        machine.buses.pio.map(COM1, port, len, serial)?;
         machine.acpi.push(AcpiDevice {
             name: COM1.into(),
             hid: Hid::Eisa("PNP0501"),
@@ -202,6 +203,19 @@ impl Machine {
         device: impl BusDevice + 'static,
     ) -> Result<(), BusError> {
         let device = Arc::new(Mutex::new(device));
+        self.buses.pio.map(name, port.into(), count, device)
+    }
+
+    /// The same for a device that has state.
+    fn attach_saved(
+        &mut self,
+        name: &str,
+        port: u16,
+        count: u64,
+        device: impl BusDevice + Suspend + 'static,
+    ) -> Result<(), BusError> {
+        let device = Arc::new(Mutex::new(device));
+        self.state.add(name, device.clone());
         self.buses.pio.map(name, port.into(), count, device)
     }
 
@@ -262,6 +276,7 @@ impl Machine {
 
     /// Takes the devices away, for whoever stops them: the machine has none from here on.
     pub fn take_devices(&mut self) -> Arc<Buses> {
+        self.state = Devices::default();
         std::mem::take(&mut self.buses)
     }
 

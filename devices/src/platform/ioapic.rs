@@ -3,7 +3,13 @@
 //! It only translates redirection entries into MSI routes, see [`MsiRoutes`]. An interrupt line sends the MSI of its pin
 //! straight to the local APIC. Lines are edge-triggered: remote IRR is never set, and an EOI needs no action.
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
+use crate::state::{Record, SaveState, StateError, Suspend, from_record, to_record};
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
 
 /// Interrupt inputs of the IOAPIC.
 pub const PINS: u32 = 24;
@@ -82,10 +88,16 @@ pub trait MsiRoutes: Send {
     /// From now on, an edge on `pin` sends `msi`. `None` means masked: an edge stays pending. Called only when the route
     /// changes, with the I/O APIC locked. All pins start masked.
     fn set_route(&mut self, pin: u32, msi: Option<Msi>);
+
+    /// The masked pins at which an edge is pending, a bit each.
+    fn pending(&self) -> u32;
+
+    /// Makes an edge pending at these pins, all of them masked.
+    fn set_pending(&mut self, pins: u32);
 }
 
 /// What the guest can see, as plain data.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct State {
     index: u8,
     id: u32,
@@ -179,6 +191,50 @@ impl BusDevice for Ioapic {
     }
 }
 
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    registers: State,
+    pending: u32,
+}
+
+impl SaveState for Ioapic {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Self { state, router } = self;
+        let saved = Saved {
+            registers: state.clone(),
+            pending: router.pending(),
+        };
+        to_record(STATE_VERSION, saved)
+    }
+
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        let Saved { registers, pending } = from_record(STATE_VERSION, record)?;
+        if registers.id & !spec::ID_MASK != 0 {
+            return Err(StateError::value("id", format!("is {:#x}", registers.id)));
+        }
+        let mut routed = 0;
+        for (pin, entry) in (0..).zip(&registers.entries) {
+            if entry & !spec::WRITABLE != 0 {
+                let why = format!("has reserved bits at pin {pin}: {entry:#x}");
+                return Err(StateError::value("entries", why));
+            }
+            routed |= u32::from(Msi::from_entry(*entry).is_some()) << pin;
+        }
+        if pending >> PINS != 0 || pending & routed != 0 {
+            let why = format!("has pins that are not masked or do not exist: {pending:#x}");
+            return Err(StateError::value("pending", why));
+        }
+        for (pin, entry) in (0..).zip(&registers.entries) {
+            self.router.set_route(pin, Msi::from_entry(*entry));
+        }
+        self.router.set_pending(pending);
+        self.state = registers;
+        Ok(())
+    }
+}
+
+impl Suspend for Ioapic {}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -194,6 +250,14 @@ mod tests {
         fn set_route(&mut self, pin: u32, msi: Option<Msi>) {
             assert!(pin < PINS);
             self.0.lock().unwrap().push((pin, msi));
+        }
+
+        fn pending(&self) -> u32 {
+            0
+        }
+
+        fn set_pending(&mut self, pins: u32) {
+            assert_eq!(pins, 0);
         }
     }
 

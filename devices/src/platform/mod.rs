@@ -23,6 +23,9 @@ fn write_bytes(offset: u64, data: &[u8], mut register: impl FnMut(u64, u8)) {
 }
 
 #[cfg(test)]
+mod state_tests;
+
+#[cfg(test)]
 mod testing {
     use std::sync::{Arc, Mutex};
 

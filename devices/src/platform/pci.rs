@@ -6,6 +6,10 @@
 
 use crate::bus::BusDevice;
 use crate::event::{EventSink, GuestEvent};
+use crate::state::{Record, SaveState, StateError, Suspend, from_record, to_record};
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
 
 /// Length of the port range, in bytes.
 pub const LEN: u64 = 8;
@@ -55,6 +59,20 @@ impl BusDevice for PciConfig {
         }
     }
 }
+
+impl SaveState for PciConfig {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Self { address, events: _ } = self;
+        to_record(STATE_VERSION, address)
+    }
+
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        self.address = from_record(STATE_VERSION, record)?;
+        Ok(())
+    }
+}
+
+impl Suspend for PciConfig {}
 
 #[cfg(test)]
 mod tests {

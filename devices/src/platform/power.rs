@@ -3,6 +3,10 @@
 use super::{read_bytes, write_bytes};
 use crate::bus::BusDevice;
 use crate::event::{EventSink, GuestEvent};
+use crate::state::{Record, SaveState, StateError, Suspend, from_record, to_record};
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
 
 /// Offset of SLEEP_CONTROL_REG.
 pub const SLEEP_CONTROL_OFFSET: u64 = 0;
@@ -69,6 +73,28 @@ impl BusDevice for AcpiPower {
         });
     }
 }
+
+impl SaveState for AcpiPower {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Self {
+            events: _,
+            sleep_control,
+        } = self;
+        to_record(STATE_VERSION, sleep_control)
+    }
+
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        let sleep_control: u8 = from_record(STATE_VERSION, record)?;
+        if sleep_control & !(SLP_TYP_MASK << SLP_TYP_SHIFT) != 0 {
+            let why = format!("has unknown bits: {sleep_control:#x}");
+            return Err(StateError::value("sleep_control", why));
+        }
+        self.sleep_control = sleep_control;
+        Ok(())
+    }
+}
+
+impl Suspend for AcpiPower {}
 
 #[cfg(test)]
 mod tests {

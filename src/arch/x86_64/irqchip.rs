@@ -99,6 +99,17 @@ impl MsiRoutes for PinRoutes {
             log::debug!("I/O APIC pin {pin}: {e}");
         }
     }
+
+    fn pending(&self) -> u32 {
+        let bit = |(pin, slot)| u32::from(lock(slot).pending) << pin;
+        (0..).zip(self.pins.iter()).map(bit).sum()
+    }
+
+    fn set_pending(&mut self, pins: u32) {
+        for (pin, slot) in (0..).zip(self.pins.iter()) {
+            lock(slot).pending = pins >> pin & 1 != 0;
+        }
+    }
 }
 
 /// An I/O APIC input pin. An edge on a masked pin is sent when the pin is unmasked. The 82093AA drops such an edge, but

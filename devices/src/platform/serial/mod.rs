@@ -7,16 +7,21 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 use super::{read_bytes, write_bytes};
 use crate::bus::BusDevice;
 use crate::chardev::{ConsoleDevice, ConsoleOutput, Kick, MIN_ROOM};
 use crate::interrupt::IrqLine;
+use crate::state::{Record, SaveState, StateError, Suspend, from_record, to_record};
 
 #[cfg(test)]
 mod tests;
 
 /// Length of the port range, in bytes.
 pub const PORT_LEN: u64 = 8;
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
 /// Bytes that each of the FIFOs holds.
 const FIFO_LEN: usize = MIN_ROOM;
 
@@ -80,7 +85,7 @@ mod spec {
 }
 
 /// A character in the receive FIFO.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Received {
     byte: u8,
     /// It is a break, and the guest has not been told: § 8.4, LSR 4.
@@ -97,7 +102,7 @@ impl From<u8> for Received {
 }
 
 /// What the guest can see, and what is on its way, as plain data.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct State {
     ier: u8,
     /// FCR is write-only to the guest; bit 0 and the trigger level are kept.
@@ -113,10 +118,15 @@ struct State {
     transmit_pending: bool,
     /// The guest has been shown a busy transmitter; the host has yet to say that there is room again.
     waiting_for_room: bool,
-    /// The host holds input that did not fit; it wants a kick when there is room.
+    /// The host holds input that did not fit; it wants a kick when there is room. Another host may hold some too.
+    #[serde(skip, default = "yes")]
     input_held_back: bool,
     /// Bytes that the guest sent while the transmitter was busy, and that are lost.
     dropped: u64,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Causes of an interrupt, as a set.
@@ -424,5 +434,51 @@ impl BusDevice for Serial {
         write_bytes(offset, data, |offset, value| {
             self.write_register(offset, value)
         });
+    }
+}
+
+impl SaveState for Serial {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        // The causes follow from the registers.
+        let Self {
+            state,
+            causes: _,
+            irq: _,
+            output: _,
+            input_ready: _,
+        } = self;
+        to_record(STATE_VERSION, state)
+    }
+
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        let state: State = from_record(STATE_VERSION, record)?;
+        if state.rx.len() > FIFO_LEN {
+            let why = format!("holds {} bytes of {FIFO_LEN} at most", state.rx.len());
+            return Err(StateError::value("rx", why));
+        }
+        let fcr_mask = spec::FCR_ENABLE | 0b11 << spec::FCR_TRIGGER_SHIFT;
+        for (field, value, mask) in [
+            ("ier", state.ier, spec::IER_MASK),
+            ("fcr", state.fcr, fcr_mask),
+            ("mcr", state.mcr, spec::MCR_MASK),
+        ] {
+            if value & !mask != 0 {
+                return Err(StateError::value(
+                    field,
+                    format!("has unknown bits: {value:#x}"),
+                ));
+            }
+        }
+        self.state = state;
+        self.causes = Causes::default();
+        Ok(())
+    }
+}
+
+impl Suspend for Serial {
+    /// After a restore, each cause that the guest has not acknowledged interrupts once more.
+    fn resume(&mut self) {
+        self.on_tx_space();
+        self.update();
     }
 }
