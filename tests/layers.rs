@@ -341,7 +341,7 @@ fn collect(dir: &Path, here: &mut Vec<String>, files: &mut Vec<(Vec<String>, Str
     for path in entries {
         let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
         if path.is_dir() {
-            if stem != "tests" {
+            if stem != "tests" && stem != "conformance" {
                 here.push(stem);
                 collect(&path, here, files);
                 here.pop();

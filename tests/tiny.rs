@@ -1,17 +1,16 @@
-//! Ring 2: tiny guests on whatever KVM there is. Exits, ports, MMIO, interrupts, and every row of the exit-status table.
+//! Tiny guests on any KVM: exits, ports, MMIO, interrupts, and every row of the exit-status table.
 
 mod common;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 
-use common::{PATIENCE, boot_tiny, kill, minivmm, run, run_with_input, signal, tiny, wait};
+use common::{PATIENCE, boot_tiny, minivmm, run, run_with_input, signal, tiny, wait};
 
 #[test]
 fn a_byte_then_power_off() {
@@ -174,26 +173,6 @@ fn restart_boots_again_in_the_same_process() {
 }
 
 #[test]
-fn output_is_delivered_where_a_restart_fails() {
-    let dir = tempfile::tempdir().unwrap();
-    let kernel = dir.path().join("lines");
-    fs::copy(tiny("lines"), &kernel).unwrap();
-    let args = ["--cmdline", "r", "--on-reboot", "restart", "--kernel"];
-    let mut child = minivmm(&args).arg(&kernel).spawn().unwrap();
-    let mut first = [0; 9];
-    let mut stdout = child.stdout.take().unwrap();
-    stdout.read_exact(&mut first).unwrap();
-    fs::remove_file(&kernel).unwrap();
-    // Time enough to reset, and to end without its reader.
-    thread::sleep(Duration::from_secs(1));
-    let mut rest = Vec::new();
-    stdout.read_to_end(&mut rest).unwrap();
-    assert!(rest.ends_with(b"0000ffff\n"));
-    assert_eq!(first.len() + rest.len(), 0x1_0000 * 9);
-    assert_eq!(wait(child, PATIENCE).status.code(), Some(125));
-}
-
-#[test]
 fn guest_halted_for_good_is_reported() {
     const FOR_GOOD: &str = "nothing will wake it";
     const NO_TIMER: &str = "only a device can wake it";
@@ -299,102 +278,6 @@ fn an_interrupt_wakes_a_halted_vcpu_even_if_its_pin_was_masked() {
 }
 
 #[test]
-fn ten_kilobytes_of_input_come_back_unharmed() {
-    let mut input: Vec<u8> = (0..10_240u32).map(|i| b'!' + (i % 90) as u8).collect();
-    let sum = input.iter().fold(0, |sum, byte| sum ^ byte);
-    input.push(4);
-    let ended = run_with_input(&mut boot_tiny("echo", "", &[]), &input);
-    assert_eq!(ended.code(), i32::from(sum));
-    assert_eq!(ended.stdout, &input[..input.len() - 1]);
-}
-
-#[test]
-fn input_from_a_file_comes_too() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(&file, b"hello\x04").unwrap();
-    let mut command = boot_tiny("echo", "", &[]);
-    command.stdin(fs::File::open(file.path()).unwrap());
-    let ended = run(&mut command);
-    assert_eq!(ended.out(), "hello");
-}
-
-#[test]
-fn the_end_of_input_is_not_the_end_of_the_guest() {
-    let ended = run_with_input(
-        &mut boot_tiny("echo", "", &["--deadline", "500ms"]),
-        b"hello",
-    );
-    ended.assert_code(124);
-    assert_eq!(ended.out(), "hello");
-}
-
-#[test]
-fn a_slow_reader_gets_every_byte() {
-    let mut child = boot_tiny("lines", "", &[]).spawn().unwrap();
-    let mut stdout = child.stdout.take().unwrap();
-    let reader = thread::spawn(move || {
-        let mut all = Vec::new();
-        let mut chunk = [0u8; 16384];
-        loop {
-            let count = stdout.read(&mut chunk).unwrap();
-            if count == 0 {
-                return all;
-            }
-            all.extend_from_slice(&chunk[..count]);
-            thread::sleep(Duration::from_millis(10));
-        }
-    });
-    assert_eq!(wait(child, PATIENCE).status.code(), Some(0));
-    let expected: String = (0..0x1_0000).map(|i| format!("{i:08x}\n")).collect();
-    assert!(
-        reader.join().unwrap() == expected.into_bytes(),
-        "lines are lost or torn"
-    );
-}
-
-#[test]
-fn closed_output_reader_does_not_end_the_guest() {
-    let mut child = boot_tiny("lines", "", &[]).spawn().unwrap();
-    let mut stdout = child.stdout.take().unwrap();
-    let mut first = [0u8; 9];
-    stdout.read_exact(&mut first).unwrap();
-    drop(stdout);
-    let output = wait(child, PATIENCE);
-    assert_eq!(output.status.code(), Some(0));
-    assert_eq!(&first, b"00000000\n");
-}
-
-#[test]
-fn stalled_reader_bounds_memory_and_allows_signals() {
-    let child = {
-        let mut command = boot_tiny("flood", "", &[]);
-        command.spawn().unwrap()
-    };
-    thread::sleep(Duration::from_secs(1));
-    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
-    let rss: u64 = status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"))
-        .and_then(|value| value.trim().strip_suffix(" kB")?.trim().parse().ok())
-        .unwrap();
-    assert!(rss < 8 << 10, "{rss} KiB of private memory");
-    signal(&child, "TERM");
-    // Nobody reads while minivmm flushes: a second signal breaks that off.
-    thread::sleep(Duration::from_millis(300));
-    kill(child.id(), "TERM");
-    let start = Instant::now();
-    let mut child = child;
-    while child.try_wait().unwrap().is_none() {
-        assert!(
-            start.elapsed() < Duration::from_secs(10),
-            "two SIGTERMs and still there"
-        );
-        thread::sleep(Duration::from_millis(5));
-    }
-    assert_eq!(child.wait().unwrap().code(), Some(143));
-}
-
-#[test]
 fn inherited_signal_mask_does_not_block_the_exit() {
     // On a thread of its own: a child inherits the mask of the thread that makes it.
     thread::spawn(|| {
@@ -459,75 +342,6 @@ fn resource_limits_exit_cleanly() {
 }
 
 #[test]
-fn unread_log_does_not_block() {
-    let start = Instant::now();
-    let mut child = boot_tiny("abuse", "b", &["-v", "--deadline", "1s"])
-        .spawn()
-        .unwrap();
-    while child.try_wait().unwrap().is_none() {
-        if start.elapsed() > Duration::from_secs(20) {
-            _ = child.kill();
-            panic!("minivmm waits for its log's reader");
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    assert_eq!(child.wait().unwrap().code(), Some(124));
-}
-
-#[test]
-fn closed_standard_streams_are_tolerated() {
-    let script = format!(
-        "exec {} --memory 16M --cmdline p --kernel {} <&- >&- 2>&-",
-        env!("CARGO_BIN_EXE_minivmm"),
-        tiny("lines").display()
-    );
-    let status = std::process::Command::new("sh")
-        .args(["-c", &script])
-        .status()
-        .unwrap();
-    assert_eq!(status.code(), Some(0));
-}
-
-#[test]
-fn the_console_goes_to_a_file_or_nowhere() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("console");
-    let serial = format!("file={}", path.display());
-    let ended = run(&mut boot_tiny("hello", "", &["--serial", &serial]));
-    ended.assert_code(0);
-    assert_eq!(
-        (fs::read_to_string(&path).unwrap(), ended.out()),
-        ("!".into(), String::new())
-    );
-    let ended = run(&mut boot_tiny("hello", "", &["--serial", "none"]));
-    ended.assert_code(0);
-    assert_eq!(ended.out(), "");
-    run(&mut boot_tiny("hello", "", &["--serial", "file=/"])).assert_code(125);
-    run(&mut boot_tiny("hello", "", &["--serial", "file=/dev/full"])).assert_code(0);
-}
-
-#[test]
-fn a_fifo_is_a_console_once_it_has_a_reader() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("fifo");
-    let made = std::process::Command::new("mkfifo").arg(&path).status();
-    assert!(made.unwrap().success());
-    let serial = format!("file={}", path.display());
-    let ended = run(&mut boot_tiny("hello", "", &["--serial", &serial]));
-    ended.assert_code(125);
-    assert!(ended.stderr.contains("reader first"), "{}", ended.stderr);
-    let reader = fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(&path)
-        .unwrap();
-    run(&mut boot_tiny("hello", "", &["--serial", &serial])).assert_code(0);
-    let mut text = String::new();
-    { reader }.read_to_string(&mut text).unwrap();
-    assert_eq!(text, "!");
-}
-
-#[test]
 fn arguments_override_the_configuration_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("vm.json");
@@ -562,137 +376,4 @@ fn memory_beyond_the_host_starts_or_is_refused() {
         "{}",
         ended.stderr
     );
-}
-
-#[test]
-fn virtio_device_survives_a_hostile_driver() {
-    for (case, status) in [("o", 64), ("b", 79), ("r", 64)] {
-        let ended = run(&mut boot_tiny("virtio", case, &["--rng"]));
-        assert_eq!(ended.code(), status, "{case}: {}", ended.stderr);
-        let warned = ended.stderr.contains("until its driver resets it");
-        assert_eq!(warned, case == "b", "{case}: {}", ended.stderr);
-    }
-    // Without the device there is nothing at its address.
-    run(&mut boot_tiny("virtio", "o", &[])).assert_code(99);
-}
-
-/// Seconds of CPU time that a process has used so far.
-fn cpu_seconds(pid: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    // Behind the name, which may have anything in it: utime and stime (proc(5), fields 14 and 15).
-    let (_, rest) = stat.rsplit_once(") ").unwrap();
-    let ticks: u64 = rest
-        .split(' ')
-        .skip(11)
-        .take(2)
-        .map(|ticks| ticks.parse::<u64>().unwrap())
-        .sum();
-    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
-}
-
-#[test]
-fn halted_guest_with_queued_requests_uses_no_cpu_time() {
-    let args = ["--console", "virtio"];
-    let mut command = boot_tiny("console-flood", "", &args);
-    let child = command.stdout(Stdio::null()).spawn().unwrap();
-    // Past the start, which takes some, also on a busy host.
-    thread::sleep(Duration::from_secs(1));
-    let at_start = cpu_seconds(child.id());
-    thread::sleep(Duration::from_secs(3));
-    let used = cpu_seconds(child.id()) - at_start;
-    signal(&child, "TERM");
-    let output = wait(child, PATIENCE);
-    let log = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(143), "{log}");
-    assert!(log.contains("until its driver resets it"), "{log}");
-    assert!(used < 0.2, "{used} s of CPU time in 3 s");
-}
-
-#[test]
-fn a_disk_is_reset_with_requests_in_flight() {
-    const WRITTEN: usize = 64 << 10;
-    for engine in ["io_uring", "sync"] {
-        let mut disk = tempfile::NamedTempFile::new().unwrap();
-        disk.write_all(&[0xa5; WRITTEN + 4096]).unwrap();
-        let option = format!("path={},engine={engine}", disk.path().display());
-        let ended = run(&mut boot_tiny("disk", "", &["--disk", &option]));
-        ended.assert_code(0);
-        assert_eq!(ended.stderr, "", "{engine}");
-        let bytes = fs::read(disk.path()).unwrap();
-        let (written, rest) = bytes.split_at(WRITTEN);
-        assert!(written.iter().all(|byte| *byte == 0x5a), "{engine}");
-        assert!(rest == [0xa5; 4096], "{engine}");
-    }
-}
-
-/// An ioeventfd makes a young VM end later, so that a queue gets one only when it is busy. Then its notifications are no exits.
-#[test]
-fn a_busy_disk_takes_few_exits() {
-    const READS: usize = 20_000;
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(1 << 20).unwrap();
-    let option = format!("path={}", disk.path().display());
-    let exits = |reads: usize| {
-        let args = ["--disk", &option, "-v"];
-        let ended = run(&mut boot_tiny("reads", &reads.to_string(), &args));
-        ended.assert_code(0);
-        let (_, rest) = ended.stderr.split_once("vCPU exits: ").unwrap();
-        rest.split(';').next().unwrap().parse::<usize>().unwrap()
-    };
-    let few = exits(100);
-    assert!((100..200).contains(&few), "{few}");
-    let many = exits(READS);
-    assert!((few..READS / 2).contains(&many), "{many}");
-}
-
-#[test]
-fn a_disk_is_locked_while_its_vm_runs_and_free_after() {
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(1 << 20).unwrap();
-    let path = disk.path().to_str().unwrap();
-    let writable = format!("path={path}");
-    let read_only = format!("path={path},ro");
-    let boot = |disk: &str| boot_tiny("hello", "", &["--disk", disk]);
-    // A VM that runs until it is stopped; its echo says that it runs.
-    let hold = |disk: &str| {
-        let mut command = boot_tiny("echo", "", &["--disk", disk]);
-        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
-        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
-        let mut byte = [0];
-        child
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut byte)
-            .unwrap();
-        child
-    };
-    let stop = |child| {
-        signal(&child, "TERM");
-        assert_eq!(wait(child, PATIENCE).status.code(), Some(143));
-    };
-
-    let writer = hold(&writable);
-    for disk in [&writable, &read_only] {
-        let refused = run(&mut boot(disk));
-        refused.assert_code(125);
-        assert!(
-            refused.stderr.contains(path) && refused.stderr.contains("in use by another process"),
-            "{}",
-            refused.stderr
-        );
-    }
-    stop(writer);
-    let reader = hold(&read_only);
-    run(&mut boot(&read_only)).assert_code(0);
-    run(&mut boot(&writable)).assert_code(125);
-    stop(reader);
-    run(&mut boot(&writable)).assert_code(0);
-    // Twice in one VM is one time too many, unless both only read.
-    run(boot(&writable).args(["--disk", &writable])).assert_code(125);
-    run(boot(&read_only).args(["--disk", &read_only])).assert_code(0);
-    // A VM that boots again has let go of its disk in between.
-    let mut command = boot_tiny("ends", "r", &["--disk", &writable]);
-    command.args(["--on-reboot", "restart", "--deadline", "300ms"]);
-    run(&mut command).assert_code(124);
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
-use minivmm_devices::block::{Access, Disk, Engine};
+use minivmm_devices::block::{Disk, DiskMode, Engine};
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, TerminalSize};
 use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
@@ -46,13 +46,13 @@ pub enum DiskKind {
 
 /// A block device on `file`.
 pub fn block(file: &File, kind: DiskKind) -> Block {
-    let (access, engine) = match kind {
-        DiskKind::IoUring => (Access::ReadWrite, Engine::IoUring),
-        DiskKind::Sync => (Access::ReadWrite, Engine::Sync),
-        DiskKind::ReadOnly => (Access::ReadOnly, Engine::IoUring),
-        DiskKind::Ephemeral => (Access::Ephemeral, Engine::Sync),
+    let (mode, engine) = match kind {
+        DiskKind::IoUring => (DiskMode::ReadWrite, Engine::IoUring),
+        DiskKind::Sync => (DiskMode::ReadWrite, Engine::Sync),
+        DiskKind::ReadOnly => (DiskMode::ReadOnly, Engine::IoUring),
+        DiskKind::Ephemeral => (DiskMode::Ephemeral, Engine::Sync),
     };
-    let disk = Disk::open(&path(file), access).unwrap();
+    let disk = Disk::open(&path(file), mode).unwrap();
     Block::new(disk, "fuzz", 1, engine, &ThreadStarter::default()).unwrap()
 }
 

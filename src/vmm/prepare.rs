@@ -7,7 +7,7 @@ use std::time::Instant;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 use minivmm_devices::THREAD_STACK;
-use minivmm_devices::block::{Access, Disk, DiskOptions};
+use minivmm_devices::block::{Disk, DiskMode, DiskOptions};
 use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
 use vm_memory::GuestMemoryMmap;
@@ -120,13 +120,13 @@ impl Prepared {
 
 /// Opens what a disk needs of the host.
 fn open_disk(disk: &DiskConfig, cpus: u8, threads: &ThreadStarter) -> Result<Block, VmError> {
-    let access = match (disk.read_only, disk.ephemeral) {
-        (true, _) => Access::ReadOnly,
-        (false, true) => Access::Ephemeral,
-        (false, false) => Access::ReadWrite,
+    let mode = match (disk.read_only, disk.ephemeral) {
+        (true, _) => DiskMode::ReadOnly,
+        (false, true) => DiskMode::Ephemeral,
+        (false, false) => DiskMode::ReadWrite,
     };
     let options = DiskOptions {
-        access,
+        mode,
         force_raw: disk.format.is_some(),
         block_size: disk.sector,
     };

@@ -236,7 +236,7 @@ fn main() -> Outcome<()> {
         fill(&cache, share.path(), flavor)?;
     }
 
-    let mut results: Vec<(usize, Vec<Duration>, Vec<u64>)> = (0..ROWS.len())
+    let mut results: Vec<Measured> = (0..ROWS.len())
         .filter(|row| flavors.contains(&ROWS[*row].flavor))
         .map(|row| (row, Vec::new(), Vec::new()))
         .collect();
@@ -248,6 +248,14 @@ fn main() -> Outcome<()> {
             own.push(kib);
         }
     }
+    print(rounds, results)
+}
+
+/// The row's index, its times, and its private memory in KiB.
+type Measured = (usize, Vec<Duration>, Vec<u64>);
+
+/// Prints the table.
+fn print(rounds: usize, mut results: Vec<Measured>) -> Outcome<()> {
     println!(
         "From just before the fork of the monitor's process to the first line of the demo initramfs on its stdout, in ms: medians \
          of {rounds}\nrounds, in each of which every row boots once, in a fresh lab where there is no KVM for Linux. Own: private \

@@ -14,7 +14,9 @@ use rustix::io::{Errno, retry_on_intr};
 use vm_memory::VolatileSlice;
 
 use super::format;
-use super::open::{Access, DiskError, DiskOptions, SECTOR_SIZE, block_size, failed, open_and_lock};
+use super::open::{
+    DiskError, DiskMode, DiskOptions, SECTOR_SIZE, block_size, failed, open_and_lock,
+};
 use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
 use super::transfer::{
     Cancelled, Direction, PIECE, describe, go_on, punch_hole, transfer, write_zeroes,
@@ -43,8 +45,8 @@ impl Disk {
     /// Opens and locks `path`: for itself alone if it may write there, together with other readers if not.
     pub fn open(path: &Path, options: impl Into<DiskOptions>) -> Result<Self, DiskError> {
         let options = options.into();
-        let access = options.access;
-        let (file, lock) = open_and_lock(path, access == Access::ReadWrite)?;
+        let mode = options.mode;
+        let (file, lock) = open_and_lock(path, mode == DiskMode::ReadWrite)?;
         let len = (&file)
             .seek(SeekFrom::End(0))
             .map_err(failed("find the size of", path))?;
@@ -78,14 +80,14 @@ impl Disk {
             );
         }
         let sectors = len / SECTOR_SIZE;
-        let overlay = match access {
-            Access::Ephemeral if len > MAX_EPHEMERAL_LEN => {
+        let overlay = match mode {
+            DiskMode::Ephemeral if len > MAX_EPHEMERAL_LEN => {
                 return Err(DiskError::TooLong {
                     path: path.to_owned(),
                     len,
                 });
             }
-            Access::Ephemeral => {
+            DiskMode::Ephemeral => {
                 let overlay = Overlay::new(sectors * SECTOR_SIZE);
                 Some(overlay.map_err(|source| DiskError::Temporary {
                     path: path.to_owned(),
@@ -93,7 +95,7 @@ impl Disk {
                     source,
                 })?)
             }
-            Access::ReadOnly | Access::ReadWrite => None,
+            DiskMode::ReadOnly | DiskMode::ReadWrite => None,
         };
         Ok(Self {
             file,
@@ -101,7 +103,7 @@ impl Disk {
             overlay,
             sectors,
             block_size,
-            read_only: access == Access::ReadOnly,
+            read_only: mode == DiskMode::ReadOnly,
             path: path.to_owned(),
             flush_failed: AtomicBool::new(false),
             failed: AtomicBool::new(false),

@@ -151,7 +151,7 @@ pub(super) fn identify(file: &File, len: u64) -> io::Result<Option<Format>> {
 mod tests {
     use tempfile::NamedTempFile;
 
-    use super::super::{Access, Disk, DiskOptions};
+    use super::super::{Disk, DiskMode, DiskOptions};
     use super::*;
 
     const LEN: u64 = 64 << 10;
@@ -166,7 +166,7 @@ mod tests {
 
     fn open(file: &NamedTempFile, force_raw: bool) -> Result<Disk, String> {
         let options = DiskOptions {
-            access: Access::ReadWrite,
+            mode: DiskMode::ReadWrite,
             force_raw,
             block_size: None,
         };

@@ -10,6 +10,6 @@ mod transfer;
 
 pub use disk::Disk;
 pub use format::Format;
-pub use open::{Access, DiskError, DiskOptions, Engine, SECTOR_SIZE};
+pub use open::{DiskError, DiskMode, DiskOptions, Engine, SECTOR_SIZE};
 pub(crate) use transfer::Cancelled;
 pub use transfer::Direction;

@@ -158,7 +158,7 @@ fn how(for_writing: bool, error: &io::Error) -> &'static str {
 
 /// What a guest's writes do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub enum DiskMode {
     /// They fail.
     ReadOnly,
     /// They go to the disk.
@@ -171,17 +171,17 @@ pub enum Access {
 #[derive(Debug, Clone, Copy)]
 pub struct DiskOptions {
     /// What a guest's writes do.
-    pub access: Access,
+    pub mode: DiskMode,
     /// Whether what looks like another format is taken for raw all the same.
     pub force_raw: bool,
     /// Bytes in a logical block, a power of two; without it, the block device's own, and 512 in a file.
     pub block_size: Option<u32>,
 }
 
-impl From<Access> for DiskOptions {
-    fn from(access: Access) -> Self {
+impl From<DiskMode> for DiskOptions {
+    fn from(mode: DiskMode) -> Self {
         Self {
-            access,
+            mode,
             force_raw: false,
             block_size: None,
         }
@@ -293,7 +293,7 @@ mod tests {
         file.as_file().set_len(len).unwrap();
         let options = DiskOptions {
             block_size,
-            ..Access::Ephemeral.into()
+            ..DiskMode::Ephemeral.into()
         };
         Disk::open(file.path(), options).map_err(|e| e.to_string())
     }

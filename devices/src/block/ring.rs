@@ -334,14 +334,14 @@ mod tests {
 
     use tempfile::NamedTempFile;
 
-    use super::super::open::Access;
+    use super::super::open::DiskMode;
     use super::*;
 
     #[test]
     fn a_ring_does_nothing_but_its_disks_requests() {
         let mut file = NamedTempFile::new().unwrap();
         file.write_all(&[7; 512]).unwrap();
-        let disk = Disk::open(file.path(), Access::ReadWrite).unwrap();
+        let disk = Disk::open(file.path(), DiskMode::ReadWrite).unwrap();
         let Ok(mut ring) = Ring::new(Arc::new(disk), 4) else {
             return crate::skip::skip("no io_uring");
         };

@@ -341,8 +341,24 @@ fn the_cache_gives_what_was_unpacked_and_nothing_else() {
         assert_eq!(boot("nokaslr"), (Loading::Cached, (LOAD, 0)), "{what}");
         assert_eq!(fs::read(entry()).unwrap(), whole, "{what}");
     }
+}
 
-    // Replaced in place, same length and times: another kernel.
+#[test]
+fn a_kernel_replaced_in_place_is_another_one_to_the_cache() {
+    let dir = TempDir::new().unwrap();
+    let cache = dir.path().join("kernels");
+    let image = file(&packed(&whole_table()));
+    settle();
+    let origin = || {
+        let source = BootSource {
+            cache: Some(&cache),
+            ..source(image.path())
+        };
+        load(&mem(64), &source).unwrap().kernel_loading
+    };
+    assert_eq!(origin(), Loading::Decompressed);
+    assert_eq!(origin(), Loading::Cached);
+    // Same length and times.
     let metadata = fs::metadata(image.path()).unwrap();
     let mut other = fs::read(image.path()).unwrap();
     let end = other.len() - 600;
@@ -351,12 +367,7 @@ fn the_cache_gives_what_was_unpacked_and_nothing_else() {
     let times = FileTimes::new().set_modified(metadata.modified().unwrap());
     image.as_file().set_times(times).unwrap();
     assert_eq!(fs::metadata(image.path()).unwrap().len(), metadata.len());
-    let mem = mem(64);
-    let source = BootSource {
-        cache: Some(&cache),
-        ..source(image.path())
-    };
-    assert_ne!(load(&mem, &source).unwrap().kernel_loading, Loading::Cached);
+    assert_ne!(origin(), Loading::Cached);
 }
 
 #[test]
