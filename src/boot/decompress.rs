@@ -2,14 +2,12 @@
 
 use std::io::{self, Read};
 
-use bzip2::read::BzDecoder;
 use flate2::read::GzDecoder;
 use lzma_rust2::{LzmaReader, XzReader};
 use ruzstd::decoding::StreamingDecoder;
 
 use super::bytes::{cut, damaged, u32_at};
 use super::format::Compression;
-use super::lzop;
 
 /// Most memory in KiB that an LZMA or xz decoder may take for its dictionary: twice what Linux packs its kernels with
 /// (scripts/xz_wrap.sh). zstd's decoder has a limit of its own, 128 MiB, which is what Linux packs with.
@@ -20,10 +18,10 @@ const LZ4_BLOCK: usize = 8 << 20;
 const LZ4_LEGACY_MAGIC: u32 = 0x184c_2102;
 
 /// Unpacks `packed` into `out`, which it must fill exactly. However much `packed` would give, no more than `out` is written.
+/// bzip2 and LZO are unsupported: no distribution packs its kernel with them, and a kernel can decompress itself.
 pub(crate) fn decompress(format: Compression, packed: &[u8], out: &mut [u8]) -> io::Result<()> {
     match format {
         Compression::Gzip => fill(GzDecoder::new(packed), out),
-        Compression::Bzip2 => fill(BzDecoder::new(packed), out),
         Compression::Lzma => fill(
             LzmaReader::new_mem_limit(packed, MAX_DICTIONARY_KIB, None)?,
             out,
@@ -33,9 +31,10 @@ pub(crate) fn decompress(format: Compression, packed: &[u8], out: &mut [u8]) -> 
             out,
         ),
         Compression::Zstd => zstd(packed, out),
-        Compression::Lzo => lzop::decompress(packed, out),
         Compression::Lz4Legacy => lz4_legacy(packed, out),
-        Compression::Lz4Frame => Err(damaged("LZ4's frame format, which no kernel is packed in")),
+        Compression::Bzip2 | Compression::Lzo | Compression::Lz4Frame => {
+            Err(io::ErrorKind::Unsupported.into())
+        }
     }
 }
 

@@ -27,7 +27,6 @@ mod initrd;
 pub(crate) mod input;
 mod kaslr;
 mod loaded;
-mod lzop;
 pub mod memory_map;
 pub(crate) mod payload;
 mod pvh;

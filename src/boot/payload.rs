@@ -33,6 +33,12 @@ pub(crate) enum PayloadError {
         /// The kernel's init_size.
         room: u64,
     },
+    /// There is no decoder for it here.
+    #[error("minivmm has no decoder for {format}")]
+    Unsupported {
+        /// How it is compressed.
+        format: Compression,
+    },
     /// The compressed data is truncated or wrong.
     #[error("its {format} payload is damaged")]
     Damaged {
@@ -91,7 +97,10 @@ pub(crate) fn unpack(input: &InputFile, image: &BzImage) -> Result<Vec<u8>, Payl
     let mut packed = vec![0; usize::try_from(stream_len).map_err(|_| cut())?];
     input.read_exact(image.payload_offset(), &mut packed, "its payload")?;
     let mut kernel = vec![0; usize::try_from(unpacked).map_err(|_| cut())?];
-    decompress(format, &packed, &mut kernel).map_err(damaged)?;
+    decompress(format, &packed, &mut kernel).map_err(|source| match source.kind() {
+        io::ErrorKind::Unsupported => PayloadError::Unsupported { format },
+        _ => damaged(source),
+    })?;
     if u32_at(&kernel, 0) != Some(u32::from_le_bytes(*b"\x7fELF")) {
         return Err(PayloadError::NotElf { format });
     }

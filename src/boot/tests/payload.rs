@@ -5,18 +5,13 @@ use std::error::Error;
 use super::*;
 use crate::boot::payload::{self, PayloadError};
 
-const PACKED: [(&str, &[u8]); 7] = [
+const PACKED: [(&str, &[u8]); 5] = [
     ("gzip", include_bytes!("../../../tests/payloads/kernel.gz")),
-    (
-        "bzip2",
-        include_bytes!("../../../tests/payloads/kernel.bz2"),
-    ),
     (
         "LZMA",
         include_bytes!("../../../tests/payloads/kernel.lzma"),
     ),
     ("xz", include_bytes!("../../../tests/payloads/kernel.xz")),
-    ("LZO", include_bytes!("../../../tests/payloads/kernel.lzo")),
     (
         "LZ4 (legacy format)",
         include_bytes!("../../../tests/payloads/kernel.lz4"),
@@ -89,12 +84,12 @@ fn a_cut_payload_is_an_error_wherever_it_is_cut() {
             contains(&message, &[name, "payload is damaged"]);
         }
     }
-    contains(&failure(b"BZh"), &["bzip2 payload is damaged"]);
+    contains(&failure(b"\x1f\x8b\x08"), &["gzip payload is damaged"]);
 }
 
 #[test]
 fn damage_is_an_error_where_the_format_has_a_checksum() {
-    for name in ["gzip", "bzip2", "xz", "zstd"] {
+    for name in ["gzip", "xz", "zstd"] {
         let payload = packed(name);
         for at in (20..payload.len() - 8).step_by(97) {
             let mut damaged = payload.to_vec();
@@ -191,6 +186,10 @@ fn what_is_no_payload_is_named() {
         &failure(b"\x04\x22\x4d\x18 LZ4"),
         &["04 22 4d 18", "not a compression format of Linux kernels"],
     );
+    for (name, head) in [("bzip2", b"BZh9"), ("LZO", b"\x89LZO")] {
+        let message = failure(&[&head[..], &[0; 8]].concat());
+        contains(&message, &["minivmm has no decoder for", name]);
+    }
     contains(&failure(b"plain"), &["plain"]);
     contains(&failure(b""), &["not a compression format"]);
     let mut text = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
