@@ -3,6 +3,16 @@
 //! [`vmm::vm::Vm`] is the VM that a [`config::VmConfig`] describes; [`cli::run`] is what the program does with one. Each module imports
 //! only from those below it, as docs/architecture.md draws them.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing
+    )
+)]
+
 pub mod acpi;
 pub mod arch;
 pub mod boot;

@@ -56,6 +56,7 @@ pub fn write_tables(
     let dsdt = dsdt(devices);
     let madt = madt(cpus);
 
+    // The RSDP's room; it needs the XSDT's address.
     let mut image = vec![0u8; Rsdp::len()];
     let mut place = |table: &[u8]| {
         image.resize(image.len().next_multiple_of(16), 0);
@@ -70,7 +71,7 @@ pub fn write_tables(
     xsdt.add_entry(fadt_address);
     xsdt.add_entry(madt_address);
     let xsdt_address = place(&bytes(&xsdt));
-    image[..Rsdp::len()].copy_from_slice(&bytes(&Rsdp::new(OEM_ID, xsdt_address)));
+    image.splice(..Rsdp::len(), bytes(&Rsdp::new(OEM_ID, xsdt_address)));
 
     assert!(
         image.len() as u64 <= ACPI_MAX_SIZE,

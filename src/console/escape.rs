@@ -13,8 +13,8 @@ pub(super) const HELP: &str = "\r\n\
 /// What a key asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Key {
-    /// These go to the guest: up to two bytes.
-    Guest([u8; 2], usize),
+    /// These go to the guest.
+    Guest([Option<u8>; 2]),
     /// Nothing yet: it was the escape key.
     Pending,
     Quit,
@@ -35,16 +35,16 @@ impl Escape {
             return if self.pending {
                 Key::Pending
             } else {
-                Key::Guest([byte, 0], 1)
+                Key::Guest([Some(byte), None])
             };
         }
         match byte {
             b'x' | b'X' => Key::Quit,
             b'b' | b'B' => Key::Break,
             b'h' | b'H' | b'?' => Key::Help,
-            b'a' | b'A' | ESCAPE => Key::Guest([ESCAPE, 0], 1),
+            b'a' | b'A' | ESCAPE => Key::Guest([Some(ESCAPE), None]),
             // No command: the guest may know better, a screen or tmux in it for one.
-            other => Key::Guest([ESCAPE, other], 2),
+            other => Key::Guest([Some(ESCAPE), Some(other)]),
         }
     }
 }
@@ -57,7 +57,7 @@ mod tests {
         let (mut escape, mut guest, mut others) = (Escape::default(), Vec::new(), Vec::new());
         for byte in input {
             match escape.key(*byte) {
-                Key::Guest(bytes, len) => guest.extend_from_slice(&bytes[..len]),
+                Key::Guest(bytes) => guest.extend(bytes.iter().flatten()),
                 Key::Pending => {}
                 other => others.push(other),
             }

@@ -118,9 +118,10 @@ impl ConsoleInput {
             if room == 0 {
                 return InputOutcome::Continue;
             }
-            match self.read(&mut buffer[..room.min(CHUNK)]) {
+            let buffer = buffer.get_mut(..room.min(CHUNK)).unwrap_or_default();
+            match self.read(buffer) {
                 Read::Bytes(len) => {
-                    if self.accept(&buffer[..len]) == InputOutcome::Quit {
+                    if self.accept(buffer.get(..len).unwrap_or_default()) == InputOutcome::Quit {
                         return InputOutcome::Quit;
                     }
                 }
@@ -167,7 +168,7 @@ impl ConsoleInput {
         };
         for byte in bytes {
             match escape.key(*byte) {
-                Key::Guest(keys, len) => self.ahead.extend(&keys[..len]),
+                Key::Guest(keys) => self.ahead.extend(keys.iter().flatten()),
                 Key::Pending => {}
                 // What the guest has not read goes, as at Ctrl-C: a key of that could pass for the SysRq command.
                 Key::Break => {

@@ -390,10 +390,9 @@ impl ConsoleOutput for Sink {
             state.dropped += bytes.len() as u64;
             return bytes.len();
         }
-        let accepted = bytes
-            .len()
-            .min(CAPACITY.saturating_sub(state.pending.len()));
-        let taken = &bytes[..accepted];
+        let room = CAPACITY.saturating_sub(state.pending.len());
+        let taken = bytes.get(..room).unwrap_or(bytes);
+        let accepted = taken.len();
         state.push(taken);
         let wake = match state.waiting {
             Waiting::No => false,

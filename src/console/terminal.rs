@@ -179,7 +179,7 @@ extern "C" fn on_fatal_signal(
     let previous = FAULTS
         .iter()
         .position(|s| *s == signal)
-        .and_then(|i| PREVIOUS[i].get());
+        .and_then(|i| PREVIOUS.get(i)?.get());
     match previous {
         // The faulting instruction faults again when the handler returns. It may have run out of stack, which Rust's own
         // handler explains.

@@ -92,13 +92,18 @@ impl Header {
             write!(out, "{field:08X}")?;
         }
         out.write_all(&self.name)?;
-        out.write_all(&[0; 4][..1 + padding(HEADER_LEN + name_len)])
+        out.write_all(&[0])?;
+        pad(HEADER_LEN + name_len, out)
     }
 }
 
 /// Zeroes that follow `size` bytes, up to a multiple of four.
 pub(super) fn padding(size: usize) -> usize {
     size.wrapping_neg() & 3
+}
+
+fn pad(size: usize, out: &mut dyn Write) -> io::Result<()> {
+    (0..padding(size)).try_for_each(|_| out.write_all(&[0]))
 }
 
 /// Packs everything below `root`: owners, modes, times, links, devices. A file with several names is stored once. Other file
@@ -209,7 +214,7 @@ impl Archive<'_> {
         if io::copy(&mut content.take(size), self.out)? != size {
             return Err(io::Error::other("it changed while it was read"));
         }
-        self.out.write_all(&[0; 3][..padding(size as usize)])
+        pad(size as usize, self.out)
     }
 }
 

@@ -8,7 +8,7 @@ use super::layout::{IOAPIC_START, LAPIC_START, MPTABLE_START};
 /// Version that local and I/O APIC report: an integrated APIC.
 const APIC_VERSION: u8 = 0x14;
 const FLOATING_POINTER_SIZE: u64 = 16;
-const HEADER_SIZE: usize = 44;
+const HEADER_SIZE: u16 = 44;
 /// Bus 0 is ISA: its interrupts are edge-triggered and active high, as every wire of this machine is.
 const ISA_BUS: u8 = 0;
 
@@ -21,64 +21,74 @@ const LOCAL_INTERRUPT: u8 = 4;
 
 /// Writes the table that names `cpus` processors, the I/O APIC and its pins. Pin N is ISA interrupt N.
 pub fn write(mem: &GuestMemoryMmap, cpus: u8) -> Result<(), GuestMemoryError> {
-    let config = config_table(cpus);
     let table_address = MPTABLE_START + FLOATING_POINTER_SIZE;
-
-    let mut pointer = [0u8; FLOATING_POINTER_SIZE as usize];
-    pointer[0..4].copy_from_slice(b"_MP_");
-    pointer[4..8].copy_from_slice(&(table_address as u32).to_le_bytes());
-    pointer[8] = 1; // length in units of 16 bytes
-    pointer[9] = 4; // specification 1.4
-    pointer[10] = checksum(&pointer);
+    // § 4.1: a length of one unit of 16 bytes, specification 1.4, checksum, five feature bytes.
+    let mut pointer = [
+        b"_MP_".as_slice(),
+        &(table_address as u32).to_le_bytes(),
+        &[1, 4, 0, 0, 0, 0, 0, 0],
+    ]
+    .concat();
+    set_checksum(&mut pointer, 10);
     mem.write_slice(&pointer, GuestAddress(MPTABLE_START))?;
-    mem.write_slice(&config, GuestAddress(table_address))
+    mem.write_slice(&config_table(cpus), GuestAddress(table_address))
 }
 
 fn config_table(cpus: u8) -> Vec<u8> {
-    let mut table = vec![0u8; HEADER_SIZE];
-    let mut entries = 0u16;
-    let mut add = |entry: &[u8]| {
-        table.extend_from_slice(entry);
-        entries += 1;
-    };
-
+    let mut entries = Vec::new();
     for cpu in 0..cpus {
-        let flags = 1 | if cpu == 0 { 2 } else { 0 }; // enabled; the first is the boot processor
-        let mut entry = [0u8; 20];
-        entry[..4].copy_from_slice(&[PROCESSOR, cpu, APIC_VERSION, flags]);
-        entry[4..8].copy_from_slice(&0x600u32.to_le_bytes()); // family 6, as the kernel reads it from CPUID anyway
-        entry[8..12].copy_from_slice(&0x201u32.to_le_bytes()); // FPU and APIC on the chip
-        add(&entry);
+        // Enabled; the first is the boot processor.
+        let flags = if cpu == 0 { 1 | 2 } else { 1 };
+        entries.push(
+            [
+                [PROCESSOR, cpu, APIC_VERSION, flags],
+                // Family 6, as the kernel reads it from CPUID anyway; FPU and APIC on the chip.
+                0x600u32.to_le_bytes(),
+                0x201u32.to_le_bytes(),
+                [0; 4],
+                [0; 4],
+            ]
+            .concat(),
+        );
     }
-    add(&[BUS, ISA_BUS, b'I', b'S', b'A', b' ', b' ', b' ']);
-
-    let mut ioapic = [IO_APIC, cpus, APIC_VERSION, 1, 0, 0, 0, 0];
-    ioapic[4..].copy_from_slice(&(IOAPIC_START as u32).to_le_bytes());
-    add(&ioapic);
-
+    entries.push([&[BUS, ISA_BUS], b"ISA   ".as_slice()].concat());
+    let ioapic = [IO_APIC, cpus, APIC_VERSION, 1];
+    entries.push([ioapic, (IOAPIC_START as u32).to_le_bytes()].concat());
     for pin in 0..ioapic::PINS as u8 {
         // Type INT, polarity and trigger as the bus has them.
-        add(&[IO_INTERRUPT, 0, 0, 0, ISA_BUS, pin, cpus, pin]);
+        entries.push(vec![IO_INTERRUPT, 0, 0, 0, ISA_BUS, pin, cpus, pin]);
     }
     // No 8259 is wired to LINT0, but a kernel expects the entry; NMI is on LINT1.
-    add(&[LOCAL_INTERRUPT, 3, 0, 0, ISA_BUS, 0, 0xff, 0]);
-    add(&[LOCAL_INTERRUPT, 1, 0, 0, ISA_BUS, 0, 0xff, 1]);
+    entries.push(vec![LOCAL_INTERRUPT, 3, 0, 0, ISA_BUS, 0, 0xff, 0]);
+    entries.push(vec![LOCAL_INTERRUPT, 1, 0, 0, ISA_BUS, 0, 0xff, 1]);
 
-    let length = table.len() as u16;
-    table[0..4].copy_from_slice(b"PCMP");
-    table[4..6].copy_from_slice(&length.to_le_bytes());
-    table[6] = 4;
-    table[8..16].copy_from_slice(b"MINIVMM ");
-    table[16..28].copy_from_slice(b"minivmm     ");
-    table[34..36].copy_from_slice(&entries.to_le_bytes());
-    table[36..40].copy_from_slice(&(LAPIC_START as u32).to_le_bytes());
-    table[7] = checksum(&table);
+    let count = entries.len() as u16;
+    let entries = entries.concat();
+    let mut table = [
+        b"PCMP".as_slice(),
+        &(HEADER_SIZE + entries.len() as u16).to_le_bytes(),
+        // Specification 1.4, checksum.
+        &[4, 0],
+        b"MINIVMM minivmm     ",
+        // No OEM table.
+        &[0; 6],
+        &count.to_le_bytes(),
+        &(LAPIC_START as u32).to_le_bytes(),
+        // No extended table.
+        &[0; 4],
+        &entries,
+    ]
+    .concat();
+    set_checksum(&mut table, 7);
     table
 }
 
-/// The byte that makes all bytes of a structure add up to zero.
-fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0u8, |sum, b| sum.wrapping_sub(*b))
+/// Sets the byte at `offset` so that all bytes add up to zero.
+fn set_checksum(bytes: &mut [u8], offset: usize) {
+    let sum = bytes.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte));
+    if let Some(byte) = bytes.get_mut(offset) {
+        *byte = sum;
+    }
 }
 
 #[cfg(test)]

@@ -60,14 +60,12 @@ pub struct CompareOptions {
 struct Row {
     runtime: Runtime,
     program: PathBuf,
-    /// To the first output and to the end, warm and cold.
-    times: [[Vec<Duration>; 2]; 2],
+    /// To the first output and to the end, with all in the page cache.
+    warm: [Vec<Duration>; 2],
+    /// The same after the page cache was dropped.
+    cold: [Vec<Duration>; 2],
     report: RowReport,
 }
-
-/// The warm and the cold ones among [`Row::times`].
-const WARM: usize = 0;
-const COLD: usize = 1;
 
 /// All that a comparison needs while it runs.
 struct Comparison<'a> {
@@ -191,11 +189,11 @@ impl Comparison<'_> {
                     self.show(&format!("{title} cold"), row);
                     // It worked before.
                     let _ = drop_caches();
-                    self.timed(row, COLD)?;
+                    self.timed(row, |row| &mut row.cold)?;
                 }
                 // After a cold run, all that it has read is in memory again.
                 self.show(&format!("{title} warm"), row);
-                self.timed(row, WARM)?;
+                self.timed(row, |row| &mut row.warm)?;
             }
         }
         Ok(())
@@ -244,12 +242,16 @@ impl Comparison<'_> {
     }
 
     /// A run that counts.
-    fn timed(&mut self, row: &mut Row, kind: usize) -> Result<(), ToolError> {
+    fn timed(
+        &mut self,
+        row: &mut Row,
+        times: fn(&mut Row) -> &mut [Vec<Duration>; 2],
+    ) -> Result<(), ToolError> {
         let Some(run) = self.run(row, Job::Command, None)? else {
             return Ok(());
         };
         measure::note_status(&mut row.report.statuses, &run);
-        let [first_output, end] = &mut row.times[kind];
+        let [first_output, end] = times(row);
         first_output.extend(run.first_output);
         end.extend(run.end);
         row.report.output = String::from_utf8_lossy(&run.stdout).into_owned();
@@ -352,7 +354,8 @@ impl Row {
         let command = runtime.command(&program, image, vm, Job::Command);
         Self {
             runtime,
-            times: Default::default(),
+            warm: Default::default(),
+            cold: Default::default(),
             report: RowReport {
                 name: runtime.name().into(),
                 is_vm,
@@ -376,11 +379,8 @@ impl Row {
     }
 
     fn report(self) -> RowReport {
-        let [warm, cold] = self
-            .times
-            .map(|times| times.map(|times| Summary::new(&times)));
-        let [warm_first_output, warm_end] = warm;
-        let [cold_first_output, cold_end] = cold;
+        let [warm_first_output, warm_end] = self.warm.map(|times| Summary::new(&times));
+        let [cold_first_output, cold_end] = self.cold.map(|times| Summary::new(&times));
         RowReport {
             warm_first_output,
             warm_end,

@@ -1,10 +1,11 @@
 //! What runs the command: minivmm and the container runtimes, each by its own command line.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::image::{ENVIRONMENT, Image, PROBE_FILE, RUN, VmImage};
 use crate::tools::measure::{call, find_program, first_line};
@@ -172,13 +173,18 @@ impl Runtime {
         call(self.name(), &words)?;
         let file = bundle.join("config.json");
         let text = fs::read_to_string(&file).map_err(|e| e.to_string())?;
-        let mut spec: Value =
-            serde_json::from_str(&text).map_err(|e| format!("{}: {e}", file.display()))?;
-        spec["process"]["terminal"] = json!(false);
-        spec["process"]["args"] = json!(job.words(image));
-        spec["process"]["env"] = json!(ENVIRONMENT);
-        spec["root"] = json!({"path": image.root, "readonly": false});
-        fs::write(&file, spec.to_string()).map_err(|e| e.to_string())
+        let wrong = |e: &dyn fmt::Display| format!("{}: {e}", file.display());
+        let mut spec: Map<String, Value> = serde_json::from_str(&text).map_err(|e| wrong(&e))?;
+        let process = spec.entry("process").or_insert(json!({})).as_object_mut();
+        let process = process.ok_or_else(|| wrong(&"its process is not an object"))?;
+        process.insert("terminal".into(), json!(false));
+        process.insert("args".into(), json!(job.words(image)));
+        process.insert("env".into(), json!(ENVIRONMENT));
+        spec.insert(
+            "root".into(),
+            json!({"path": image.root, "readonly": false}),
+        );
+        fs::write(&file, json!(spec).to_string()).map_err(|e| e.to_string())
     }
 
     fn bundle(self, image: &Image, job: Job) -> PathBuf {

@@ -47,7 +47,7 @@ fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, Boo
         let mut magic = [0; 8];
         let count = input.read_some(at, &mut magic)?;
         let mut reader = FileReader::new(&input, at);
-        let (format, contents) = match FileKind::identify(&magic[..count]) {
+        let (format, contents) = match FileKind::identify(magic.get(..count).unwrap_or_default()) {
             FileKind::Cpio => ("cpio", Some(walk(&mut reader, FileReader::skip))),
             FileKind::Compressed(compression) => {
                 checks.push(check_compression(archive, compression, config));

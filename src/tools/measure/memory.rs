@@ -39,10 +39,11 @@ impl GuestShare {
 /// The private memory of the mappings without a gap between them that have `size` bytes together.
 fn adjoining(maps: &[MemoryMap], size: u64) -> Option<u64> {
     (0..maps.len()).find_map(|first| {
-        let start = maps[first].address.0;
+        let maps = maps.get(first..)?;
+        let start = maps.first()?.address.0;
         let mut end = start;
         let mut private = 0;
-        for map in &maps[first..] {
+        for map in maps {
             if map.address.0 != end || map.address.1 - start > size {
                 return None;
             }

@@ -256,7 +256,7 @@ impl<R: Read + AsFd> Pipe<R> {
         while let Some(end) = &mut self.end {
             match end.read(&mut buffer) {
                 Ok(0) => self.end = None,
-                Ok(count) => self.bytes.extend_from_slice(&buffer[..count]),
+                Ok(count) => self.bytes.extend(buffer.iter().take(count)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
@@ -271,7 +271,8 @@ impl<R: Read + AsFd> Pipe<R> {
     /// Whether the last read completed these words.
     fn has_new(&self, words: &str) -> bool {
         let from = self.new.saturating_sub(words.len().saturating_sub(1));
-        memmem::find(&self.bytes[from..], words.as_bytes()).is_some()
+        let new = self.bytes.get(from..).unwrap_or_default();
+        memmem::find(new, words.as_bytes()).is_some()
     }
 }
 
@@ -326,8 +327,11 @@ pub(crate) fn last_lines(bytes: &[u8]) -> String {
         .map(str::trim)
         .filter(|line| !line.is_empty())
         .collect();
-    let last = &lines[lines.len().saturating_sub(3)..];
-    let line = last.join(" | ").replace(|c: char| c.is_control(), "");
+    let last = lines.get(lines.len().saturating_sub(3)..);
+    let line = last
+        .unwrap_or_default()
+        .join(" | ")
+        .replace(|c: char| c.is_control(), "");
     match line.chars().count().checked_sub(300) {
         None | Some(0) => line,
         Some(skip) => format!("... {}", line.chars().skip(skip).collect::<String>()),

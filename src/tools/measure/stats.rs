@@ -31,12 +31,12 @@ impl Summary {
         let (min, max) = (*sorted.first()?, *sorted.last()?);
         let percentile = |percent: usize| {
             let rank = (percent * sorted.len()).div_ceil(100).max(1);
-            sorted[rank - 1]
+            sorted.get(rank - 1).copied()
         };
         Some(Self {
-            median_ms: percentile(50),
-            p90_ms: percentile(90),
-            p99_ms: percentile(99),
+            median_ms: percentile(50)?,
+            p90_ms: percentile(90)?,
+            p99_ms: percentile(99)?,
             min_ms: min,
             max_ms: max,
             samples_ms: samples,

@@ -77,7 +77,9 @@ impl ExitProfile {
             self.round_trip = least(self.round_trip, Some(now - resumed));
         }
         self.last_exit = Some(now);
-        self.kinds[kind(exit)] += 1;
+        if let Some(count) = self.kinds.get_mut(kind(exit)) {
+            *count += 1;
+        }
     }
 
     /// The access that the exit was for is done, now.
