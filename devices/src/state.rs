@@ -104,8 +104,11 @@ pub trait Suspend: SaveState + Send {
         true
     }
 
-    /// Goes on, also where `pause` returned `false`. After a restore, this raises the interrupts that may have been lost.
-    fn resume(&mut self) {}
+    /// Goes on, also where `pause` returned `false`: then it may itself return `false`, and is to be called again until the
+    /// host has completed what it held. After a restore, this raises the interrupts that may have been lost.
+    fn resume(&mut self) -> bool {
+        true
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -161,8 +164,8 @@ impl Devices {
             .map(move |(name, device)| (name.as_str(), lock(device)))
     }
 
-    /// Pauses all devices. If one is not paused within `limit`, all go on, and the error says which it was. The vCPUs stand still;
-    /// interrupts of the last completions are sent when this returns.
+    /// Pauses all devices. If one is not paused within `limit`, the error says which it was, and the caller resumes them. The
+    /// vCPUs stand still; interrupts of the last completions are sent when this returns.
     pub fn pause(&self, limit: Duration) -> Result<(), StateError> {
         let end = Instant::now() + limit;
         // All are told before one is waited for.
@@ -171,17 +174,18 @@ impl Devices {
         });
         for (name, mut device) in self.iter() {
             if !device.pause(end.saturating_duration_since(Instant::now())) {
-                drop(device);
-                self.resume();
                 return Err(StateError::of(name)(StateError::Busy(limit)));
             }
         }
         Ok(())
     }
 
-    /// Has all devices go on, after a pause or a restore; local APICs and I/O APIC are as they were.
-    pub fn resume(&self) {
-        self.iter().for_each(|(_, mut device)| device.resume());
+    /// Has all devices go on, after a pause, a failed one too, or a restore; local APICs are as they were. `false` says that a
+    /// device still waits for the host: this is to be called again in a moment, until it goes on as well.
+    #[must_use]
+    pub fn resume(&self) -> bool {
+        self.iter()
+            .fold(true, |all, (_, mut device)| device.resume() && all)
     }
 
     /// The state of all devices, which are paused: a JSON object of their records.
@@ -242,8 +246,9 @@ mod tests {
             self.busy == 0
         }
 
-        fn resume(&mut self) {
+        fn resume(&mut self) -> bool {
             self.resumed += 1;
+            self.resumed > 1
         }
     }
 
@@ -271,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_stays_busy_is_named_and_all_go_on() {
+    fn a_device_that_stays_busy_is_named() {
         let (devices, numbers) = two();
         numbers[1].lock().unwrap().busy = 2;
         devices.pause(Duration::ZERO).unwrap();
@@ -281,7 +286,9 @@ mod tests {
             error.to_string().starts_with("two: the host has not"),
             "{error}"
         );
-        assert_eq!(numbers.map(|n| n.lock().unwrap().resumed), [1, 1]);
+        assert!(!devices.resume());
+        assert!(devices.resume());
+        assert_eq!(numbers.map(|n| n.lock().unwrap().resumed), [2, 2]);
     }
 
     #[test]

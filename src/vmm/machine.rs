@@ -257,12 +257,10 @@ impl Machine {
         let line = interrupts.line(slot.gsi());
         let mut transport = MmioTransport::new(device, mem.clone(), line);
         transport.use_ioeventfds(interrupts.ioeventfds(slot.base() + mmio::QUEUE_NOTIFY));
-        self.buses.mmio.map(
-            name,
-            slot.base(),
-            layout::VIRTIO_MMIO_SIZE,
-            Arc::new(Mutex::new(transport)),
-        )?;
+        let transport = Arc::new(Mutex::new(transport));
+        self.state.add(name, transport.clone());
+        let (base, len) = (slot.base(), layout::VIRTIO_MMIO_SIZE);
+        self.buses.mmio.map(name, base, len, transport)?;
         self.acpi.push(AcpiDevice {
             name: format!("VR{index:02}"),
             hid: Hid::Acpi(VIRTIO_MMIO_HID),

@@ -93,8 +93,8 @@ proptest! {
         restored.restore(&state).unwrap();
         let again = restored.save().unwrap();
         prop_assert_eq!(again.get(), state.get());
-        restored.resume();
-        saved.resume();
+        assert!(restored.resume());
+        assert!(saved.resume());
         // A driver sees no difference.
         for (offset, len) in later {
             let (mut ours, mut theirs) = (vec![0; len], vec![0; len]);
@@ -120,7 +120,7 @@ proptest! {
         }
         let mut restored = device(kind);
         if restored.restore(record(&json)).is_ok() {
-            restored.resume();
+            assert!(restored.resume());
             for offset in 0..0x18 {
                 restored.write(offset, &[0x13]);
                 restored.read(offset, &mut [0; 4]);
@@ -143,16 +143,16 @@ fn a_restored_uart_interrupts_once_more_for_what_is_pending() {
     saved.write(4, &[0x0a]);
     saved.write(1, &[0x02]);
     assert_eq!(pulses.take(), 1);
-    saved.resume();
+    assert!(saved.resume());
     assert_eq!(pulses.take(), 0, "a mere pause loses nothing");
     let (mut serial, pulses, _) = restored(&saved);
-    serial.resume();
+    assert!(serial.resume());
     assert_eq!((pulses.take(), inb(&mut serial, 2)), (1, 0x02));
     // Received bytes, a break among them.
     saved.write(1, &[0x05]);
     assert_eq!(saved.receive(b"x"), 1);
     let (mut serial, pulses, _) = restored(&saved);
-    serial.resume();
+    assert!(serial.resume());
     assert_eq!((pulses.take(), inb(&mut serial, 0)), (1, b'x'));
     // A guest that waits for room: the new host has some.
     assert_eq!(inb(&mut saved, 0), b'x');
@@ -160,11 +160,11 @@ fn a_restored_uart_interrupts_once_more_for_what_is_pending() {
     saved.write(1, &[0x02]);
     assert_eq!(inb(&mut saved, 5) & 0x20, 0);
     let (mut serial, pulses, _) = restored(&saved);
-    serial.resume();
+    assert!(serial.resume());
     assert_eq!((pulses.take(), inb(&mut serial, 2)), (1, 0x02));
     let (mut serial, pulses, room) = restored(&saved);
     room.store(false, Ordering::Relaxed);
-    serial.resume();
+    assert!(serial.resume());
     assert_eq!(pulses.take(), 0);
     room.store(true, Ordering::Relaxed);
     serial.on_tx_space();

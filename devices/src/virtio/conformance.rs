@@ -21,7 +21,7 @@ mod hostile;
 mod registers;
 mod rings;
 
-const KINDS: [&str; 6] = [
+pub(super) const KINDS: [&str; 6] = [
     "rng",
     "console",
     "block",
@@ -30,7 +30,7 @@ const KINDS: [&str; 6] = [
     "block, ephemeral",
 ];
 
-fn device(kind: &str) -> Box<dyn VirtioDevice> {
+pub(super) fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
         "rng" => Box::new(Rng::new(&ThreadStarter::default()).unwrap()),
         "console" => Box::new(console::tests::fed()),

@@ -10,6 +10,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::Virtqueue;
+use crate::state::SaveState;
 
 /// A virtio device. The transport calls it, with status, features and queue parameters checked:
 ///
@@ -21,8 +22,8 @@ use super::queue::Virtqueue;
 /// ```
 ///
 /// Whatever the state, the transport may ask for the type, features, queue sizes and configuration. Dropping a device
-/// stops it.
-pub trait VirtioDevice: Send {
+/// stops it. What it saves and restores, in the stopped state, is what the transport does not know.
+pub trait VirtioDevice: SaveState + Send {
     /// The device ID (§ 5).
     fn device_type(&self) -> u32;
 
@@ -75,8 +76,8 @@ pub struct Resources {
     pub queues: Vec<Virtqueue>,
     /// How the device tells the driver, and the transport.
     pub interrupt: Interrupt,
-    /// The driver is the one that the device was stopped under, without a reset since: it has taken another queue back. The
-    /// device goes on where it was.
+    /// The driver is the one that the device was stopped under, without a reset since: it has taken another queue back, or
+    /// the VM was paused or restored. The device goes on where it was.
     pub resumed: bool,
 }
 
@@ -153,6 +154,13 @@ impl Interrupt {
     /// Whether DEVICE_NEEDS_RESET is set.
     pub(super) fn is_reset_needed(&self) -> bool {
         self.0.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// The device is as it was saved.
+    pub(super) fn restore(&self, needs_reset: bool, config_generation: u32) {
+        self.0.needs_reset.store(needs_reset, Ordering::Release);
+        let generation = &self.0.config_generation;
+        generation.store(config_generation, Ordering::Release);
     }
 
     /// The device has been reset.

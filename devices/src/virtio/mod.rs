@@ -20,6 +20,8 @@ pub mod worker;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod state_tests;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 

@@ -9,10 +9,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::device::{Resources, StopMode, VirtioDevice};
 use super::queue::{Chain, QueueError, Virtqueue};
 use super::worker::QueueWorker;
+use crate::state::{Record, SaveState, StateError, from_record, to_record};
 use crate::thread::{ThreadKind, ThreadStarter};
 
 /// Device ID (§ 5).
 pub const DEVICE_TYPE: u32 = 4;
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
 
 /// One queue, `requestq`.
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -64,6 +68,18 @@ impl VirtioDevice for Rng {
 
     fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
         QueueWorker::stop_all(&mut self.workers, mode, wait)
+    }
+}
+
+impl SaveState for Rng {
+    /// Nothing: random numbers are the host's.
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Self { workers: _ } = self;
+        to_record(STATE_VERSION, ())
+    }
+
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        from_record(STATE_VERSION, record)
     }
 }
 

@@ -18,10 +18,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::VirtioDevice;
+use super::rng::Rng;
 use super::transport::mmio::MmioTransport;
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
 use crate::interrupt::Pulses;
+use crate::state::{SaveState, Suspend};
+use crate::thread::ThreadStarter;
 
 pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
@@ -56,6 +59,14 @@ const QUEUE_SPACE: u64 = 0x1_0000;
 /// Far more than a worker takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+fn transport(
+    device: Box<dyn VirtioDevice>,
+    mem: &GuestMemoryMmap,
+    pulses: &Arc<Pulses>,
+) -> MmioTransport {
+    MmioTransport::new(device, mem.clone(), IrqLine::new(pulses.clone()))
+}
+
 pub struct Driver {
     pub mem: GuestMemoryMmap,
     pub transport: MmioTransport,
@@ -78,9 +89,8 @@ impl Driver {
         ])
         .unwrap();
         let pulses = Arc::new(Pulses::default());
-        let line = IrqLine::new(pulses.clone());
         Self {
-            transport: MmioTransport::new(device, mem.clone(), line),
+            transport: transport(device, &mem, &pulses),
             mem,
             pulses,
             size: 16,
@@ -89,6 +99,17 @@ impl Driver {
             avail: [0; 16],
             used: [0; 16],
         }
+    }
+
+    /// Pauses the device and saves it, puts another in its place once it is gone, and restores that one, which is still paused.
+    pub fn restore(&mut self, make: impl FnOnce() -> Box<dyn VirtioDevice>) {
+        assert!(self.transport.pause(PATIENCE));
+        let saved = self.transport.save().unwrap();
+        let none = Box::new(Rng::new(&ThreadStarter::default()).unwrap());
+        self.transport = transport(none, &self.mem, &self.pulses);
+        self.transport = transport(make(), &self.mem, &self.pulses);
+        self.transport.restore(&saved).unwrap();
+        assert_eq!(self.transport.save().unwrap().get(), saved.get());
     }
 
     /// Has notifications of busy queues go another way.
@@ -280,6 +301,16 @@ impl Driver {
                 std::sync::atomic::Ordering::Acquire,
             )
             .unwrap()
+    }
+
+    /// How many used entries were taken, modulo 2^16.
+    pub fn used_so_far(&self) -> u16 {
+        self.used[usize::from(self.queue)]
+    }
+
+    /// How many heads were made available, modulo 2^16.
+    pub fn offered_so_far(&self) -> u16 {
+        self.avail[usize::from(self.queue)]
     }
 
     /// The next used entry: head and length.

@@ -477,8 +477,9 @@ impl SaveState for Serial {
 
 impl Suspend for Serial {
     /// After a restore, each cause that the guest has not acknowledged interrupts once more.
-    fn resume(&mut self) {
+    fn resume(&mut self) -> bool {
         self.on_tx_space();
         self.update();
+        true
     }
 }

@@ -3,12 +3,13 @@
 mod request;
 mod serve;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -23,10 +24,14 @@ use super::queue::Virtqueue;
 use super::worker::QueueWorker;
 use crate::block::ring::Ring;
 use crate::block::{Disk, Engine, SECTOR_SIZE};
+use crate::state::{Record, SaveState, StateError, from_record, to_record};
 use crate::thread::{ThreadKind, ThreadStarter};
 
 /// Device ID (§ 5).
 pub const DEVICE_TYPE: u32 = 2;
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
 
 /// Most queues of a disk. Each is a thread, and with io_uring a ring; one interrupt serves them all, so that more of them
 /// bring nothing.
@@ -79,6 +84,11 @@ impl Block {
         Ok(block)
     }
 
+    /// What it reads and writes.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
     /// Makes the worker of a queue.
     fn worker(
         &self,
@@ -109,6 +119,51 @@ impl Block {
                 serve::serve(&requests, &mut ring, worker, queues)
             },
         )
+    }
+}
+
+/// What the driver knows of the disk, and so must find again.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Saved {
+    sectors: u64,
+    block_size: u32,
+}
+
+impl SaveState for Block {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Self {
+            disk,
+            // Follows from the disk and the number of queues.
+            config: _,
+            notifiers: _,
+            workers: _,
+        } = self;
+        to_record(STATE_VERSION, Saved::from(&**disk))
+    }
+
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        let saved: Saved = from_record(STATE_VERSION, record)?;
+        let here = Saved::from(&*self.disk);
+        if saved != here {
+            let geometry = |disk: Saved| {
+                format!(
+                    "{} sectors of 512 bytes, in blocks of {}",
+                    disk.sectors, disk.block_size
+                )
+            };
+            let why = format!("was {}; here it has {}", geometry(saved), geometry(here));
+            return Err(StateError::value("the disk", why));
+        }
+        Ok(())
+    }
+}
+
+impl From<&Disk> for Saved {
+    fn from(disk: &Disk) -> Self {
+        Self {
+            sectors: disk.sectors(),
+            block_size: disk.block_size(),
+        }
     }
 }
 

@@ -77,7 +77,7 @@ impl Rig {
     }
 }
 
-fn header(kind: u32, sector: u64) -> [u8; 16] {
+pub(in crate::virtio) fn header(kind: u32, sector: u64) -> [u8; 16] {
     let mut header = [0xaa; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());
     header[8..].copy_from_slice(&sector.to_le_bytes());

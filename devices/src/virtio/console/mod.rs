@@ -15,14 +15,19 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use super::device::{Interrupt, Resources, StopMode, VirtioDevice, read_config_bytes};
 use super::queue::{Buffers, Chain, QueueError, Virtqueue};
 use crate::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
+use crate::state::{Record, SaveState, StateError, from_record, to_record};
 
 /// Device ID (§ 5).
 pub const DEVICE_TYPE: u32 = 3;
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
 
 /// VIRTIO_CONSOLE_F_SIZE (§ 5.3.3): the configuration space has the terminal's size.
 const F_SIZE: u64 = 1;
@@ -56,6 +61,7 @@ impl Console {
             output,
             kick,
             size,
+            known_size: size,
             sent: 0,
             takes_input: false,
             // The host may have had input before this device existed.
@@ -119,6 +125,9 @@ impl VirtioDevice for Console {
         if !resources.resumed {
             port.sent = 0;
             port.takes_input = !running.has_size;
+        }
+        if port.known_size != port.size || !resources.resumed {
+            port.known_size = port.size;
             running.tell_size();
         }
         port.running = Some(running);
@@ -141,6 +150,52 @@ impl VirtioDevice for Console {
     }
 }
 
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    /// Columns and rows.
+    size: Option<(u16, u16)>,
+    sent: u64,
+    takes_input: bool,
+}
+
+impl SaveState for Console {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Port {
+            // Its queues are the transport's to save.
+            running: _,
+            output: _,
+            kick: _,
+            size: _,
+            known_size,
+            sent,
+            takes_input,
+            // The next host may hold some as well.
+            input_held_back: _,
+        } = &*self.lock();
+        let saved = Saved {
+            size: known_size.map(|size| (size.columns, size.rows)),
+            sent: *sent,
+            takes_input: *takes_input,
+        };
+        to_record(STATE_VERSION, saved)
+    }
+
+    /// Whether there is a size was agreed on with the driver; which it is, this host decides.
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        let saved: Saved = from_record(STATE_VERSION, record)?;
+        let mut port = self.lock();
+        let known = saved
+            .size
+            .map(|(columns, rows)| TerminalSize { columns, rows });
+        port.size = known.map(|known| port.size.unwrap_or(known));
+        port.known_size = known;
+        port.sent = saved.sent;
+        port.takes_input = saved.takes_input;
+        port.input_held_back = true;
+        Ok(())
+    }
+}
+
 /// What the driver's side and the host's share.
 struct Port {
     /// While the driver has the device running, and keeps to the rules.
@@ -148,6 +203,8 @@ struct Port {
     output: Box<dyn ConsoleOutput>,
     kick: Kick,
     size: Option<TerminalSize>,
+    /// Which size the driver was told of. A pause or a restore may have changed it.
+    known_size: Option<TerminalSize>,
     /// Bytes of the next chain in `transmitq` that have been sent: the host had no room for the rest.
     sent: u64,
     /// Whether the driver has read the size, or knows of none.
@@ -317,7 +374,10 @@ impl ConsoleDevice for Port {
     fn resize(&mut self, size: TerminalSize) {
         if self.size.is_some_and(|old| old != size) {
             self.size = Some(size);
-            self.running.iter().for_each(Running::tell_size);
+            if let Some(running) = &self.running {
+                self.known_size = self.size;
+                running.tell_size();
+            }
         }
     }
 }

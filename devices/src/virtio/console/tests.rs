@@ -11,21 +11,21 @@ use super::*;
 use crate::bus::BusDevice;
 use crate::virtio::testing::*;
 
-const SIZE: TerminalSize = TerminalSize {
+pub(in crate::virtio) const SIZE: TerminalSize = TerminalSize {
     columns: 80,
     rows: 25,
 };
 
 /// A host that takes `room` bytes.
 #[derive(Clone, Default)]
-struct Host(Arc<Mutex<(Vec<u8>, usize)>>, Arc<AtomicUsize>);
+pub(in crate::virtio) struct Host(Arc<Mutex<(Vec<u8>, usize)>>, Arc<AtomicUsize>);
 
 impl Host {
-    fn with_room(room: usize) -> Self {
+    pub(in crate::virtio) fn with_room(room: usize) -> Self {
         Self(Arc::new(Mutex::new((Vec::new(), room))), Arc::default())
     }
 
-    fn take(&self) -> Vec<u8> {
+    pub(in crate::virtio) fn take(&self) -> Vec<u8> {
         std::mem::take(&mut self.0.lock().unwrap().0)
     }
 
@@ -34,7 +34,7 @@ impl Host {
         self.1.swap(0, Ordering::Relaxed) > 0
     }
 
-    fn make_room(&self, room: usize) {
+    pub(in crate::virtio) fn make_room(&self, room: usize) {
         self.0.lock().unwrap().1 = room;
     }
 }

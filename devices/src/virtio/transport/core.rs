@@ -18,6 +18,8 @@ use super::super::device::{Interrupt, Resources, StopMode, VirtioDevice};
 use super::super::queue::{QueueError, QueueState, Virtqueue, check_rings};
 use super::super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 
+pub(super) mod state;
+
 /// What a driver sets in the device status (§ 2.1), each after the one before it (§ 3.1.1).
 const STATUS_STEPS: [u32; 4] = [
     VIRTIO_CONFIG_S_ACKNOWLEDGE,
@@ -75,6 +77,8 @@ enum Fault {
 enum State {
     Stopped,
     Running,
+    /// It was running, and goes on where it stands.
+    Paused,
     /// The host has not let go of every request. Until then, nothing but a reset has an effect.
     Stopping(StopMode, Then),
 }
@@ -84,6 +88,9 @@ enum State {
 enum Then {
     Nothing,
     Reset,
+    Pause,
+    /// The pause has been given up.
+    GoOn,
     /// The driver has this queue back, and a device that was running goes on with the others.
     ReturnQueue {
         queue: u32,
@@ -179,7 +186,8 @@ impl Core {
                 }
                 match step {
                     // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is a fault.
-                    VIRTIO_CONFIG_S_FEATURES_OK if !self.are_features_possible() => {}
+                    VIRTIO_CONFIG_S_FEATURES_OK
+                        if !self.are_features_possible(self.driver_features) => {}
                     VIRTIO_CONFIG_S_DRIVER_OK => return self.start(false),
                     _ => self.status |= step,
                 }
@@ -188,9 +196,8 @@ impl Core {
         }
     }
 
-    fn are_features_possible(&self) -> bool {
-        let offered = self.offered_features();
-        self.driver_features & !offered == 0 && self.driver_features & F_VERSION_1 != 0
+    fn are_features_possible(&self, accepted: u64) -> bool {
+        accepted & !self.offered_features() == 0 && accepted & F_VERSION_1 != 0
     }
 
     fn offered_features(&self) -> u64 {
@@ -397,6 +404,10 @@ impl Core {
         match then {
             Then::Nothing => {}
             Then::Reset => self.reset(),
+            // One that needs a reset has nothing to go on with.
+            Then::Pause if self.interrupt.is_reset_needed() => {}
+            Then::Pause => self.state = State::Paused,
+            Then::GoOn => self.start(true),
             Then::ReturnQueue { queue, go_on } => {
                 if let Some(queue) = self.queues.get_mut(queue as usize) {
                     queue.ready = false;

@@ -3,15 +3,22 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::core::state::SavedCore;
 use super::core::{Core, Half, Ring};
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
+use crate::state::{Record, SaveState, StateError, Suspend, from_record, to_record};
 use crate::virtio::device::{Interrupt, InterruptTarget, VirtioDevice};
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
 
 /// Length of the register window in bytes, configuration space included.
 pub const LEN: u64 = 0x1000;
@@ -37,8 +44,10 @@ const VENDOR: u32 = u32::from_le_bytes(*b"mini");
 /// The configuration space takes every width.
 pub struct MmioTransport {
     core: Core,
-    interrupt_status: Arc<AtomicU32>,
+    interrupt: MmioInterrupt,
     ioeventfds: Option<Ioeventfds>,
+    /// Restored, and not resumed yet.
+    restored: bool,
 }
 
 /// Has the hypervisor write an eventfd when the driver notifies a queue, by its number.
@@ -53,15 +62,15 @@ struct Ioeventfds {
 impl MmioTransport {
     /// Puts `device` behind registers; its interrupts go to `line`, an edge each.
     pub fn new(device: Box<dyn VirtioDevice>, mem: GuestMemoryMmap, line: IrqLine) -> Self {
-        let interrupt_status = Arc::new(AtomicU32::new(0));
-        let interrupt = Interrupt::new(MmioInterrupt {
-            status: Arc::clone(&interrupt_status),
+        let interrupt = MmioInterrupt {
+            status: Arc::new(AtomicU32::new(0)),
             line,
-        });
+        };
         Self {
-            core: Core::new(device, mem, interrupt),
-            interrupt_status,
+            core: Core::new(device, mem, Interrupt::new(interrupt.clone())),
+            interrupt,
             ioeventfds: None,
+            restored: false,
         }
     }
 
@@ -102,7 +111,7 @@ impl MmioTransport {
             VIRTIO_MMIO_DEVICE_FEATURES => self.core.device_features(),
             VIRTIO_MMIO_QUEUE_NUM_MAX => self.core.queue().map_or(0, |queue| queue.max_size.into()),
             VIRTIO_MMIO_QUEUE_READY => self.core.queue().map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt_status.load(Ordering::Acquire),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status.load(Ordering::Acquire),
             VIRTIO_MMIO_STATUS => self.core.status(),
             // No shared memory: length and base of each region are -1.
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
@@ -117,7 +126,7 @@ impl MmioTransport {
         let core = &mut self.core;
         match offset {
             VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.interrupt_status.fetch_and(!value, Ordering::AcqRel);
+                self.interrupt.status.fetch_and(!value, Ordering::AcqRel);
             }
             VIRTIO_MMIO_STATUS => core.set_status(value),
             _ if core.is_stopping() => {}
@@ -176,7 +185,63 @@ impl BusDevice for MmioTransport {
     }
 }
 
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    interrupt_status: u32,
+    core: SavedCore,
+}
+
+impl SaveState for MmioTransport {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Self {
+            core,
+            interrupt,
+            // A restored queue earns its ioeventfd anew.
+            ioeventfds: _,
+            restored: _,
+        } = self;
+        let saved = Saved {
+            interrupt_status: interrupt.status.load(Ordering::Acquire),
+            core: core.save()?,
+        };
+        to_record(STATE_VERSION, saved)
+    }
+
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        let saved: Saved = from_record(STATE_VERSION, record)?;
+        let status = saved.interrupt_status;
+        if status & !(VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG) != 0 {
+            let why = format!("has unknown bits: {status:#x}");
+            return Err(StateError::value("interrupt_status", why));
+        }
+        self.core.restore(saved.core)?;
+        self.interrupt.status.store(status, Ordering::Release);
+        self.restored = true;
+        Ok(())
+    }
+}
+
+impl Suspend for MmioTransport {
+    fn pause(&mut self, wait: Duration) -> bool {
+        self.core.pause(wait)
+    }
+
+    /// After a restore, an interrupt may have been lost, or one that EVENT_IDX did not ask for then.
+    fn resume(&mut self) -> bool {
+        let resumed = self.core.resume();
+        if std::mem::take(&mut self.restored) {
+            if self.core.has_active_queues() {
+                self.interrupt.raise(VIRTIO_MMIO_INT_VRING);
+            } else if self.interrupt.status.load(Ordering::Acquire) != 0 {
+                self.interrupt.line.signal();
+            }
+        }
+        resumed
+    }
+}
+
 /// InterruptStatus and the wire. The status is set before the edge: whoever sees the edge sees why.
+#[derive(Clone)]
 struct MmioInterrupt {
     status: Arc<AtomicU32>,
     line: IrqLine,

@@ -1,6 +1,7 @@
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
+use crate::state::{Record, SaveState, StateError};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::rng;
 use crate::virtio::testing::{DATA, Driver, WRITE, wait};
@@ -44,6 +45,16 @@ fn serve<'m>(
             Ok(chain.writable.write_front(b"x") as u32)
         })
     })
+}
+
+impl SaveState for TwoQueues {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        Err(StateError::NotPaused)
+    }
+
+    fn restore(&mut self, _: &Record) -> Result<(), StateError> {
+        Err(StateError::NotPaused)
+    }
 }
 
 impl VirtioDevice for TwoQueues {
