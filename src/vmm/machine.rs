@@ -138,6 +138,8 @@ pub struct Machine {
     pub acpi: Vec<AcpiDevice>,
     /// The devices that have state, by the names that they have on the buses.
     pub state: Devices,
+    /// Where a restored guest reads who it is.
+    pub boot_mark: Arc<Mutex<BootMarkPort>>,
     next_slot: usize,
 }
 
@@ -152,6 +154,7 @@ impl Machine {
             buses: Arc::default(),
             acpi: Vec::new(),
             state: Devices::default(),
+            boot_mark: Arc::new(Mutex::new(BootMarkPort::new(events.clone()))),
             next_slot: 0,
         };
         let name = "I/O APIC";
@@ -161,10 +164,14 @@ impl Machine {
         machine.buses.mmio.map(name, base, ioapic::LEN, ioapic)?;
         let event = || events.clone();
         let exit = ExitPort::new(event());
-        let mark = BootMarkPort::new(event());
+        let mark = Arc::clone(&machine.boot_mark);
         let (exit_len, pvpanic_len) = (control::PORT_LEN, pvpanic::PORT_LEN);
         machine.attach_port("exit port", layout::EXIT_PORT, exit_len, exit)?;
-        machine.attach_port("boot-mark port", layout::BOOT_MARK_PORT, exit_len, mark)?;
+        let port = layout::BOOT_MARK_PORT.into();
+        machine
+            .buses
+            .pio
+            .map("boot-mark port", port, exit_len, mark)?;
         machine.attach_port("i8042", layout::I8042_PORT, i8042::LEN, I8042::new(event()))?;
         let power = AcpiPower::new(event());
         machine.attach_saved("ACPI power", layout::ACPI_POWER_PORT, power::LEN, power)?;
