@@ -6,20 +6,13 @@ use vm_memory::ByteValued;
 use super::bytes::{array, has_magic, u16_at};
 use super::error::BootError;
 use super::input::InputFile;
-use super::memory_map::{Loaded, check_fits};
-use super::ram::{GuestMemory, MIB};
+use super::loaded::PlacedKernel;
+use super::ram::{GuestMemory, MIB, check_fits};
+use crate::arch::boot_params::{BOOT_FLAG, LOADED_HIGH, SETUP_HEADER_OFFSET};
 use crate::arch::layout;
 
-/// Offset of the setup header in the file and in boot_params (boot.rst, "The Real-Mode Kernel Header").
-pub(crate) const SETUP_HEADER_OFFSET: usize = 0x1f1;
 /// End of the room for the setup header in boot_params (arch/x86/include/uapi/asm/bootparam.h: `edd_mbr_sig_buffer`).
 pub(crate) const SETUP_HEADER_MAX_END: usize = 0x290;
-/// Value of `boot_flag`.
-pub(crate) const BOOT_FLAG: u16 = 0xaa55;
-/// Value of `header`: "HdrS".
-pub(crate) const HEADER_MAGIC: u32 = 0x5372_6448;
-/// `loadflags`: the protected-mode part belongs above 1 MiB.
-pub(crate) const LOADED_HIGH: u8 = 1;
 
 /// First protocol with `xloadflags` and so with a declared 64-bit entry.
 const MIN_VERSION: u16 = 0x20c;
@@ -116,8 +109,12 @@ impl BzImage {
     }
 
     /// Reads the protected-mode part, which decompresses the kernel, into guest memory.
-    pub(crate) fn load(&self, input: &InputFile, mem: &GuestMemory) -> Result<Loaded, BootError> {
-        check_fits(input, mem, self.end_gpa)?;
+    pub(crate) fn load(
+        &self,
+        input: &InputFile,
+        mem: &GuestMemory,
+    ) -> Result<PlacedKernel, BootError> {
+        check_fits(input.path(), mem, self.end_gpa)?;
         input.read_into(
             mem,
             self.load_gpa,
@@ -125,7 +122,7 @@ impl BzImage {
             self.code_len,
             "the protected-mode part of the kernel",
         )?;
-        Ok(Loaded {
+        Ok(PlacedKernel {
             entry: self.entry_64(),
             range: self.load_gpa..self.end_gpa,
             file_bytes: self.code_len,

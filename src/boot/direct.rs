@@ -16,8 +16,7 @@ use super::elf::{self, ElfKernel};
 use super::error::{BootError, Role};
 use super::input::InputFile;
 use super::kaslr::{self, KaslrSlot};
-use super::loaded::Loading;
-use super::memory_map::Loaded;
+use super::loaded::{Loading, PlacedKernel};
 use super::payload::{self, PayloadError};
 use super::ram::GuestMemory;
 use super::relocs::{Outside, Relocations};
@@ -162,7 +161,7 @@ impl DirectKernel {
         mem: &GuestMemory,
         ram_end: u64,
         cmdline: &str,
-    ) -> Result<Loaded, DirectBootError> {
+    ) -> Result<PlacedKernel, DirectBootError> {
         let link = self.elf.range();
         let relocs = self.relocs.as_ref().filter(|_| !kaslr::is_off(cmdline));
         let place = match (relocs, kaslr::limit(cmdline)) {
@@ -193,7 +192,7 @@ impl DirectKernel {
             image.copy_from(&vec![0u8; len]);
             return Err(why);
         }
-        Ok(Loaded {
+        Ok(PlacedKernel {
             entry: kernel.entry,
             range,
             file_bytes: kernel.file_bytes(),

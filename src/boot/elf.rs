@@ -7,8 +7,7 @@ use super::bytes::{array, u16_at, u32_at, u64_at};
 use super::error::BootError;
 use super::foreign;
 use super::input::InputFile;
-use super::memory_map::check_fits;
-use super::ram::GuestMemory;
+use super::ram::{GuestMemory, check_fits};
 use crate::arch::layout;
 
 /// Most program headers that are looked at; Linux has five.
@@ -140,7 +139,7 @@ impl ElfKernel {
         mem: &GuestMemory,
     ) -> Result<Range<u64>, BootError> {
         let range = self.range();
-        check_fits(input, mem, range.end)?;
+        check_fits(input.path(), mem, range.end)?;
         for segment in &self.segments {
             input.read_into(
                 mem,

@@ -6,8 +6,7 @@ use std::path::Path;
 use super::error::{BootError, Role};
 use super::format::check_initrd_kind;
 use super::input::InputFile;
-use super::memory_map::{low_ram_end, mib_ceil};
-use super::ram::{GuestMemory, MIB};
+use super::ram::{GuestMemory, MIB, low_ram_end, mib_ceil};
 use crate::arch::layout;
 
 const PAGE: u64 = 4096;

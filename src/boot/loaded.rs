@@ -63,3 +63,15 @@ pub struct LoadedKernel {
     /// GPAs of the initrd.
     pub initrd_range: Option<Range<u64>>,
 }
+
+/// A kernel in guest memory.
+pub(crate) struct PlacedKernel {
+    /// GPA of its 64-bit entry.
+    pub(crate) entry: u64,
+    /// Its memory.
+    pub(crate) range: Range<u64>,
+    /// Bytes that came from the file.
+    pub(crate) file_bytes: u64,
+    /// Whether it is to randomize the rest of its address space as well.
+    pub(crate) kaslr: bool,
+}

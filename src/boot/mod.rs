@@ -11,7 +11,6 @@
 //! sites, alternatives and calls. (They can have it merged when that is done, see [`enable_ksm`](crate::vmm::memory::enable_ksm).) And
 //! nothing that happens to a file reaches a running guest.
 
-mod boot_params;
 pub(crate) mod bytes;
 pub(crate) mod bzimage;
 mod cache;
@@ -27,10 +26,8 @@ mod initrd;
 pub(crate) mod input;
 mod kaslr;
 mod loaded;
-pub mod memory_map;
 pub(crate) mod payload;
-mod pvh;
-mod ram;
+pub(crate) mod ram;
 mod relocs;
 #[cfg(test)]
 mod tests;
@@ -38,10 +35,10 @@ mod tests;
 use std::ops::Range;
 use std::path::Path;
 
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, GuestMemoryError};
 
-use crate::arch::layout;
 pub use crate::arch::regs::Entry;
+use crate::arch::{boot_params, layout, pvh};
 use crate::config::BootProtocol;
 use crate::error_chain;
 use bzimage::BzImage;
@@ -57,8 +54,8 @@ use format::FileKind;
 pub use image::panic_message;
 use input::InputFile;
 pub use loaded::{KernelFormat, LoadedKernel, Loading};
-use memory_map::check_fits;
 pub(crate) use ram::{GuestMemory, MIB};
+use ram::{check_fits, low_ram_end};
 
 /// What is to be booted.
 #[derive(Debug, Clone, Copy)]
@@ -104,13 +101,13 @@ fn load_bzimage(
                   source) or choose linux64",
         });
     }
-    check_fits(input, mem, image.end_gpa)?;
+    check_fits(input.path(), mem, image.end_gpa)?;
     cmdline::write(mem, source.cmdline, image.cmdline_max())?;
     let initrd_range = load_initrd(mem, source, image.end_gpa, image.initrd_ceiling())?;
     // The initrd lies above the kernel wherever that is.
     let ram_end = match &initrd_range {
         Some(initrd) => initrd.start,
-        None => memory_map::low_ram_end(mem),
+        None => low_ram_end(mem),
     };
     let direct = DirectKernel::open(input, image, source.cache)
         .and_then(|(kernel, loading)| Ok((kernel.load(mem, ram_end, source.cmdline)?, loading)));
@@ -134,7 +131,8 @@ fn load_bzimage(
         initrd_range.as_ref(),
         source.rsdp,
         kernel.kaslr,
-    )?;
+    )
+    .map_err(boot_info)?;
     Ok(LoadedKernel {
         entry: Entry::Linux64 {
             rip: kernel.entry,
@@ -185,16 +183,17 @@ fn load_elf(
         Class::Bits32 => 0x3800_0000,
     };
     let initrd_range = load_initrd(mem, source, kernel_range.end, initrd_ceiling)?;
-    match entry {
+    let written = match entry {
         Entry::Linux64 { .. } => boot_params::write(
             mem,
             boot_params::default_setup_header().as_slice(),
             initrd_range.as_ref(),
             source.rsdp,
             false,
-        )?,
-        Entry::Pvh { .. } => pvh::write(mem, initrd_range.as_ref(), source.rsdp)?,
-    }
+        ),
+        Entry::Pvh { .. } => pvh::write(mem, initrd_range.as_ref(), source.rsdp),
+    };
+    written.map_err(boot_info)?;
     Ok(LoadedKernel {
         entry,
         format: match kernel.class {
@@ -211,6 +210,14 @@ fn load_elf(
         kernel_range,
         initrd_range,
     })
+}
+
+fn boot_info(source: GuestMemoryError) -> BootError {
+    BootError::GuestMemory {
+        what: "the boot parameters",
+        gpa: layout::PVH_INFO_START,
+        source,
+    }
 }
 
 /// Without ACPI, Linux finds processors and interrupts in the MP table. A kernel that cannot read one keeps ACPI.

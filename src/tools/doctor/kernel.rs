@@ -13,8 +13,8 @@ use crate::boot::direct::DirectKernel;
 use crate::boot::elf::{Class, ElfKernel};
 use crate::boot::format::{self, FileKind};
 use crate::boot::input::InputFile;
-use crate::boot::memory_map::mib_ceil;
 use crate::boot::payload;
+use crate::boot::ram::mib_ceil;
 use crate::boot::{BootError, KernelFormat, Role};
 use crate::error_chain;
 

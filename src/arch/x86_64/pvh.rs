@@ -6,12 +6,10 @@ use std::ops::Range;
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use vm_memory::{ByteValued, Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use super::error::BootError;
+use super::layout;
 use super::memory_map::memory_map;
-use super::ram::GuestMemory;
-use crate::arch::layout;
 
 /// "xEn3" with bit 7 of the E set.
 const START_MAGIC: u32 = 0x336e_c578;
@@ -21,11 +19,11 @@ const MODULES_OFFSET: u64 = 0x40;
 const MEMORY_MAP_OFFSET: u64 = 0x80;
 
 /// Writes the start information.
-pub(crate) fn write(
-    mem: &GuestMemory,
+pub fn write(
+    mem: &GuestMemoryMmap,
     initrd: Option<&Range<u64>>,
     rsdp: u64,
-) -> Result<(), BootError> {
+) -> Result<(), GuestMemoryError> {
     let modules_gpa = layout::PVH_INFO_START + MODULES_OFFSET;
     let map_gpa = layout::PVH_INFO_START + MEMORY_MAP_OFFSET;
 
@@ -40,7 +38,7 @@ pub(crate) fn write(
             type_: entry.range_type as u32,
             reserved: 0,
         };
-        put(mem, entry, gpa)?;
+        mem.write_obj(entry, GuestAddress(gpa))?;
     }
     if let Some(range) = initrd {
         let module = hvm_modlist_entry {
@@ -50,7 +48,7 @@ pub(crate) fn write(
             cmdline_paddr: 0,
             reserved: 0,
         };
-        put(mem, module, modules_gpa)?;
+        mem.write_obj(module, GuestAddress(modules_gpa))?;
     }
     let info = hvm_start_info {
         magic: START_MAGIC,
@@ -64,14 +62,5 @@ pub(crate) fn write(
         memmap_entries: u32::try_from(map.len()).unwrap_or(0),
         reserved: 0,
     };
-    put(mem, info, layout::PVH_INFO_START)
-}
-
-fn put<T: ByteValued>(mem: &GuestMemory, value: T, gpa: u64) -> Result<(), BootError> {
-    mem.write_obj(value, GuestAddress(gpa))
-        .map_err(|source| BootError::GuestMemory {
-            what: "the PVH start information",
-            gpa,
-            source,
-        })
+    mem.write_obj(info, GuestAddress(layout::PVH_INFO_START))
 }

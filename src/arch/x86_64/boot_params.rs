@@ -3,13 +3,19 @@
 use std::ops::Range;
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use vm_memory::{ByteValued, Bytes, GuestAddress};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use super::bzimage::{BOOT_FLAG, HEADER_MAGIC, LOADED_HIGH, SETUP_HEADER_OFFSET};
-use super::error::BootError;
+use super::layout;
 use super::memory_map::memory_map;
-use super::ram::GuestMemory;
-use crate::arch::layout;
+
+/// Offset of the setup header in the file and in boot_params (boot.rst, "The Real-Mode Kernel Header").
+pub const SETUP_HEADER_OFFSET: usize = 0x1f1;
+/// Value of `boot_flag`.
+pub const BOOT_FLAG: u16 = 0xaa55;
+/// Value of `header`: "HdrS".
+pub const HEADER_MAGIC: u32 = 0x5372_6448;
+/// `loadflags`: the protected-mode part belongs above 1 MiB.
+pub const LOADED_HIGH: u8 = 1;
 
 /// `loadflags`: the kernel's image has been placed at random (boot.rst, "loadflags", bit 1).
 const KASLR_FLAG: u8 = 1 << 1;
@@ -17,7 +23,7 @@ const KASLR_FLAG: u8 = 1 << 1;
 const LOADER_UNDEFINED: u8 = 0xff;
 
 /// The setup header of a kernel that has none, an ELF one: what early Linux code looks at.
-pub(crate) fn default_setup_header() -> setup_header {
+pub fn default_setup_header() -> setup_header {
     setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
@@ -32,13 +38,13 @@ pub(crate) fn default_setup_header() -> setup_header {
 
 /// Writes boot_params for a kernel with this setup header, given as the bytes that begin at 0x1f1. With `kaslr` the kernel
 /// randomizes its memory regions, as after its decompressor has randomized its image.
-pub(crate) fn write(
-    mem: &GuestMemory,
+pub fn write(
+    mem: &GuestMemoryMmap,
     header_bytes: &[u8],
     initrd: Option<&Range<u64>>,
     rsdp: u64,
     kaslr: bool,
-) -> Result<(), BootError> {
+) -> Result<(), GuestMemoryError> {
     let mut params = boot_params::default();
     let header_end = SETUP_HEADER_OFFSET + header_bytes.len();
     if let Some(target) = params
@@ -78,11 +84,6 @@ pub(crate) fn write(
     params.e820_entries = entries;
 
     mem.write_obj(params, GuestAddress(layout::BOOT_PARAMS_START))
-        .map_err(|source| BootError::GuestMemory {
-            what: "the boot parameters",
-            gpa: layout::BOOT_PARAMS_START,
-            source,
-        })
 }
 
 /// The low and the high 32 bits.
