@@ -2,11 +2,11 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -34,6 +34,21 @@ fn open_files(pid: u32) -> Vec<String> {
         .collect()
 }
 
+/// What minivmm has open while its guest, which spins, runs.
+#[track_caller]
+fn open_in_the_running_vm(mut command: Command) -> Vec<String> {
+    let mut child = command.spawn().unwrap();
+    // The guest's first words, "tiny# ".
+    let mut word = [0; 6];
+    let started = child.stdout.as_mut().unwrap().read_exact(&mut word);
+    let open = open_files(child.id());
+    signal(&child, "TERM");
+    let output = wait(child, PATIENCE);
+    assert!(started.is_ok(), "no guest: {output:?}");
+    assert_eq!(output.status.code(), Some(143));
+    open
+}
+
 #[test]
 fn inherited_files_are_closed() {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -41,17 +56,51 @@ fn inherited_files_are_closed() {
     // At the first descriptor, between and far behind those that minivmm opens; a shell has one digit alone.
     let command = boot_tiny("ends", "ms", &[]);
     let opened = format!("3<{path} 5<{path} 9<{path}");
-    let mut child = shell("", &command, &opened).spawn().unwrap();
-    let start = Instant::now();
-    while !open_files(child.id()).iter().any(|file| file == "/dev/kvm") {
-        assert!(start.elapsed() < PATIENCE, "{:?}", open_files(child.id()));
-        assert!(child.try_wait().unwrap().is_none(), "it has ended");
-        thread::sleep(Duration::from_millis(1));
-    }
-    let open = open_files(child.id());
+    let open = open_in_the_running_vm(shell("", &command, &opened));
     assert!(!open.iter().any(|file| file == path), "{open:?}");
-    signal(&child, "TERM");
-    assert_eq!(wait(child, PATIENCE).status.code(), Some(143));
+}
+
+/// A descriptor is a right of its own: whoever breaks out of a VM could read by it what its user may not even open.
+#[test]
+fn a_secret_that_only_root_may_read_is_closed() {
+    const NOBODY: &str = "65534";
+    if !rustix::process::geteuid().is_root() {
+        return common::skip::skip("only root has files that others may not read");
+    }
+    // Where anybody may open what the test built, and /dev/kvm.
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let public = |name: &str, from: &Path| {
+        fs::copy(from, path(name)).unwrap();
+        fs::set_permissions(path(name), Permissions::from_mode(0o755)).unwrap();
+    };
+    public("minivmm", Path::new(env!("CARGO_BIN_EXE_minivmm")));
+    public("guest", &tiny("ends"));
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let secret = path("secret");
+    fs::write(&secret, "root's").unwrap();
+    fs::set_permissions(&secret, Permissions::from_mode(0o600)).unwrap();
+    let to_kvm = format!(
+        "mount -t tmpfs -o mode=755 none /mnt; mknod -m 666 /mnt/kvm c 10 232; mount --bind /mnt/kvm /dev/kvm; \
+         exec 3<{secret} 9<{secret};"
+    );
+    let drop_root = format!("setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups");
+    let under = |run: &str| {
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "sh", "-ec"])
+            .arg(format!("{to_kvm} exec {drop_root} {run}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    };
+    // The way there leads past the file's permissions, and lets the descriptor through.
+    run(&mut under(&format!("sh -c '! cat {secret} && cat <&3'"))).assert_printed(&["root's"]);
+    let (minivmm, guest) = (path("minivmm"), path("guest"));
+    let vm = format!("{minivmm} --memory 16M --cmdline ms --kernel {guest}");
+    let open = open_in_the_running_vm(under(&vm));
+    assert!(!open.contains(&secret), "{open:?}");
 }
 
 #[test]
