@@ -3,36 +3,28 @@
 mod common;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::fuse::{Fuse, Mode};
-use common::{PATIENCE, boot_tiny, run, signal, wait};
+use common::{PATIENCE, boot_tiny, expect, run, signal, wait};
 
 /// A deadline for tests that wait for what should come, so that they end if it does not.
 const PATIENT: &str = "100s";
 
 const ENGINES: [&str; 2] = ["io_uring", "sync"];
 
-/// A guest that wants 1 TiB of its disk at once: see guest-kernels/tiny/hog.S.
+/// A guest that wants of its disk as much at once as a queue holds, 15.9 GiB: see guest-kernels/tiny/hog.S.
 fn hog(cmdline: &str, disk: &str, deadline: &str) -> std::process::Command {
     let mut command = boot_tiny("hog", cmdline, &["--disk", disk]);
     command.args(["--deadline", deadline]);
     command
 }
 
-/// Waits for what the guest writes.
-fn expect(child: &mut Child, wanted: &str) {
-    let mut got = vec![0; wanted.len()];
-    let stdout = child.stdout.as_mut().unwrap();
-    stdout.read_exact(&mut got).expect("the guest's output");
-    assert_eq!(String::from_utf8_lossy(&got), wanted);
-}
-
 #[test]
-fn a_guest_with_a_tebibyte_of_requests_is_stopped() {
+fn a_guest_with_a_queue_full_of_the_largest_requests_is_stopped() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     File::create(&path).unwrap().set_len(8 << 30).unwrap();

@@ -1,4 +1,5 @@
-# Queues 64 chains of nearly 4 GiB each for hvc0 to send, all of the same memory, then halts.
+# Queues 64 chains of nearly 4 GiB each for hvc0 to send, all of the same memory, then halts. With an 'm' on the command line each
+# has the mebibyte that the device takes.
 .include "tiny.inc"
 .set VIRTIO,      0xd0000000
 .set DESCRIPTORS, 0x200000
@@ -11,6 +12,7 @@
 .set CHAINS,      64
 .globl _start
 _start:
+    mov  CMDLINE_PTR(%rsi), %ebx
     mov  $VIRTIO, %edi
     virtio_start CHAINS, 1 << 28, 1     # INDIRECT_DESC, transmitq
     mov  $TABLE, %esi
@@ -26,6 +28,11 @@ _start:
     cmp  $CHAIN_LEN, %ecx
     jb   1b
     movl $0, -4(%rsi)           # the last has none
+    cmpb $'m', (%rbx)
+    jne  4f
+    movl $1 << 20, TABLE + 8
+    movl $0, TABLE + 12
+4:
 
     mov  $DESCRIPTORS, %esi
     xor  %ecx, %ecx

@@ -1,7 +1,8 @@
-# Queues 256 requests of nearly 4 GiB each to the disk in the first virtio-mmio window, and writes an S to the console. What then,
-# the first letter of the command line says: 'h' halts, 'r' resets the disk and ends at once with 0, 'p' resets it, writes a P,
+# Queues 256 requests, each of the 63.5 MiB that the device takes at most, to the disk in the first virtio-mmio window, and
+# writes an S to the console. What then, the first letter of the command line says: 'h' halts, 'r' resets the disk and ends at once with 0, 'p' resets it, writes a P,
 # waits for the reset's end, looks that nothing more is done, and ends with 0. The second letter says what the requests do: 'r' read, 'w' write.
-# With an 'i' for the third it waits for a byte of input before the reset.
+# With an 'i' for the third it waits for a byte of input before the reset. With an 'l' or 's' it writes an R and waits before it
+# tells the device; with an 's' each request has 512 pieces of a byte.
 .include "tiny.inc"
 .set VIRTIO,      0xd0000000
 .set DESCRIPTORS, 0x200000
@@ -11,8 +12,8 @@
 .set STATUS,      0x204000
 .set TABLE,       0x210000      # of all requests: header, NDATA times the buffer, status
 .set BUFFER,      0x400000
-.set LEN,         0x800000      # 8 MiB
-.set NDATA,       511
+.set LEN,         0x40000       # 256 KiB, size_max
+.set NDATA,       254           # seg_max
 .set COUNT,       256
 .globl _start
 _start:
@@ -20,11 +21,19 @@ _start:
     mov  CMDLINE_PTR(%rsi), %ebx
     mov  $VIRTIO, %edi
     virtio_start COUNT, 1 << 9 | 1 << 28        # FLUSH, INDIRECT_DESC
+    mov  $LEN, %r9d
+    mov  $NDATA, %r10d
+    cmpb $'s', 2(%rbx)
+    jne  6f
+    mov  $1, %r9d
+    mov  $512, %r10d
+6:  lea  2(%r10), %r11d         # bytes of the table
+    shl  $4, %r11d
     xor  %ebp, %ebp
     cmpb $'w', 1(%rbx)
     sete %bpl                   # type: 0 reads, 1 writes
     mov  %ebp, HEADER
-    movq $0, HEADER + 8         # sector
+    movq $1 << 20, HEADER + 8   # sector: what minivmm itself has not read
     mov  $TABLE, %esi
     movq $HEADER, (%rsi)
     movl $16, 8(%rsi)
@@ -34,14 +43,14 @@ _start:
     mov  $1, %ecx
 1:  add  $16, %esi
     movq $BUFFER, (%rsi)
-    movl $LEN, 8(%rsi)
+    mov  %r9d, 8(%rsi)
     lea  1(%rcx), %eax
     shl  $16, %eax
     or   %ebp, %eax
     mov  %eax, 12(%rsi)
     inc  %ecx
-    cmp  $NDATA + 1, %ecx
-    jb   1b
+    cmp  %r10d, %ecx
+    jbe  1b
     add  $16, %esi
     movq $STATUS, (%rsi)
     movl $1, 8(%rsi)
@@ -49,7 +58,7 @@ _start:
     mov  $DESCRIPTORS, %esi
     xor  %ecx, %ecx
 2:  movq $TABLE, (%rsi)
-    movl $16 * (NDATA + 2), 8(%rsi)
+    mov  %r11d, 8(%rsi)
     movl $4, 12(%rsi)           # INDIRECT
     mov  %cx, AVAILABLE + 4(, %rcx, 2)
     add  $16, %esi
@@ -57,18 +66,17 @@ _start:
     cmp  $COUNT, %ecx
     jb   2b
     movw $COUNT, AVAILABLE + 2
-    movl $0, 0x50(%rdi)         # QueueNotify
+    cmpb $'i', 2(%rbx)
+    jbe  7f                     # or none
+    outb 'R', COM1
+    call wait_for_input
+7:  movl $0, 0x50(%rdi)         # QueueNotify
     outb 'S', COM1
     cmpb $'h', (%rbx)
     je   halt
     cmpb $'i', 2(%rbx)
     jne  5f
-    outb 1, COM1_IER            # or nothing comes
-    outb 3, COM1_MCR
-4:  mov  $COM1_LSR, %dx
-    in   %dx, %al
-    test $1, %al
-    jz   4b
+    call wait_for_input
 5:  movl $0, 0x70(%rdi)         # Status: the reset
     cmpb $'p', (%rbx)
     jne  done
@@ -87,6 +95,14 @@ _start:
 done:
     xor  %eax, %eax
     exit_al
+wait_for_input:
+    outb 1, COM1_IER            # or nothing comes
+    outb 3, COM1_MCR
+4:  mov  $COM1_LSR, %dx
+    in   %dx, %al
+    test $1, %al
+    jz   4b
+    ret
 halt:
     cli
     hlt

@@ -31,8 +31,8 @@ pub use signals::Signals;
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
 use crate::config::ConsoleTarget;
-pub use output::OutputObserver;
 use output::{Destination, Shared, Sink};
+pub use output::{OUTPUT_MEMORY_BOUND, OutputObserver};
 
 /// Why the console cannot be opened.
 #[derive(Debug, Error)]

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use minivmm_devices::chardev::{ConsoleOutput, MIN_ROOM};
-use minivmm_devices::thread::{ThreadKind, ThreadStarter};
+use minivmm_devices::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
@@ -22,6 +22,12 @@ use super::pty;
 
 /// Capacity of the buffer in bytes.
 pub(super) const CAPACITY: usize = 1 << 20;
+/// Arrival times that are kept; what comes later counts as having come with the last of them.
+const MAX_ARRIVALS: usize = 4096;
+/// Most bytes of memory that the output of all consoles takes: the thread's stack; buffer and arrival times, each beside what it
+/// was before it last grew; and what is being written.
+pub const OUTPUT_MEMORY_BOUND: usize =
+    STACK_SIZE + 2 * (CAPACITY + MAX_ARRIVALS * size_of::<(Instant, usize)>()) + 8 * CHUNK;
 /// After the buffer was full, the device is notified when no more than this is pending.
 const LOW_WATER: usize = CAPACITY / 2;
 /// Bytes per write(2): what a pipe that is ready for writing always takes (PIPE_BUF).
@@ -113,8 +119,11 @@ impl State {
         self.pending.extend(bytes);
         if self.watch_arrivals {
             let now = Instant::now();
+            let is_full = self.arrivals.len() == MAX_ARRIVALS;
             match self.arrivals.back_mut() {
-                Some((at, len)) if now.duration_since(*at) < SAME_TIME => *len += bytes.len(),
+                Some((at, len)) if now.duration_since(*at) < SAME_TIME || is_full => {
+                    *len += bytes.len();
+                }
                 _ => self.arrivals.push_back((now, bytes.len())),
             }
         }

@@ -140,6 +140,8 @@ pub struct Machine {
     pub state: Devices,
     /// Where a restored guest reads who it is.
     pub boot_mark: Arc<Mutex<BootMarkPort>>,
+    /// Most bytes that each virtio device takes beside guest RAM, whatever its driver does. Other devices keep a few registers.
+    pub memory_bounds: Vec<(String, usize)>,
     next_slot: usize,
 }
 
@@ -155,6 +157,7 @@ impl Machine {
             acpi: Vec::new(),
             state: Devices::default(),
             boot_mark: Arc::new(Mutex::new(BootMarkPort::new(events.clone()))),
+            memory_bounds: Vec::new(),
             next_slot: 0,
         };
         let name = "I/O APIC";
@@ -235,15 +238,22 @@ impl Machine {
         interrupts: &IrqChip,
     ) -> Result<(), VmError> {
         for spec in virtio_devices(config) {
-            let device: Option<Box<dyn VirtioDevice>> = match spec {
-                VirtioSpec::Disk(..) => backends.disks.next().map(|disk| Box::new(disk) as _),
+            let device: Option<(usize, Box<dyn VirtioDevice>)> = match spec {
+                VirtioSpec::Disk(..) => {
+                    let disk = backends.disks.next();
+                    disk.map(|disk| (disk.memory_bound(), Box::new(disk) as _))
+                }
                 VirtioSpec::Rng => {
                     let rng = Rng::new(backends.threads).map_err(host("a device's thread"))?;
-                    Some(Box::new(rng))
+                    Some((Rng::MEMORY_BOUND, Box::new(rng)))
                 }
-                VirtioSpec::Console => backends.console.take().map(|device| Box::new(device) as _),
+                VirtioSpec::Console => {
+                    let console = backends.console.take();
+                    console.map(|console| (Console::MEMORY_BOUND, Box::new(console) as _))
+                }
             };
-            if let Some(device) = device {
+            if let Some((bound, device)) = device {
+                self.memory_bounds.push((spec.name(), bound));
                 self.attach_virtio(&spec.name(), device, mem, interrupts)?;
             }
         }

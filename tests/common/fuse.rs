@@ -140,6 +140,8 @@ fn serve(mut fuse: &File, mode: &AtomicU8, asked: &AtomicUsize) {
             _ if fuse.read(&mut request).is_ok_and(|len| len >= IN_HEADER) => {}
             _ => continue,
         }
+        // It may have changed while there was no request.
+        let now = mode.load(Ordering::SeqCst);
         let word = |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap());
         let long = |at: usize| u64::from_le_bytes(request[at..at + 8].try_into().unwrap());
         let (opcode, unique, node) = (word(4), long(8), long(16));

@@ -129,6 +129,15 @@ pub(crate) fn run_with_input(command: &mut Command, input: &[u8]) -> Ended {
     }
 }
 
+/// Waits for what the guest writes.
+#[track_caller]
+pub(crate) fn expect(child: &mut Child, wanted: &str) {
+    let mut got = vec![0; wanted.len()];
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_exact(&mut got).expect("the guest's output");
+    assert_eq!(String::from_utf8_lossy(&got), wanted);
+}
+
 /// Waits for a child and collects its output; kills it and fails when it takes longer than `patience`.
 pub(crate) fn wait(mut child: Child, patience: Duration) -> Output {
     fn drain(stream: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {

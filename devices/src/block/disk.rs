@@ -135,6 +135,11 @@ impl Disk {
         self.read_only
     }
 
+    /// Most bytes that it takes, whatever is written to it; its queues have theirs.
+    pub(crate) fn memory_bound(&self) -> usize {
+        self.overlay.as_ref().map_or(0, Overlay::memory_bound)
+    }
+
     /// The same with another file behind it.
     #[cfg(test)]
     pub(crate) fn with_file(self, file: File) -> Self {

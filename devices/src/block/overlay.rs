@@ -40,6 +40,11 @@ impl Overlay {
         })
     }
 
+    /// Bytes of its map.
+    pub(super) fn memory_bound(&self) -> usize {
+        self.len.div_ceil(CLUSTER * 64) as usize * size_of::<u64>()
+    }
+
     /// Where to read the disk at `offset`, and how many of the next `len` bytes lie in the same file.
     pub(super) fn place<'a>(&'a self, base: &'a File, offset: u64, len: u64) -> (&'a File, u64) {
         let is_present = self.are(true, offset / CLUSTER..=offset / CLUSTER);

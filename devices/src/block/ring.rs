@@ -27,6 +27,10 @@ const CANCEL: u64 = u64::MAX;
 /// before it lets go of guest memory. Pieces make it up to [`transfer::PIECE`] more.
 const MAX_BYTES: u64 = 8 << 20;
 
+/// iovecs of the requests in flight before no other is taken: far more than so many bytes need in pages. A driver could give each
+/// byte a descriptor.
+const MAX_IOVECS: usize = 4096;
+
 /// iovecs for which a request's place keeps its room: as many as Linux's requests mostly have, and little beside guest RAM
 /// when all places have had a request.
 const KEPT_IOVECS: usize = 16;
@@ -54,6 +58,8 @@ pub struct Ring {
     /// Entries of requests that are on the ring, and the bytes that they move.
     in_flight: usize,
     bytes: u64,
+    /// Of all requests.
+    iovecs: usize,
     /// What the requests' memory is part of; `None` before the first use.
     mem: Option<GuestMemoryMmap>,
 }
@@ -122,6 +128,7 @@ impl Ring {
             slots: std::iter::repeat_with(slot).take(size.into()).collect(),
             in_flight: 0,
             bytes: 0,
+            iovecs: 0,
             mem: None,
         })
     }
@@ -146,7 +153,17 @@ impl Ring {
 
     /// Whether it takes another request now.
     pub fn has_room(&self) -> bool {
-        self.bytes < MAX_BYTES
+        self.bytes < MAX_BYTES && self.iovecs < MAX_IOVECS
+    }
+
+    /// Most bytes of a ring for `size` requests, none with more than `pieces` pieces of data.
+    pub const fn memory_bound(size: u16, pieces: usize) -> usize {
+        // SQE 64 bytes, CQE 16, twice as many of these; an index for each SQE (<linux/io_uring.h>); and a page of heads and tails.
+        let shared = 2 * size as usize * (64 + 2 * 16 + 4) + 4096;
+        // A vector that grows may be twice as long as it must.
+        let in_flight = 2 * (MAX_IOVECS + pieces);
+        let iovecs = (in_flight + size as usize * KEPT_IOVECS) * size_of::<libc::iovec>();
+        shared + size as usize * size_of::<Slot>() + iovecs
     }
 
     /// Whether something waits for [`Ring::submit`].
@@ -175,6 +192,7 @@ impl Ring {
     ) -> io::Result<()> {
         if let Some(slot) = self.slots.get_mut(usize::from(token)) {
             transfer::describe(slices, &mut slot.iovecs);
+            self.iovecs += slot.iovecs.len();
             slot.request = Some(Request {
                 job,
                 len,
@@ -312,6 +330,7 @@ impl Ring {
             Job::Transfer(..) => result,
         };
         slot.request = None;
+        self.iovecs -= slot.iovecs.len();
         slot.iovecs.clear();
         slot.iovecs.shrink_to(KEPT_IOVECS);
         Ok(Some(result))
@@ -329,41 +348,4 @@ impl Drop for Ring {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use tempfile::NamedTempFile;
-
-    use super::super::open::DiskMode;
-    use super::*;
-
-    #[test]
-    fn a_ring_does_nothing_but_its_disks_requests() {
-        let mut file = NamedTempFile::new().unwrap();
-        file.write_all(&[7; 512]).unwrap();
-        let disk = Disk::open(file.path(), DiskMode::ReadWrite).unwrap();
-        let Ok(mut ring) = Ring::new(Arc::new(disk), 4) else {
-            return crate::skip::skip("no io_uring");
-        };
-        ring.attach(&GuestMemoryMmap::new()).unwrap();
-        let mut result = |entry: squeue::Entry| {
-            ring.push(&entry).unwrap();
-            ring.submit().unwrap();
-            ring.ring.completion().next().map(|entry| entry.result())
-        };
-        let not_allowed = Some(-libc::EACCES);
-        assert_eq!(result(opcode::Nop::new().build()), not_allowed);
-        assert_eq!(
-            result(opcode::Close::new(io_uring::types::Fd(0)).build()),
-            not_allowed
-        );
-        let link = opcode::Fsync::new(DISK)
-            .build()
-            .flags(squeue::Flags::IO_LINK);
-        assert_eq!(result(link), not_allowed);
-        let cancel = opcode::AsyncCancel::new(1).build();
-        assert_eq!(result(cancel), Some(-libc::ENOENT));
-        let submitter = ring.ring.submitter();
-        assert!(submitter.unregister_files().is_err());
-    }
-}
+mod tests;

@@ -18,6 +18,11 @@ use vm_memory::{
 /// driver must keep to the queue's size (§ 2.7.5.3.1), which is less for every device here.
 pub const MAX_CHAIN: u32 = 1024;
 
+/// Most pieces of a chain in a queue of this size: descriptors of the queue, the last of them a table.
+pub(super) const fn max_pieces(size: u16) -> usize {
+    size as usize + MAX_CHAIN as usize
+}
+
 const DESCRIPTOR_SIZE: u64 = size_of::<RawDescriptor>() as u64;
 const DESCRIPTOR_ALIGN: u64 = 16;
 const AVAIL_ALIGN: u64 = 2;
@@ -264,6 +269,13 @@ pub struct Chain<'m> {
 }
 
 impl<'m> Chain<'m> {
+    /// Most bytes of its lists for a queue of this size: each grows to the next power of two. A descriptor is one piece, since
+    /// ranges of RAM do not touch.
+    pub(super) const fn memory_bound(size: u16) -> usize {
+        let pieces = max_pieces(size).next_power_of_two();
+        2 * pieces * size_of::<VolatileSlice<'_>>()
+    }
+
     /// The index that goes into the used ring.
     pub fn head(&self) -> u16 {
         self.head

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::device::{Resources, StopMode, VirtioDevice};
 use super::queue::{Chain, QueueError, Virtqueue};
-use super::worker::QueueWorker;
+use super::worker::{self, QueueWorker};
 use crate::state::{Record, SaveState, StateError, from_record, to_record};
 use crate::thread::{ThreadKind, ThreadStarter};
 
@@ -30,6 +30,9 @@ pub struct Rng {
 }
 
 impl Rng {
+    /// Most bytes that it takes beside guest RAM.
+    pub const MEMORY_BOUND: usize = worker::MEMORY_BOUND + Chain::memory_bound(QUEUE_SIZES[0]);
+
     /// A device with its thread.
     pub fn new(threads: &ThreadStarter) -> io::Result<Self> {
         let (kind, name) = (ThreadKind::Rng, "virtio-rng".into());

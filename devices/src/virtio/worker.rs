@@ -14,11 +14,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Interrupt, Resources, StopMode};
 use super::queue::{Chain, QueueError, Virtqueue};
-use crate::thread::{ThreadKind, ThreadStarter};
+use crate::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
 
 /// Requests that are completed before the driver hears of them, at most: it is told when the queue has run empty, and
 /// in a long burst this often, so that it can go on in parallel.
 const BATCH: u32 = 16;
+
+/// Most bytes of a worker beside guest RAM, without what it serves its queues with: its stack, and a few pages for the stack of
+/// its signals and for its channels.
+pub(super) const MEMORY_BOUND: usize = STACK_SIZE + (32 << 10);
 
 /// A worker: its thread starts with the device, and sleeps until the device starts. Dropping it stops it, and waits for what
 /// the host still does for it.

@@ -7,7 +7,10 @@ use procfs::process::{MemoryMap, Process};
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::console::OUTPUT_MEMORY_BOUND;
 use crate::host::memory::private_bytes;
+use crate::vmm::vcpu;
+use crate::vmm::vm::Vm;
 
 /// Memory of this process that no other process shares, in bytes: resident or swapped out, in anonymous or file pages. What
 /// the kernel keeps for it, KVM's page tables among it, is not part of it.
@@ -42,6 +45,30 @@ impl PrivateMemory {
             }
         }
         sum
+    }
+}
+
+/// Most that a device takes beside guest RAM, whatever its guest does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct MemoryBound {
+    pub(super) name: String,
+    pub(super) bytes: u64,
+}
+
+impl MemoryBound {
+    /// Those of all that a guest can reach.
+    pub(super) fn of(vm: &Vm) -> Vec<Self> {
+        let vcpus = vm.vcpus().iter();
+        let vcpus = vcpus.map(|vcpu| (format!("vCPU {}", vcpu.index), vcpu::MEMORY_BOUND));
+        let output = ("console output".to_owned(), OUTPUT_MEMORY_BOUND);
+        vcpus
+            .chain([output])
+            .chain(vm.machine().memory_bounds.iter().cloned())
+            .map(|(name, bytes)| Self {
+                name,
+                bytes: bytes as u64,
+            })
+            .collect()
     }
 }
 

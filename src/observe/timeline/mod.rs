@@ -18,7 +18,7 @@ use super::phases::Phases;
 use crate::vmm::prepare::BuildTimes;
 use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
 use crate::vmm::vm::Vm;
-use memory::PrivateMemory;
+use memory::{MemoryBound, PrivateMemory};
 use process_start::ProcessStart;
 use record::Record;
 pub use record::{BootMarks, Point};
@@ -43,6 +43,7 @@ impl Timeline {
             names: BTreeMap::new(),
             console_bytes: 0,
             memory: None,
+            memory_bounds: Vec::new(),
             boots: 0,
         })))
     }
@@ -101,6 +102,7 @@ impl Timeline {
             Ok(memory) => watch.memory = Some(memory),
             Err(e) => log::info!("cannot measure the memory of minivmm: {e}"),
         }
+        watch.memory_bounds = MemoryBound::of(vm);
         watch.note(Point::MemoryMeasured, Instant::now());
         let profiles = vm.vcpus().iter().filter_map(|vcpu| vcpu.profile.as_ref());
         profiles.for_each(|profile| watch.exits.add(profile));

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::memory::PrivateMemory;
+use super::memory::{MemoryBound, PrivateMemory};
 use super::process_start::ProcessStart;
 use crate::boot::LoadedKernel;
 use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
@@ -95,6 +95,7 @@ pub(super) struct Record {
     pub(super) names: BTreeMap<BusRegion, String>,
     pub(super) console_bytes: u64,
     pub(super) memory: Option<PrivateMemory>,
+    pub(super) memory_bounds: Vec<MemoryBound>,
     pub(super) boots: u32,
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::memory::PrivateMemory;
+use super::memory::{MemoryBound, PrivateMemory};
 use super::process_start::Source;
 use super::record::{Point, Record};
 use crate::boot::{KernelFormat, Loading};
@@ -36,6 +36,8 @@ pub struct Report {
     console: ConsoleCost,
     /// Of the process when the guest has ended; null if there was none, or no /proc.
     memory: Option<PrivateMemory>,
+    /// What the guest can make minivmm take beside its RAM, by device.
+    memory_bounds: Vec<MemoryBound>,
 }
 
 /// What the times count from.
@@ -164,6 +166,7 @@ impl Report {
                 com1_cost_ns: com1_cost as u64,
             },
             memory: watch.memory,
+            memory_bounds: watch.memory_bounds.clone(),
         }
     }
 }
@@ -296,6 +299,10 @@ impl fmt::Display for Report {
             let (own, guest) = (size(memory.own_bytes), size(memory.guest_bytes));
             writeln!(f, "memory: minivmm's own {own}, the guest's {guest}")?;
         }
+        let bounds: Vec<String> = (self.memory_bounds.iter())
+            .map(|bound| format!("{} {}", bound.name, size(bound.bytes)))
+            .collect();
+        writeln!(f, "at most, whatever the guest does: {}", bounds.join(", "))?;
         Ok(())
     }
 }

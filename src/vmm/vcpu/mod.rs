@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
-use minivmm_devices::thread::{ThreadKind, ThreadStarter};
+use minivmm_devices::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::control::{Control, Request};
@@ -21,6 +21,10 @@ use crate::arch::sleep::Sleep;
 use exit::{BusAccess, Buses, handle_exit, port_read, port_write};
 use profile::{BusRegion, ExitProfile};
 use run_page::RunPage;
+
+/// Most bytes of memory that a vCPU's thread takes, whatever its guest does: the stack, what it shares with KVM, the stack of its
+/// signals, and a count of exits for each device.
+pub const MEMORY_BOUND: usize = STACK_SIZE + (64 << 10);
 
 /// Why a vCPU could not be made or started.
 #[derive(Debug, thiserror::Error)]

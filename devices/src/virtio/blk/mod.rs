@@ -12,16 +12,17 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 pub use request::MAX_ID_LEN;
-use request::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Requests};
+use request::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Requests, SEG_MAX, SIZE_MAX};
 
 use super::device::{Resources, StopMode, VirtioDevice, read_config_bytes};
 use super::queue::Virtqueue;
-use super::worker::QueueWorker;
+use super::worker::{self, QueueWorker};
 use crate::block::ring::Ring;
 use crate::block::{Disk, Engine, SECTOR_SIZE};
 use crate::state::{Record, SaveState, StateError, from_record, to_record};
@@ -39,8 +40,6 @@ pub const MAX_QUEUES: u16 = 8;
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: [u16; MAX_QUEUES as usize] = [QUEUE_SIZE; MAX_QUEUES as usize];
-/// Data segments of a request: what the queue has room for beside header and status, which need a descriptor each.
-const SEG_MAX: u32 = 254;
 
 /// Physical block size in bytes: what file systems and disks of today have.
 const PHYSICAL_BLOCK_SIZE: u32 = 4096;
@@ -87,6 +86,12 @@ impl Block {
     /// What it reads and writes.
     pub fn disk(&self) -> &Arc<Disk> {
         &self.disk
+    }
+
+    /// Most bytes that it takes beside guest RAM.
+    pub fn memory_bound(&self) -> usize {
+        let queue = worker::MEMORY_BOUND + serve::memory_bound(QUEUE_SIZE);
+        self.workers.len() * queue + self.disk.memory_bound()
     }
 
     /// Makes the worker of a queue.
@@ -178,6 +183,7 @@ fn config_space(disk: &Disk, queues: u16) -> [u8; 60] {
         }
     };
     put(0, &disk.sectors().to_le_bytes()); // capacity
+    put(8, &SIZE_MAX.to_le_bytes()); // size_max
     put(12, &SEG_MAX.to_le_bytes()); // seg_max
     put(20, &block_size.to_le_bytes()); // blk_size
     put(24, &[in_blocks.ilog2() as u8, 0]); // topology: physical_block_exp, alignment_offset
@@ -199,7 +205,8 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let always = 1 << VIRTIO_BLK_F_SEG_MAX
+        let always = 1 << VIRTIO_BLK_F_SIZE_MAX
+            | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY
             | 1 << VIRTIO_BLK_F_FLUSH

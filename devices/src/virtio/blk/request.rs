@@ -17,6 +17,14 @@ use crate::virtio::queue::{Buffers, Chain, QueueError};
 /// Longest serial number in bytes: VIRTIO_BLK_T_GET_ID has room for no more (§ 5.2.6).
 pub const MAX_ID_LEN: usize = 20;
 
+/// Data segments of a request: what a queue of 256 has room for beside header and status, which need a descriptor each.
+pub(super) const SEG_MAX: u32 = 254;
+/// Longest data segment in bytes, 256 KiB.
+pub(super) const SIZE_MAX: u32 = 256 << 10;
+/// Most bytes of data in a request, 63.5 MiB. What a queue holds, 15.9 GiB, is the most that its thread does for a guest that
+/// has stopped.
+const MAX_DATA: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
+
 /// Longest discard in sectors, 2 GiB, and longest write of zeroes, 64 MiB: on a host that must write these itself a
 /// request should still end soon, since the others of its queue wait for it.
 pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 22;
@@ -161,10 +169,13 @@ impl Requests {
         Ok(())
     }
 
-    /// Where the data of a read or write lie, in bytes: whole sectors, at least one, all of them on the disk.
+    /// Where the data of a read or write lie, in bytes: whole sectors, at least one and not too many, all of them on the disk.
     fn data_offset(&self, sector: u64, data: &Buffers<'_>) -> Result<u64, Failure> {
         if data.is_empty() || !data.len().is_multiple_of(SECTOR_SIZE) {
             return Err(Malformed("data that are no whole number of sectors"));
+        }
+        if data.len() > MAX_DATA {
+            return Err(Malformed("more data than the device says it takes"));
         }
         self.check_range(sector, data.len() / SECTOR_SIZE)
     }

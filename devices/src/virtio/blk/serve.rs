@@ -7,8 +7,17 @@ use std::sync::Arc;
 use super::request::{Failure, Operation, Requests, Status};
 use crate::block::ring::{Job, Ring};
 use crate::block::{Direction, Disk, Engine};
-use crate::virtio::queue::{Buffers, Chain, QueueError};
+use crate::virtio::queue::{Buffers, Chain, QueueError, max_pieces};
 use crate::virtio::worker::{QueueContext, WorkerContext};
+
+/// Most bytes of what a queue of this size is served with: its chain, the iovecs of one request, and of all on the ring.
+pub(super) const fn memory_bound(size: u16) -> usize {
+    let pieces = max_pieces(size);
+    // A vector that grows may be twice as long as it must.
+    let iovecs = 2 * pieces * size_of::<libc::iovec>();
+    let answers = size as usize * size_of::<Option<(Status<'_>, u64)>>();
+    Chain::memory_bound(size) + iovecs + answers + Ring::memory_bound(size, pieces)
+}
 
 /// The ring of a queue of this size, if the disk has this engine and can have it.
 pub(super) fn new_ring(disk: &Arc<Disk>, engine: Engine, queue_size: u16) -> Option<Ring> {

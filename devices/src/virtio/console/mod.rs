@@ -53,6 +53,9 @@ pub struct Console {
 }
 
 impl Console {
+    /// Most bytes that it takes beside guest RAM; what the host has still to write is its output's.
+    pub const MEMORY_BOUND: usize = Chain::memory_bound(QUEUE_SIZES[0]);
+
     /// A console that sends to `output`. `size` is that of the user's terminal, 0 by 0 if it is not known, and none where
     /// nobody types; [`ConsoleDevice`] says what `kick` is.
     pub fn new(output: Box<dyn ConsoleOutput>, kick: Kick, size: Option<TerminalSize>) -> Self {

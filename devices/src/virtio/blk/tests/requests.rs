@@ -185,6 +185,41 @@ fn bad_requests_get_their_status() {
     }
 }
 
+/// What a guest can leave in a queue bounds what the host does for it.
+#[test]
+fn a_request_has_no_more_data_than_the_device_says() {
+    const STATUS_IN_HIGH: u64 = HIGH + 0x200;
+    for engine in ENGINES {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 20).unwrap();
+        let mut driver = multi_queue(&file, engine, ReadWrite, 1);
+        let mut config = [0; 60];
+        driver.transport.read(0x100, &mut config);
+        let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+        let (size_max, seg_max) = (word(8), word(12));
+        assert_eq!((size_max, seg_max), (256 << 10, 254));
+        assert_ne!(driver.offered() & 1 << VIRTIO_BLK_F_SIZE_MAX, 0);
+        for (more, expected) in [(0, OK), (512, IOERR)] {
+            driver.start(0);
+            let (table, data) = (HIGH + 0x1000, HIGH + 0x10_0000);
+            let last = seg_max as u16 + 1;
+            driver.write(HIGH, &header(VIRTIO_BLK_T_IN, 0));
+            driver.write(STATUS_IN_HIGH, &[0xee]);
+            driver.descriptor_in(table, 0, HIGH, 16, NEXT, 1);
+            for index in 1..last {
+                let len = size_max + if index == 1 { more } else { 0 };
+                driver.descriptor_in(table, index, data, len, NEXT | WRITE, index + 1);
+            }
+            driver.descriptor_in(table, last, STATUS_IN_HIGH, 1, WRITE, 0);
+            driver.descriptor(0, table, 16 * (u32::from(last) + 1), INDIRECT, 0);
+            driver.offer(0);
+            driver.notify();
+            driver.wait_used();
+            assert_eq!(driver.read(STATUS_IN_HIGH, 1), [expected], "{more}");
+        }
+    }
+}
+
 #[test]
 fn a_request_without_a_status_needs_a_reset() {
     for engine in ENGINES {
