@@ -104,6 +104,12 @@ fn failures_are_reported_beside_results() {
     let ended = run(&mut fakes.compare(&["--html", html.to_str().unwrap(), "--json"]));
     ended.assert_code(1);
     let report: Value = serde_json::from_slice(&ended.stdout).unwrap();
+    // A report takes the place of an earlier one, and of nothing else.
+    let other = fakes.file("report.txt");
+    fs::write(&other, "precious").unwrap();
+    let refused = run(&mut fakes.compare(&["--html", other.to_str().unwrap()]));
+    assert_error(&refused, 2, &["exists and is not HTML"]);
+    assert_eq!(fs::read_to_string(&other).unwrap(), "precious");
 
     let crun = by_name(&report, "crun");
     assert_eq!(crun["error"], Value::Null);

@@ -83,7 +83,7 @@ pub struct Cli {
 // The VM path does not wait for what it has no use for.
 #[command(defer = true)]
 pub enum Command {
-    /// Say what this host, and a kernel and initrd, can and cannot do; status 0 only if a guest can boot
+    /// Say what this host, and a kernel and initrd, can and cannot do; status 0 only if Linux can boot
     Doctor(DoctorArgs),
     /// Measure how long a guest takes to boot, in minivmm and in the other VMMs that are installed
     Bench(BenchArgs),
@@ -176,7 +176,8 @@ pub struct VmArgs {
     /// --append 'console=ttyS0 console=hvc0' gives it a console until then; COM1 stays, for output alone [default: serial]
     #[arg(long, value_name = "DEVICE", value_parser = one_of::<ConsoleKind>(&["serial", "virtio"]))]
     pub console: Option<ConsoleKind>,
-    /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only), none [default: stdio]
+    /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only; replaces what the file had), none
+    /// [default: stdio]
     #[arg(long, value_name = "WHERE")]
     pub serial: Option<ConsoleTarget>,
     /// When the guest resets the machine: end with status 0, or boot again [default: exit]

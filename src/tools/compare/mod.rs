@@ -7,7 +7,7 @@ mod report;
 mod runtime;
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
 use crate::config::{MemorySize, Span};
 use crate::console::Signals;
 use crate::error_chain;
+use crate::host::output;
 
 use image::{Image, PROBE_STATUS, VmImage};
 use processes::{Seen, daemons_bytes};
@@ -91,6 +92,7 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     }
     let kernel = kernel(options)?;
     let output = Output::open(options.json.as_deref())?;
+    let page = options.html.as_deref().map(open_page).transpose()?;
     let scratch = tempfile::Builder::new()
         .prefix("minivmm-compare-")
         .tempdir()
@@ -137,11 +139,31 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     done?;
 
     let report = comparison.report(host, rows);
-    if let Some(path) = &options.html {
-        fs::write(path, html::page(&report)).map_err(cannot("write the results"))?;
+    if let Some(mut page) = page {
+        // What cannot be emptied, a FIFO or a device, is written to as it is.
+        let _ = page.set_len(0);
+        page.write_all(html::page(&report).as_bytes())
+            .map_err(cannot("write the results"))?;
     }
     output.write(&report, Report::table, out)?;
     Ok(report.rows.iter().all(|row| row.error.is_none()))
+}
+
+/// Opens the file for the HTML report, before time is spent on the measurement. Nothing but an earlier report is overwritten.
+fn open_page(path: &Path) -> Result<fs::File, ToolError> {
+    let shown = path.display();
+    let mut start = Vec::new();
+    if path.is_file() {
+        fs::File::open(path)
+            .and_then(|file| file.take(1).read_to_end(&mut start))
+            .map_err(cannot(format!("read {shown}")))?;
+    }
+    if !matches!(start[..], [] | [b'<']) {
+        return Err(ToolError::Usage(format!(
+            "--html {shown}: exists and is not HTML; remove it or name another file"
+        )));
+    }
+    output::open(path).map_err(cannot(format!("write to {shown}")))
 }
 
 /// The kernel that was named, or the host's own.

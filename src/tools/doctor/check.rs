@@ -14,7 +14,7 @@ pub enum Verdict {
     Info,
     /// A guest boots, and something will be missing or slow.
     Warn,
-    /// No guest boots.
+    /// Linux does not boot.
     Fail,
 }
 

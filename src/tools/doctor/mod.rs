@@ -25,7 +25,7 @@ pub use kernel::{KernelInfo, KernelReport, inspect_kernel};
 /// All that the doctor found, as `--json` prints it.
 #[derive(Debug, Serialize)]
 struct Report {
-    /// Whether a guest can boot: no check failed.
+    /// Whether Linux can boot: no check failed.
     can_boot: bool,
     host: Vec<Check>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,7 +35,7 @@ struct Report {
 }
 
 /// Checks the host, and the kernel and initrd if they are given; prints a table or one JSON object to `out`. Returns
-/// whether a guest can boot.
+/// whether Linux can boot.
 pub fn run(
     kernel: Option<&Path>,
     initrd: Option<&Path>,
@@ -112,9 +112,9 @@ fn write_table(out: &mut dyn Write, report: &Report, colour: bool) -> io::Result
         .filter(|check| check.verdict == Verdict::Fail)
         .count();
     match failed {
-        0 => writeln!(out, "A guest can boot here."),
-        1 => writeln!(out, "No guest can boot: 1 check failed."),
-        _ => writeln!(out, "No guest can boot: {failed} checks failed."),
+        0 => writeln!(out, "Linux can boot here."),
+        1 => writeln!(out, "Linux cannot boot here: 1 check failed."),
+        _ => writeln!(out, "Linux cannot boot here: {failed} checks failed."),
     }
 }
 
@@ -135,7 +135,7 @@ mod tests {
         };
         let mut out = Vec::new();
         write_table(&mut out, &report, false).unwrap();
-        let expected = "host\n  ok    KVM       works\n  FAIL  /dev/kvm  absent\n                  -> modprobe kvm_amd\ninitrd\n  info  size      5 MiB\nNo guest can boot: 1 check failed.\n";
+        let expected = "host\n  ok    KVM       works\n  FAIL  /dev/kvm  absent\n                  -> modprobe kvm_amd\ninitrd\n  info  size      5 MiB\nLinux cannot boot here: 1 check failed.\n";
         assert_eq!(String::from_utf8(out).unwrap(), expected);
     }
 
