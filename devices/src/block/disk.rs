@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::fdatasync;
@@ -14,10 +15,12 @@ use rustix::io::{Errno, retry_on_intr};
 use vm_memory::VolatileSlice;
 
 use super::format;
+use super::identity::DiskIdentity;
 use super::open::{
     DiskError, DiskMode, DiskOptions, SECTOR_SIZE, block_size, failed, open_and_lock,
 };
 use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
+use super::saved::{self, SavedOverlay};
 use super::transfer::{
     Cancelled, Direction, PIECE, describe, go_on, punch_hole, transfer, write_zeroes,
 };
@@ -162,7 +165,7 @@ impl Disk {
         while done < len {
             go_on(cancelled)?;
             let (at, piece) = (offset + done, PIECE.min(len - done));
-            let (file, count) = match &self.overlay {
+            let (file, at, count) = match &self.overlay {
                 Some(overlay) if direction == Direction::Write => {
                     rest = overlay.change(&self.file, at, piece, |top| {
                         transfer(top, direction, rest, at, piece)
@@ -171,11 +174,52 @@ impl Disk {
                     continue;
                 }
                 Some(overlay) => overlay.place(&self.file, at, piece),
-                None => (&self.file, piece),
+                None => (&self.file, at, piece),
             };
             rest = transfer(file, direction, rest, at, count)?;
             done += count;
         }
+        Ok(())
+    }
+
+    /// What must be the same when a snapshot is restored.
+    pub fn identity(&self) -> Result<DiskIdentity, DiskError> {
+        let metadata = self.file.metadata();
+        let metadata = metadata.map_err(failed("read the metadata of", &self.path))?;
+        Ok(DiskIdentity::new(
+            &self.path,
+            self.sectors * SECTOR_SIZE,
+            &metadata,
+        ))
+    }
+
+    /// Writes what an ephemeral disk holds to `out` at `at`, where there are zeroes or nothing so far; says how many bytes long that
+    /// is. Other disks hold nothing. To be called while the VM is paused.
+    pub fn save_overlay(&self, out: &File, at: u64) -> io::Result<u64> {
+        let Some(overlay) = &self.overlay else {
+            return Ok(0);
+        };
+        let len = self.sectors * SECTOR_SIZE;
+        let place = |offset, len| overlay.place(&self.file, offset, len);
+        saved::save(&overlay.changed(), len, place, out, at)
+    }
+
+    /// Gives an ephemeral disk what was saved, `len` bytes at `offset` of `file`. It stays there, and is only read.
+    pub fn restore_overlay(
+        &mut self,
+        file: Arc<File>,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), DiskError> {
+        let damaged = |why: String| DiskError::Saved {
+            path: self.path.clone(),
+            why,
+        };
+        let Some(overlay) = &mut self.overlay else {
+            return Err(damaged("the disk is not ephemeral".into()));
+        };
+        let saved = SavedOverlay::open(file, offset, len, self.sectors * SECTOR_SIZE);
+        overlay.restore(saved.map_err(damaged)?);
         Ok(())
     }
 

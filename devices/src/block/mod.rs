@@ -3,13 +3,16 @@
 
 mod disk;
 mod format;
+mod identity;
 mod open;
 mod overlay;
 pub mod ring;
+mod saved;
 mod transfer;
 
 pub use disk::Disk;
 pub use format::Format;
+pub use identity::DiskIdentity;
 pub use open::{DiskError, DiskMode, DiskOptions, Engine, SECTOR_SIZE};
 pub(crate) use transfer::Cancelled;
 pub use transfer::Direction;

@@ -88,6 +88,14 @@ pub enum DiskError {
         /// Its length in bytes.
         len: u64,
     },
+    /// What a snapshot holds of an ephemeral disk cannot be.
+    #[error("cannot restore what was written to the ephemeral disk {}: {why}", path.display())]
+    Saved {
+        /// The disk's file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// Not raw.
     #[error(
         "the disk {path} is {what}, and a disk is raw: {command} makes one of it; if these bytes are a disk's own, add \

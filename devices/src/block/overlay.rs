@@ -6,8 +6,7 @@ use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError, RwLock};
 
-/// The unit of copying, in bytes. File systems write whole pages, so that next to nothing has to be copied.
-const CLUSTER: u64 = 4096;
+use super::saved::{CLUSTER, Run, SavedOverlay};
 
 /// Longest disk in bytes, 16 TiB: its map has 512 MiB, of which the host gives only what is used.
 pub(super) const MAX_LEN: u64 = 1 << 44;
@@ -18,6 +17,8 @@ pub(super) const MAX_LEN: u64 = 1 << 44;
 /// Locks: `filling` before `present`.
 pub(super) struct Overlay {
     top: File,
+    /// What a snapshot holds: it lies between `top` and the base.
+    saved: Option<SavedOverlay>,
     /// Length of the disk in bytes.
     len: u64,
     /// A bit for each cluster that is all in `top`. It is never taken back.
@@ -34,25 +35,64 @@ impl Overlay {
         top.set_len(len)?;
         Ok(Self {
             top,
+            saved: None,
             len,
             present: RwLock::new(vec![0; len.div_ceil(CLUSTER * 64) as usize]),
             filling: Mutex::new(()),
         })
     }
 
-    /// Bytes of its map.
+    /// Bytes of its map and of what it keeps of a snapshot.
     pub(super) fn memory_bound(&self) -> usize {
-        self.len.div_ceil(CLUSTER * 64) as usize * size_of::<u64>()
+        let saved = self.saved.as_ref().map_or(0, SavedOverlay::memory_bound);
+        self.len.div_ceil(CLUSTER * 64) as usize * size_of::<u64>() + saved
     }
 
-    /// Where to read the disk at `offset`, and how many of the next `len` bytes lie in the same file.
-    pub(super) fn place<'a>(&'a self, base: &'a File, offset: u64, len: u64) -> (&'a File, u64) {
+    /// Puts what a snapshot holds below it, before it is used.
+    pub(super) fn restore(&mut self, saved: SavedOverlay) {
+        self.saved = Some(saved);
+    }
+
+    /// Where to read the disk at `offset`: the file, the offset in it, and how many of the next `len` bytes lie there.
+    pub(super) fn place<'a>(
+        &'a self,
+        base: &'a File,
+        offset: u64,
+        len: u64,
+    ) -> (&'a File, u64, u64) {
         let is_present = self.are(true, offset / CLUSTER..=offset / CLUSTER);
         let end = (offset / CLUSTER + 1..=(offset + len - 1) / CLUSTER)
             .find(|cluster| !self.are(is_present, *cluster..=*cluster))
             .map_or(offset + len, |cluster| cluster * CLUSTER);
-        let file = if is_present { &self.top } else { base };
-        (file, end - offset)
+        if is_present {
+            (&self.top, offset, end - offset)
+        } else {
+            self.below(base, offset, end - offset)
+        }
+    }
+
+    /// The same for a range of which nothing is in the temporary file.
+    fn below<'a>(&'a self, base: &'a File, offset: u64, len: u64) -> (&'a File, u64, u64) {
+        match &self.saved {
+            Some(saved) => saved.place(base, offset, len),
+            None => (base, offset, len),
+        }
+    }
+
+    /// The clusters that are not the base's.
+    pub(super) fn changed(&self) -> Vec<Run> {
+        let map = self.present.read().unwrap_or_else(PoisonError::into_inner);
+        let words = (0..).step_by(64).zip(map.iter());
+        let set = words
+            .filter(|(_, word)| **word != 0)
+            .flat_map(|(first, word)| {
+                (0..64)
+                    .filter(move |bit| word >> bit & 1 != 0)
+                    .map(move |bit| first + bit)
+            });
+        let set = set.map(|first| Run { first, count: 1 });
+        let saved = self.saved.iter().flat_map(SavedOverlay::runs);
+        Run::union(set, saved)
     }
 
     /// Has `change` write all of this range, which is not empty, in the temporary file. What lies around it in its
@@ -76,7 +116,8 @@ impl Overlay {
             if is_partial && !self.are(true, cluster..=cluster) {
                 let mut bytes = [0; CLUSTER as usize];
                 let bytes = bytes.get_mut(..(end - start) as usize).unwrap_or_default();
-                base.read_exact_at(bytes, start)?;
+                let (file, at, _) = self.below(base, start, end - start);
+                file.read_exact_at(bytes, at)?;
                 self.top.write_all_at(bytes, start)?;
                 self.add(cluster..=cluster);
             }
@@ -136,9 +177,9 @@ mod tests {
             }
         });
         for cluster in 0..CLUSTERS {
-            let (file, len) = overlay.place(&base, cluster * 4096, 4096);
+            let (file, at, len) = overlay.place(&base, cluster * 4096, 4096);
             let mut bytes = [0; 4096];
-            file.read_exact_at(&mut bytes, cluster * 4096).unwrap();
+            file.read_exact_at(&mut bytes, at).unwrap();
             assert_eq!((len, bytes[0], bytes[512], bytes[1024]), (4096, 1, 2, 3));
             assert!(bytes[1536..] == [4; 2560]);
         }
