@@ -61,6 +61,8 @@ boot-debian: build
 
 # Ring 1 and 2 natively; ring 3 in one boot of the lab for each of its files.
 test: deps
+	@# First, so that what is left in the target directory is not that binary.
+	$(CARGO) test --features attack-port --test attack
 	$(CARGO) test --workspace
 	tests/lab/suite
 
@@ -87,6 +89,7 @@ lint: deps
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@# Real Linux is no part of a plain cargo test, and so not among all targets.
+	$(CARGO) clippy --workspace --features attack-port --lib --bins --test attack -- -D warnings
 	$(CARGO) clippy --test linux --test direct --test disk --test small -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --workspace
 	shellcheck -x $$(git ls-files | xargs grep -lE '^#(!/bin/(ba)?sh| shellcheck shell=)')

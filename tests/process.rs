@@ -129,6 +129,16 @@ fn what_an_argument_names_stays_open() {
     }
 }
 
+/// tests/attack.rs has a build in which a guest can say what code would do that has broken out.
+#[cfg(not(feature = "attack-port"))]
+#[test]
+fn nothing_here_carries_out_attacks() {
+    let ended = run(&mut boot_tiny("attack", "ove", &["-v"]));
+    ended.assert_code(5);
+    let unclaimed = "unclaimed accesses: 0 reads, 1 writes";
+    assert!(ended.stderr.contains(unclaimed), "{}", ended.stderr);
+}
+
 /// Whatever it is that gets no memory, the status is not that of a guest whose kernel panicked.
 #[test]
 fn a_lack_of_memory_is_minivmms_failure() {

@@ -18,6 +18,8 @@
     )
 )]
 
+#[cfg(feature = "attack-port")]
+pub mod attack;
 pub mod block;
 pub mod bus;
 pub mod chardev;

@@ -361,6 +361,8 @@ impl Shared {
             self.notify_tx_space();
         }
         self.observe();
+        #[cfg(feature = "attack-port")]
+        minivmm_devices::attack::turn();
         let state = self.state();
         chunk.clear();
         chunk.extend(state.pending.iter().take(CHUNK.min(state.read)));

@@ -82,6 +82,8 @@ impl<T: Copy> EventLoop<T> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
+            #[cfg(feature = "attack-port")]
+            minivmm_devices::attack::turn();
             // One that was removed after the kernel had noted its event has no token any more.
             let token = |event: &EpollEvent| self.sources.get(&SourceId(event.data()));
             let tokens: Vec<T> = ready.filter_map(token).map(|(_, token)| *token).collect();

@@ -180,6 +180,11 @@ impl Machine {
         machine.attach_saved("ACPI power", layout::ACPI_POWER_PORT, power::LEN, power)?;
         let pci = PciConfig::new(event());
         machine.attach_saved("PCI", layout::PCI_CONFIG_PORT, pci::LEN, pci)?;
+        #[cfg(feature = "attack-port")]
+        {
+            use minivmm_devices::attack::{AttackPort, PORT, PORT_LEN};
+            machine.attach_port("attack port", PORT, PORT_LEN, AttackPort(event()))?;
+        }
         let pvpanic = Pvpanic::new(event());
         machine.attach_port("pvpanic", layout::PVPANIC_PORT, pvpanic_len, pvpanic)?;
         machine.acpi.push(AcpiDevice {

@@ -221,6 +221,8 @@ impl WorkerContext {
         mut turn: impl FnMut(&mut QueueContext<'m>) -> Result<bool, QueueError>,
     ) -> Result<(), QueueError> {
         while !self.must_stop() {
+            #[cfg(feature = "attack-port")]
+            crate::attack::turn();
             let mut all_done = true;
             for queue in &mut *queues {
                 all_done &= turn(queue)?;
