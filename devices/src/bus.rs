@@ -59,14 +59,14 @@ impl Region {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many of `len` bytes from `addr`, which lies in the range, lie in it.
+    /// How many of the `len` bytes from `addr`, an address in the range, lie in the range.
     fn reach(&self, addr: u64, len: usize) -> usize {
         usize::try_from(self.last - addr).map_or(len, |behind| len.min(behind.saturating_add(1)))
     }
 }
 
-/// Devices by address. Regions are mapped and unmapped at any time, also while vCPUs access others; an access locks the one device
-/// that it reaches, and holds no lock of the bus meanwhile.
+/// Devices by address. Regions can be mapped and unmapped while vCPUs run. An access locks only the device that it reaches, and no
+/// lock of the bus while the device handles it.
 #[derive(Default)]
 pub struct Bus {
     /// Sorted by `base`, disjoint.
@@ -113,7 +113,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Unmaps the region that begins at `base`; `false` if there is none. An access that has begun still ends.
+    /// Unmaps the region that begins at `base`; `false` if there is none. An access in progress completes.
     pub fn unmap(&self, base: u64) -> bool {
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         let len = regions.len();

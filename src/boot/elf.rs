@@ -10,9 +10,9 @@ use super::input::InputFile;
 use super::ram::{GuestMemory, check_fits};
 use crate::arch::layout;
 
-/// Most program headers that are looked at; Linux has five.
+/// Maximum number of program headers; Linux has five.
 const MAX_PROGRAM_HEADERS: u16 = 128;
-/// Most bytes of notes that are looked at; Linux has about 500.
+/// Maximum length of a note segment in bytes; Linux has about 500.
 const MAX_NOTES_LEN: u64 = 64 << 10;
 /// Type of the note with the 32-bit entry (xen/include/public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;

@@ -54,13 +54,9 @@ pub struct LoadedKernel {
     pub kernel_bytes: u64,
     /// How the kernel was loaded.
     pub kernel_loading: Loading,
-    /// Bytes of the initrd, 0 without one.
-    pub initrd_bytes: u64,
-    /// How the initrd was loaded, if there is one.
-    pub initrd_loading: Loading,
     /// GPAs that the kernel needs before it has read the memory map.
     pub kernel_range: Range<u64>,
-    /// GPAs of the initrd.
+    /// GPAs of the initrd, as long as its file.
     pub initrd_range: Option<Range<u64>>,
 }
 

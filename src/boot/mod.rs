@@ -142,10 +142,6 @@ fn load_bzimage(
         version: image.version.clone(),
         kernel_bytes: kernel.file_bytes,
         kernel_loading: loading,
-        initrd_bytes: initrd_range
-            .as_ref()
-            .map_or(0, |range| range.end - range.start),
-        initrd_loading: Loading::Copied,
         kernel_range: kernel.range,
         initrd_range,
     })
@@ -203,10 +199,6 @@ fn load_elf(
         version: None,
         kernel_bytes: kernel.file_bytes(),
         kernel_loading: Loading::Copied,
-        initrd_bytes: initrd_range
-            .as_ref()
-            .map_or(0, |range| range.end - range.start),
-        initrd_loading: Loading::Copied,
         kernel_range,
         initrd_range,
     })

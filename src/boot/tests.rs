@@ -212,8 +212,6 @@ fn bzimage_with_initrd() {
             version: Some("6.1.0-test (builder) #1 SMP".to_owned()),
             kernel_bytes: 4096,
             kernel_loading: Loading::Copied,
-            initrd_bytes: 5006,
-            initrd_loading: Loading::Copied,
             kernel_range: LOAD..LOAD + 0x40_0000,
             initrd_range: Some(start..start + 5006),
         }

@@ -1,8 +1,8 @@
 //! Signals and the deadline while a VM is prepared: the event loop, which looks at them later, is not there yet.
 //!
-//! To prepare a VM can take long, or for ever: KVM makes tables for terabytes of memory, a kernel lies on a file server that
-//! does not answer. Whoever waits in the host's kernel for such a thing sees no signal but a fatal one, so a thread of its
-//! own has to watch. It is the boot vCPU's, which has nothing else to do before there is a VM.
+//! Preparing a VM can take long, or for ever: KVM allocates tables for terabytes of memory, a kernel lies on a file server that
+//! does not answer. A thread blocked in the host's kernel sees only fatal signals, so another thread watches: the boot
+//! vCPU's, which has nothing else to do before there is a VM.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,10 +20,10 @@ use crate::vmm::control::Control;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::vcpu::{Job, Vcpu};
 
-/// After a stop from outside, the console's reader may take so long for the last output.
+/// After an external stop, drain the console for at most 100 ms.
 pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// How long a preparation that can go on may take to come to its end, so that the VM ends in good order: 50 ms.
+/// How long preparation may take to finish after a stop, so that the VM is torn down in order: 50 ms.
 const GRACE: Duration = Duration::from_millis(50);
 
 /// The boot vCPU's thread before it has its vCPU. It ends the process at a signal that asks for it, or when the deadline
@@ -34,7 +34,7 @@ pub struct Watch {
     thread: JoinHandle<Option<Vcpu>>,
 }
 
-/// What the thread is told by. Dropping it ends the watch.
+/// Gives the thread its orders. Dropping it ends the watch.
 struct Remote(Arc<Shared>);
 
 struct Shared {

@@ -1,32 +1,31 @@
-//! Looks for the lines by which a guest's output tells how far its boot is.
+//! Recognizes the phases of a boot in the guest's console output.
 
 use std::time::Instant;
 
-/// What the console saw of a boot.
+/// When the console output reached each phase of a boot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Phases {
     /// The first byte of all.
     pub first_byte: Option<Instant>,
     /// The kernel's line that names its first process.
     pub init_run: Option<Instant>,
-    /// The start of the first line that the kernel's log did not write: one that is not blank, has no time stamp, and comes
-    /// after `init_run` where that is seen at all (`quiet` hides it). It is wrong for a kernel that writes no time stamps
-    /// (`printk.time=0`), for one that talks before it has a log (`earlyprintk`), and where the guest's terminal echoes
-    /// input before anything else is said.
+    /// The start of the first line of user space: one that is not blank, has no time stamp of the kernel's log, and comes
+    /// after `init_run` where the log shows that (`quiet` hides it). Wrong for a kernel that writes no time stamps
+    /// (`printk.time=0`) or prints before it has a log (`earlyprintk`), and where the guest's terminal echoes input first.
     pub user_output: Option<Instant>,
     /// A getty's prompt.
     pub login_prompt: Option<Instant>,
 }
 
-/// Of each line the beginning is kept: enough for a time stamp and the path of an init.
+/// How much of a line is kept, in bytes: enough for a time stamp and the path of an init.
 const HEAD_LEN: usize = 256;
 
-/// Reads the output as it comes.
+/// Scans the output as it arrives.
 #[derive(Debug, Default)]
 pub(super) struct PhaseScanner {
     /// The line's beginning, from its first visible character on.
     head: Vec<u8>,
-    /// When that came.
+    /// When that arrived.
     began: Option<Instant>,
     phases: Phases,
 }
@@ -36,7 +35,7 @@ impl PhaseScanner {
         self.phases
     }
 
-    /// Bytes that came at `now`.
+    /// Scans bytes that arrived at `now`.
     pub(super) fn push(&mut self, bytes: &[u8], now: Instant) {
         for byte in bytes {
             self.phases.first_byte.get_or_insert(now);
@@ -60,7 +59,7 @@ impl PhaseScanner {
                 self.phases.user_output.get_or_insert(began);
             }
             Line::Kernel(message) if self.phases.init_run.is_none() && names_init(message) => {
-                // What came before the first process was none of its output.
+                // Output before the first process started was not its own.
                 self.phases.user_output = None;
                 self.phases.init_run = Some(now);
             }

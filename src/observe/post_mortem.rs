@@ -1,4 +1,4 @@
-//! What is left to see of a guest that died: registers, last access, console, and what most often makes a guest end so.
+//! The report on a guest that died: registers, last access, console, and the likely cause.
 
 use std::fmt::Write;
 
@@ -14,7 +14,7 @@ use crate::vmm::vm::Vm;
 /// Bytes of code shown at the instruction pointer.
 const CODE_BYTES: usize = 16;
 
-/// What is to be said of a VM that has ended.
+/// What a report is made from.
 pub struct CrashReport<'a> {
     /// Why the VM ended.
     pub outcome: &'a Outcome,

@@ -63,7 +63,7 @@ impl Transcript {
         }
     }
 
-    /// When the guest's output told how far its boot was, if that is watched.
+    /// When the output reached each phase of the boot, if that is watched.
     pub fn phases(&self) -> Phases {
         self.phases
             .as_ref()

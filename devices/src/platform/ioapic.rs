@@ -11,7 +11,7 @@ use crate::state::{Record, SaveState, StateError, Suspend, from_record, to_recor
 /// Version of the saved state.
 const STATE_VERSION: u32 = 1;
 
-/// Interrupt inputs of the IOAPIC.
+/// Interrupt input pins.
 pub const PINS: u32 = 24;
 /// Length of the MMIO range, in bytes.
 pub const LEN: u64 = 0x1000;
@@ -83,7 +83,7 @@ impl Msi {
     }
 }
 
-/// Takes the MSI routes that the guest programs.
+/// Where the MSI routes that the guest programs go.
 pub trait MsiRoutes: Send {
     /// From now on, an edge on `pin` sends `msi`. `None` means masked: an edge stays pending. Called only when the route
     /// changes, with the I/O APIC locked. All pins start masked.
@@ -104,7 +104,7 @@ struct State {
     entries: [u64; PINS as usize],
 }
 
-/// The IOAPIC.
+/// The I/O APIC.
 pub struct Ioapic {
     state: State,
     router: Box<dyn MsiRoutes>,

@@ -34,9 +34,9 @@ pub const ACPI_MAX_SIZE: u64 = 0x1_0000;
 pub const MPTABLE_START: u64 = 0xf_0000;
 /// Room for the MP table in bytes.
 pub const MPTABLE_MAX_SIZE: u64 = 0xfff0;
-/// Where a processor in real mode starts after a reset, f000:fff0, on a PC the BIOS's entry. A stub there resets the
-/// machine: Linux jumps to it as its last way to reboot, and on hardware-reduced ACPI, where it believes that there is
-/// EFI, as its first way that works (arch/x86/kernel/reboot.c, reboot_init).
+/// The real-mode reset vector, f000:fff0: on a PC, the BIOS's entry point. A stub there resets the machine. Linux jumps to
+/// it as its last reboot method; on hardware-reduced ACPI, where Linux assumes EFI, it is the first one that works
+/// (arch/x86/kernel/reboot.c, reboot_init).
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// High memory: where kernels may be loaded, and RAM as far as [`MMIO_GAP_START`].

@@ -1,4 +1,4 @@
-//! What is where in the guest's physical memory, as the kernel is told by e820 or PVH.
+//! The guest's physical memory map, which the kernel gets as an e820 table or in the PVH start information.
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -26,8 +26,8 @@ pub struct MapEntry {
 
 /// The memory map, ascending.
 ///
-/// The tables between the end of conventional memory and 1 MiB (EBDA, ACPI, MP table) are reserved and not of the type
-/// "ACPI reclaimable": they lie where a PC has its firmware ROM, and kernels expect no memory to gain there.
+/// The tables between the end of conventional memory and 1 MiB (EBDA, ACPI, MP table) are reserved, not "ACPI reclaimable":
+/// a PC has its firmware ROM there, and kernels expect no usable memory.
 pub fn memory_map(mem: &GuestMemoryMmap) -> Vec<MapEntry> {
     let mut map = Vec::with_capacity(4);
     let mut add = |start: u64, end: u64, range_type| {

@@ -110,8 +110,8 @@ pub fn boot_fpu() -> kvm_fpu {
     }
 }
 
-/// Whether the vCPU stands at the reset vector, 0xfffffff0, in the state of a reset or an INIT (SDM vol. 3 § 10.1.1). There
-/// is no firmware to fetch from: a boot vCPU that gets here has been reset.
+/// Whether the vCPU is at the reset vector, 0xfffffff0, in the state after a reset or an INIT (SDM vol. 3 § 10.1.1). There
+/// is no firmware at that address, so a boot vCPU that gets there has been reset.
 pub fn are_at_reset_vector(regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
     regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000
 }

@@ -1,8 +1,8 @@
-//! Where the time of a boot goes, for `--timeline`: when what happened, which exits, what the console cost.
+//! Where the time of a boot goes, for `--timeline`: events and their times, exits by device, what the console cost.
 //!
-//! [`Timeline`] is the one owner. The main thread notes its own points in it. What happens on other threads is kept where
-//! it happens, by each vCPU in its [`ExitProfile`] and by the console in its [`Phases`], and collected when the VM has
-//! ended, so that watching shares nothing and waits for nothing. A timeline that is off notes nothing and reads no clock.
+//! The main thread records its events in [`Timeline`]. Each vCPU records its exits in an [`ExitProfile`] and the console its
+//! [`Phases`]; both are collected when the VM has ended, so that recording takes no lock. A timeline that is off reads no
+//! clock.
 //!
 //! It is the timeline of the first boot; a guest that resets the machine and boots again adds to the number of boots.
 
@@ -48,14 +48,14 @@ impl Timeline {
         })))
     }
 
-    /// Notes that `point` is reached, now. Its first time counts.
+    /// Records that `point` is reached now. The first time counts.
     pub fn note(&mut self, point: Point) {
         if let Some(watch) = &mut self.0 {
             watch.note(point, Instant::now());
         }
     }
 
-    /// Notes what was reached when a VM was made, of the first.
+    /// Records the times of building the first VM.
     pub fn note_build(&mut self, times: &BuildTimes) {
         let BuildTimes {
             memory_mapped,
@@ -90,7 +90,7 @@ impl Timeline {
         self.0.as_deref().filter(|watch| watch.boots == 0)
     }
 
-    /// Takes what vCPUs and console have seen of a boot that has ended, and looks at the memory while the VM is still there.
+    /// Collects what vCPUs and console recorded of a boot that has ended, and measures memory while the VM still exists.
     pub fn end_of_boot(&mut self, vm: &Vm, phases: Phases, console_bytes: u64) {
         let Some(watch) = &mut self.0 else { return };
         watch.boots += 1;
@@ -124,7 +124,7 @@ impl Timeline {
         }
     }
 
-    /// The process ends now, with this exit status: what there is to say, unless the timeline is off.
+    /// The report, unless the timeline is off. The process ends now with this exit status.
     pub fn finish(self, status: u8) -> Option<Report> {
         let mut watch = self.0?;
         watch.note(Point::ProcessEnd, Instant::now());

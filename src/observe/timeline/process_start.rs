@@ -16,7 +16,7 @@ use serde::Serialize;
 /// What /proc counts in (USER_HZ, 100 on x86).
 const TICK: Duration = Duration::from_millis(10);
 
-/// Where the start is known from.
+/// Where the start time comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Source {
@@ -24,7 +24,7 @@ pub(super) enum Source {
     Schedstat,
     /// The tick in which it was made.
     Tick,
-    /// Nowhere, where there is no /proc: it is taken for the beginning of `main`.
+    /// Unknown, without /proc: the beginning of `main` is used.
     Main,
 }
 
@@ -35,11 +35,11 @@ pub(super) struct ProcessStart {
     /// The same on CLOCK_MONOTONIC, in ns since boot.
     pub(super) monotonic_ns: u64,
     pub(super) source: Source,
-    /// How far off it may be; unknown without a source.
+    /// The error is at most this; `None` if the start is unknown.
     pub(super) within: Option<Duration>,
 }
 
-/// What the kernel tells about the process's past.
+/// What the kernel knows of the process's past.
 struct Account {
     /// Time since the tick in which it was made began.
     since_tick: Duration,
@@ -107,7 +107,7 @@ fn since_zero(time: Timespec) -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// A process that has never been on a processor, and asks, is one whose kernel does not count.
+/// `None` if the kernel does not count: this process has run at least once.
 fn waited_for_processor(account: Schedstat) -> Option<Duration> {
     (account.pcount > 0).then_some(Duration::from_nanos(account.run_delay))
 }

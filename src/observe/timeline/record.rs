@@ -1,4 +1,4 @@
-//! What a timeline notes: points in time, boot marks, exits.
+//! What a timeline records: events, boot marks, exits.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -48,7 +48,7 @@ pub enum Point {
     LastExit,
     /// All vCPU threads have ended.
     VcpusStopped,
-    /// The process's memory is measured, which takes its time only because there is a timeline.
+    /// The process's memory has been measured, which only a timeline does.
     MemoryMeasured,
     /// minivmm has nothing more to do. What the kernel takes to remove the process comes after it.
     ProcessEnd,

@@ -70,7 +70,6 @@ struct Kernel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 struct Initrd {
     bytes: u64,
-    loading: Loading,
 }
 
 /// What took the vCPUs out of the guest.
@@ -149,10 +148,9 @@ impl Report {
                 loading: kernel.kernel_loading,
             }),
             initrd: kernel
-                .filter(|kernel| kernel.initrd_range.is_some())
-                .map(|kernel| Initrd {
-                    bytes: kernel.initrd_bytes,
-                    loading: kernel.initrd_loading,
+                .and_then(|kernel| kernel.initrd_range.as_ref())
+                .map(|range| Initrd {
+                    bytes: range.end - range.start,
                 }),
             exits: Exits {
                 total: watch.exits.kinds.iter().sum(),
@@ -244,9 +242,7 @@ impl Report {
             };
             format!("kernel ({format}, {}, {})", size(k.bytes), k.loading)
         });
-        let initrd = self
-            .initrd
-            .map(|i| format!("initrd ({}, {})", size(i.bytes), i.loading));
+        let initrd = self.initrd.map(|i| format!("initrd ({})", size(i.bytes)));
         let files: Vec<String> = kernel.into_iter().chain(initrd).collect();
         files.join(", ")
     }

@@ -1,4 +1,4 @@
-//! What an exit from the guest means, and the devices that its accesses go to.
+//! Handles exits from the guest: device accesses and all other exit reasons (KVM_EXIT_*).
 
 use std::fmt;
 
@@ -67,11 +67,12 @@ pub(super) fn port_write(pio: &Bus, port: u16, width: u8, data: &[u8]) {
     }
 }
 
-/// What an exit that is no device access means: go on (`None`), an orderly end, or a failure.
+/// What to do after an exit (KVM_EXIT_*) other than a port or MMIO access: go on (`None`), end the VM, or fail. New exit reasons
+/// are handled here.
 pub(super) fn handle_exit(exit: &VcpuExit<'_>) -> Result<Option<Outcome>, VcpuFailure> {
     match exit {
         VcpuExit::Intr => Ok(None),
-        // Every wire is a pulse: there is nothing to do when a level-triggered interrupt ends.
+        // All lines are edge-triggered: an EOI needs no action.
         VcpuExit::IoapicEoi(_) => Ok(None),
         VcpuExit::Shutdown => Err(VcpuFailure::TripleFault),
         VcpuExit::FailEntry(reason, _) => Err(VcpuFailure::EntryFailed { reason: *reason }),

@@ -1,9 +1,9 @@
 //! A 16550A UART (National Semiconductor PC16550D data sheet, § 8), with flow control toward the host both ways.
 //!
-//! Bytes take no time on this wire, so the transmitter is always empty unless the host's side is full. Then the guest
-//! sees it busy and waits, as on a slow line: the vCPU thread never blocks and no buffer grows. Toward the guest, the
-//! host hands over no more than the receive FIFO has room for, and nothing before the guest has opened its end: Linux
-//! clears the FIFO when it opens the port, which would lose what was piped into stdin early.
+//! Transmission takes no time, so the transmitter is always empty unless the host's buffer is full. Then the guest
+//! sees a busy transmitter and waits, as on a slow line: the vCPU thread never blocks and no buffer grows. In the other
+//! direction, the host delivers no more than the receive FIFO has room for, and nothing before the guest has opened the
+//! port: Linux clears the FIFO when it opens it, which would lose early input from a pipe.
 
 use std::collections::VecDeque;
 
@@ -118,7 +118,8 @@ struct State {
     transmit_pending: bool,
     /// The guest has been shown a busy transmitter; the host has yet to say that there is room again.
     waiting_for_room: bool,
-    /// The host holds input that did not fit; it wants a kick when there is room. Another host may hold some too.
+    /// The host holds input that did not fit and wants a kick when there is room. Not saved: the host that restores the VM may
+    /// hold some.
     #[serde(skip, default = "yes")]
     input_held_back: bool,
     /// Bytes that the guest sent while the transmitter was busy, and that are lost.
@@ -227,8 +228,8 @@ impl Serial {
         }
     }
 
-    /// Brings the outside in line with the registers, after anything that may have changed them: the interrupt, which
-    /// is an edge for each cause that came up (a spurious interrupt is better than a lost one), and the kick.
+    /// To be called after any change of the registers: signals the interrupt for each cause that became active (a spurious
+    /// interrupt is better than a lost one), and kicks the host if it holds input.
     fn update(&mut self) {
         let (old, new) = (self.causes, self.current_causes());
         self.causes = new;
@@ -238,7 +239,7 @@ impl Serial {
         {
             self.irq.signal();
         }
-        // Waiting until the FIFO is empty, the host brings 16 bytes at a time.
+        // Only when the FIFO is empty, so that the host delivers 16 bytes at a time.
         if self.state.input_held_back && self.state.rx.is_empty() && self.room() > 0 {
             self.state.input_held_back = false;
             (self.input_ready)();
@@ -246,8 +247,7 @@ impl Serial {
     }
 
     fn transmit(&mut self, byte: u8) {
-        // Writing empties the cause, and sending takes no time: it comes up again, as an edge if the guest had
-        // acknowledged it.
+        // A write clears the cause, which becomes active again at once: an edge if the guest had acknowledged it.
         if self.loopback() {
             if self.state.rx.len() < self.rx_capacity() {
                 self.state.rx.push_back(byte.into());
@@ -385,9 +385,9 @@ impl Serial {
 }
 
 impl ConsoleDevice for Serial {
-    /// Room in the receive FIFO once the guest has enabled the receive interrupt and raised RTS. That line tells a driver
-    /// that listens from one that probes: Linux's enables every interrupt for a moment to see what the UART is, then
-    /// throws away what came. (Its DTR is up by then, for the kernel's console.)
+    /// Room in the receive FIFO, 0 until the guest has enabled the receive interrupt and raised RTS. RTS tells a driver that
+    /// has opened the port from one that probes it: Linux's enables every interrupt for a moment to identify the UART, then
+    /// discards what it received. (DTR is up by then, for the kernel's console.)
     fn rx_space(&mut self) -> usize {
         let room = self.room();
         self.state.input_held_back |= room == 0;
