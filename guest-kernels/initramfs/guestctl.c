@@ -9,16 +9,20 @@
 #include <asm/termbits.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/random.h>
 #include <linux/sockios.h>
 #include <net/if.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define EXIT_PORT 0xf4 /* the byte becomes the monitor's exit status */
-#define MARK_PORT 0xf5 /* the monitor time-stamps the byte: a boot mark */
+#define MARK_PORT 0xf5 /* the monitor time-stamps the byte: a boot mark. A restored machine reads there who it is */
 
 static long syscall6(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -86,7 +90,8 @@ static void drain(void)
 /* The byte goes to the port, or the answer is why not. */
 static int put(int port, int value)
 {
-	if (syscall3(SYS_ioperm, port, 1, 1) != 0) {
+	/* An access of four bytes touches the three ports behind, too. */
+	if (syscall3(SYS_ioperm, port, 4, 1) != 0) {
 		say(2, "guestctl: no access to I/O ports (not root, or the kernel is locked down)\n");
 		return 1;
 	}
@@ -105,6 +110,77 @@ static int probe(int status)
 	say(1, name.release);
 	say(1, "\n");
 	return status;
+}
+
+/* What a restored machine reads: devices/src/platform/control.rs. */
+struct restored {
+	char magic[4];
+	uint32_t length;
+	uint64_t generation;
+	uint64_t nanoseconds;
+	uint32_t seed[8];
+	uint32_t index;
+	uint32_t argument_length;
+	union {
+		char text[(64 << 10) + 4];
+		uint32_t words[(64 >> 2 << 10) + 1];
+	} argument;
+};
+
+/* No string instruction: what one has read is lost when the page that it goes to is not there yet. */
+static void get(void *to, unsigned long bytes)
+{
+	uint32_t *word = to;
+
+	for (; bytes; bytes -= bytes < 4 ? bytes : 4)
+		__asm__ volatile("inl %w1, %0" : "=a"(*word++) : "Nd"((unsigned short)MARK_PORT));
+}
+
+/*
+ * Until this is done, the kernel's random numbers are those of every machine that was restored from the same snapshot: the seed
+ * goes into the pool, and the generator takes a new key from there at once, which a write to /dev/urandom would not bring about.
+ * CAP_SYS_ADMIN and CAP_SYS_TIME are needed.
+ */
+static int refresh(const struct restored *restored)
+{
+	struct {
+		int bits;
+		int size;
+		uint32_t seed[8];
+	} entropy = { 256, sizeof(entropy.seed), { 0 } };
+	struct timespec now = { (time_t)(restored->nanoseconds / 1000000000), (long)(restored->nanoseconds % 1000000000) };
+	long file = syscall3(SYS_open, (long)"/dev/urandom", O_RDWR, 0);
+	int failed = 0;
+
+	for (int i = 0; i < 8; i++)
+		entropy.seed[i] = restored->seed[i];
+	if (syscall3(SYS_ioctl, file, RNDADDENTROPY, (long)&entropy) != 0 ||
+	    syscall3(SYS_ioctl, file, RNDRESEEDCRNG, 0) != 0) {
+		say(2, "guestctl: cannot reseed /dev/urandom\n");
+		failed = 1;
+	}
+	syscall3(SYS_close, file, 0, 0);
+	if (syscall3(SYS_clock_settime, CLOCK_REALTIME, (long)&now, 0) != 0) {
+		say(2, "guestctl: cannot set the clock\n");
+		failed = 1;
+	}
+	return failed;
+}
+
+/* Writes a mark, of which the monitor may save the machine. 1 in one that was restored, 0 in the one that goes on, -1 if it failed. */
+static int snapshot(int mark, struct restored *restored)
+{
+	if (put(MARK_PORT, mark) != 0)
+		return -1;
+	get(restored, 8);
+	if (restored->magic[0] != 'M' || restored->magic[1] != 'V' || restored->magic[2] != 'M' || restored->magic[3] != 1)
+		return 0;
+	get(&restored->generation, offsetof(struct restored, argument) - 8);
+	if (restored->argument_length >= sizeof(restored->argument))
+		return -1;
+	get(restored->argument.words, restored->argument_length);
+	restored->argument.text[restored->argument_length] = 0;
+	return refresh(restored) ? -1 : 1;
 }
 
 static void *memory(unsigned long size, long file)
@@ -175,6 +251,58 @@ static int execute(char **arguments, char **environment)
 	return (int)result;
 }
 
+/* "name=value" with a decimal number; enough for 64 bits of it. */
+static char *number(char *to, const char *name, uint64_t value)
+{
+	char digits[20], *text = append(to, name, length(name));
+	int count = 0;
+
+	do
+		digits[count++] = (char)('0' + value % 10);
+	while (value /= 10);
+	while (count)
+		text = append(text, &digits[--count], 1);
+	return to;
+}
+
+/* Takes a snapshot, and goes on with a command, or in a restored machine at least with its argument on stdout. */
+static int snapshot_and_run(int mark, char **command, char **environment)
+{
+	static const char argument[] = "MINIVMM_ARGUMENT=";
+	static char index[64], generation[64];
+	struct restored *restored = memory(sizeof(*restored), -1);
+	int is_restored = snapshot(mark, restored);
+	char **variables, *text;
+	unsigned long count = 0;
+
+	if (is_restored < 0)
+		return 1;
+	if (!*command) {
+		if (is_restored && restored->argument_length) {
+			say(1, restored->argument.text);
+			say(1, "\n");
+		}
+		return 0;
+	}
+	while (environment[count])
+		count++;
+	variables = memory((count + 4) * sizeof(*variables), -1);
+	for (unsigned long i = 0; i < count; i++)
+		variables[i] = environment[i];
+	if (is_restored) {
+		text = memory(sizeof(argument) + sizeof(restored->argument), -1);
+		append(append(text, argument, sizeof(argument) - 1), restored->argument.text, restored->argument_length);
+		variables[count++] = text;
+		variables[count++] = number(index, "MINIVMM_INDEX=", restored->index);
+		variables[count++] = number(generation, "MINIVMM_GENERATION=", restored->generation);
+	}
+	execute(command, variables);
+	say(2, "guestctl: cannot run ");
+	say(2, *command);
+	say(2, "\n");
+	return 127;
+}
+
 /* What a container finds as well: the kernel's file systems, the console for output as it is, and a loopback device. */
 static void set_up(void)
 {
@@ -241,7 +369,12 @@ static int run(long argc, char **argv)
 		"       guestctl drain     wait until the console has sent all that was written to it\n"
 		"       guestctl mark N    a boot mark N (0-255) for the monitor's timeline\n"
 		"       guestctl probe N   print the kernel's release and end with status N\n"
-		"exit and mark need root (CAP_SYS_RAWIO).\n";
+		"       guestctl snapshot N [COMMAND [ARGUMENT...]]\n"
+		"                          boot mark N, at which the monitor may save the machine, then COMMAND. In a restored\n"
+		"                          machine, /dev/urandom is reseeded and the clock set before; the argument that it was\n"
+		"                          restored with is $MINIVMM_ARGUMENT, beside $MINIVMM_INDEX and $MINIVMM_GENERATION, or,\n"
+		"                          without a command, printed\n"
+		"exit, mark and snapshot need root (CAP_SYS_RAWIO, snapshot also CAP_SYS_ADMIN and CAP_SYS_TIME).\n";
 	int port, value;
 
 	if (argc > 0 && equal(argv[0], "/.minivmm/init") && syscall3(SYS_getpid, 0, 0, 0) == 1)
@@ -254,6 +387,8 @@ static int run(long argc, char **argv)
 		drain();
 		return 0;
 	}
+	if (argc >= 3 && equal(argv[1], "snapshot") && (value = byte(argv[2])) >= 0)
+		return snapshot_and_run(value, argv + 3, argv + argc + 1);
 	port = argc != 3 ? 0 : equal(argv[1], "exit") ? EXIT_PORT : equal(argv[1], "mark") ? MARK_PORT : 0;
 	value = argc == 3 ? byte(argv[2]) : -1;
 	if (value >= 0 && equal(argv[1], "probe"))

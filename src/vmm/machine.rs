@@ -168,13 +168,10 @@ impl Machine {
         let event = || events.clone();
         let exit = ExitPort::new(event());
         let mark = Arc::clone(&machine.boot_mark);
-        let (exit_len, pvpanic_len) = (control::PORT_LEN, pvpanic::PORT_LEN);
+        let (exit_len, pvpanic_len) = (control::EXIT_PORT_LEN, pvpanic::PORT_LEN);
         machine.attach_port("exit port", layout::EXIT_PORT, exit_len, exit)?;
-        let port = layout::BOOT_MARK_PORT.into();
-        machine
-            .buses
-            .pio
-            .map("boot-mark port", port, exit_len, mark)?;
+        let (port, len) = (layout::BOOT_MARK_PORT.into(), control::BOOT_MARK_PORT_LEN);
+        machine.buses.pio.map("boot-mark port", port, len, mark)?;
         machine.attach_port("i8042", layout::I8042_PORT, i8042::LEN, I8042::new(event()))?;
         let power = AcpiPower::new(event());
         machine.attach_saved("ACPI power", layout::ACPI_POWER_PORT, power::LEN, power)?;

@@ -11,8 +11,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::bus::BusDevice;
 use crate::event::{EventSink, GuestEvent};
 
-/// Length of each port's range, in bytes.
-pub const PORT_LEN: u64 = 1;
+/// Length of the exit port's range, in bytes.
+pub const EXIT_PORT_LEN: u64 = 1;
+/// Length of the boot-mark port's range, in bytes: room for an access of four bytes to its first.
+pub const BOOT_MARK_PORT_LEN: u64 = 4;
 
 /// The exit port: the byte written is the workload's status, as `docker run` gives it. Reads as 0xff.
 pub struct ExitPort(EventSink);
@@ -119,8 +121,9 @@ impl BootMarkPort {
 }
 
 impl BusDevice for BootMarkPort {
-    fn read(&mut self, _offset: u64, data: &mut [u8]) {
-        data.fill_with(|| self.next_byte().unwrap_or(0xff));
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let mut next = || if offset == 0 { self.next_byte() } else { None };
+        data.fill_with(|| next().unwrap_or(0xff));
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
@@ -155,8 +158,8 @@ mod tests {
                 GuestEvent::BootMark(1)
             ]
         );
-        hammer(&mut exit, PORT_LEN);
-        hammer(&mut mark, PORT_LEN);
+        hammer(&mut exit, EXIT_PORT_LEN);
+        hammer(&mut mark, BOOT_MARK_PORT_LEN);
     }
 
     #[test]
@@ -170,6 +173,7 @@ mod tests {
             argument: b"one two".to_vec(),
         });
         let before = SystemTime::now();
+        port.read(1, &mut [0; 3]);
         let mut read = |len| {
             let mut data = vec![0; len];
             port.read(0, &mut data);
