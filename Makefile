@@ -105,7 +105,7 @@ dist: build man
 	install -D -m 644 build/man/minivmm.bash build/dist/share/bash-completion/completions/minivmm
 	install -D -m 644 -t build/dist/share/fish/vendor_completions.d build/man/minivmm.fish
 	install -D -m 644 -t build/dist/share/zsh/site-functions build/man/_minivmm
-	cp -r README.md CHANGELOG.md docs build/dist/share/doc/minivmm
+	cp -r README.md SECURITY.md CHANGELOG.md docs build/dist/share/doc/minivmm
 	tar --owner=0 --group=0 -C build/dist -czf build/minivmm-$$($(CARGO) pkgid | sed 's/.*[#@]//')-x86_64.tar.gz bin share
 
 kernel: deps

@@ -21,9 +21,14 @@ fn root() -> &'static Path {
 }
 
 fn documents() -> Vec<PathBuf> {
-    let mut all: Vec<PathBuf> = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-        .map(|name| root().join(name))
-        .to_vec();
+    let mut all: Vec<PathBuf> = [
+        "README.md",
+        "SECURITY.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ]
+    .map(|name| root().join(name))
+    .to_vec();
     for entry in fs::read_dir(root().join("docs")).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|e| e == "md") {
@@ -94,4 +99,45 @@ fn links_and_paths_in_the_documents_exist() {
     }
     assert!(seen > 100, "only {seen} links and paths were found");
     assert!(missing.is_empty(), "{missing:#?}");
+}
+
+/// The text of all Rust files of the tree.
+fn sources() -> String {
+    let mut text = String::new();
+    let mut directories = ["src", "devices/src", "tests"]
+        .map(|d| root().join(d))
+        .to_vec();
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                text += &fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    text
+}
+
+#[test]
+fn tests_that_the_security_policy_names_exist() {
+    let policy = fs::read_to_string(root().join("SECURITY.md")).unwrap();
+    let sources = sources();
+    let quoted = policy.split('`').skip(1).step_by(2);
+    let is_test = |word: &&str| {
+        word.contains('_') && word.chars().all(|c| c.is_ascii_lowercase() || c == '_')
+    };
+    let names: Vec<&str> = quoted.filter(is_test).collect();
+    assert!(names.len() > 20, "{names:?}");
+    for name in &names {
+        assert!(sources.contains(&format!("fn {name}(")), "no test {name}");
+    }
+    // Each boundary has at least one.
+    let (_, boundaries) = policy.split_once("## Boundaries").unwrap();
+    let rows = boundaries.split("\n## ").next().unwrap().lines();
+    for row in rows.filter(|line| line.starts_with('|')).skip(2) {
+        let shown = row.trim_end_matches('|').rsplit('|').next().unwrap();
+        assert!(names.iter().any(|name| shown.contains(name)), "{row}");
+    }
 }
