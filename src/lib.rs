@@ -28,7 +28,7 @@ mod text;
 pub mod tools;
 pub mod vmm;
 
-pub use text::{Escaping, error_chain, escaped};
+pub use text::{Escaping, error_chain, escaped, printable};
 
 /// The log's target for what the user has to know to go on, which is no warning.
 pub const NOTICE: &str = "minivmm::notice";

@@ -21,6 +21,16 @@ pub fn error_chain(error: &dyn Error) -> String {
     escaped(&chain).into_owned()
 }
 
+/// The text in `bytes` up to a NUL or the end of the line, if that is printable ASCII.
+pub fn printable(bytes: &[u8]) -> Option<String> {
+    let text = bytes.split(|byte| *byte == 0 || *byte == b'\n').next()?;
+    let good = !text.is_empty()
+        && text
+            .iter()
+            .all(|byte| byte.is_ascii_graphic() || *byte == b' ');
+    good.then(|| String::from_utf8_lossy(text).into_owned())
+}
+
 /// `text` with each character that a terminal would act on, a newline among them, as a program in Rust or C would have
 /// it: `\n`, `\u{1b}`.
 pub fn escaped(text: &str) -> Cow<'_, str> {

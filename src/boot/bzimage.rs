@@ -10,6 +10,7 @@ use super::loaded::PlacedKernel;
 use super::ram::{GuestMemory, MIB, check_fits};
 use crate::arch::boot_params::{BOOT_FLAG, LOADED_HIGH, SETUP_HEADER_OFFSET};
 use crate::arch::layout;
+use crate::printable;
 
 /// End of the room for the setup header in boot_params (arch/x86/include/uapi/asm/bootparam.h: `edd_mbr_sig_buffer`).
 pub(crate) const SETUP_HEADER_MAX_END: usize = 0x290;
@@ -263,14 +264,4 @@ fn read_version(
         .min(VERSION_MAX);
     let count = input.read_some(offset, bytes.get_mut(..len).unwrap_or_default())?;
     Ok(printable(bytes.get(..count).unwrap_or_default()))
-}
-
-/// The text up to the NUL, if it is one.
-pub(crate) fn printable(bytes: &[u8]) -> Option<String> {
-    let text = bytes.split(|byte| *byte == 0 || *byte == b'\n').next()?;
-    let good = !text.is_empty()
-        && text
-            .iter()
-            .all(|byte| byte.is_ascii_graphic() || *byte == b' ');
-    good.then(|| String::from_utf8_lossy(text).into_owned())
 }

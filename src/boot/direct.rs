@@ -117,8 +117,8 @@ impl DirectKernel {
     }
 
     /// The unpacked payload.
-    pub(crate) fn file(&self) -> &InputFile {
-        &self.input
+    pub(crate) fn into_file(self) -> InputFile {
+        self.input
     }
 
     /// Reads the headers of the unpacked payload of `image`, and its relocation table.

@@ -5,8 +5,8 @@ use std::ops::Range;
 use memchr::memmem;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::bzimage::printable;
 use super::ram::GuestMemory;
+use crate::printable;
 
 /// Bytes of guest memory that are searched at a time.
 const PIECE: u64 = 1 << 20;

@@ -3,9 +3,8 @@
 use std::ops::Range;
 use std::path::Path;
 
-use super::error::{BootError, Role};
-use super::format::check_initrd_kind;
-use super::input::InputFile;
+use super::error::BootError;
+use super::inspect;
 use super::ram::{GuestMemory, MIB, low_ram_end, mib_ceil};
 use crate::arch::layout;
 
@@ -21,9 +20,7 @@ pub(crate) fn load(
     floor: u64,
     ceiling: u64,
 ) -> Result<Range<u64>, BootError> {
-    let input = InputFile::open(Role::Initrd, path)?;
-    check_initrd_kind(&input, &input.head()?)?;
-
+    let input = inspect::initrd(path)?;
     let size = input.len();
     let ram_end = low_ram_end(mem);
     // Linux keeps the size in 32 bits (ramdisk_size) unless ext_ramdisk_size is set; below the MMIO gap it always fits.

@@ -21,7 +21,7 @@ const MAX_READ: u64 = 1 << 30;
 
 /// An open regular file that is not empty.
 #[derive(Debug)]
-pub(crate) struct InputFile {
+pub struct InputFile {
     role: Role,
     path: PathBuf,
     file: File,
@@ -54,6 +54,7 @@ impl FileIdentity {
     }
 }
 
+#[allow(clippy::len_without_is_empty, reason = "an empty file is refused")]
 impl InputFile {
     /// Opens `path`. A FIFO or a device is refused before it is opened, so that opening neither blocks nor has side effects.
     pub(crate) fn open(role: Role, path: &Path) -> Result<Self, BootError> {
@@ -128,7 +129,7 @@ impl InputFile {
     }
 
     /// The file's length in bytes when it was opened.
-    pub(crate) fn len(&self) -> u64 {
+    pub fn len(&self) -> u64 {
         self.len
     }
 
@@ -141,7 +142,7 @@ impl InputFile {
     }
 
     /// Reads at `offset` until `buf` is full or the file ends; returns the bytes read.
-    pub(crate) fn read_some(&self, offset: u64, buf: &mut [u8]) -> Result<usize, BootError> {
+    pub fn read_some(&self, offset: u64, buf: &mut [u8]) -> Result<usize, BootError> {
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
             match self.file.read_at(rest, offset.saturating_add(done as u64)) {

@@ -11,23 +11,25 @@
 //! sites, alternatives and calls. (They can have it merged when that is done, see [`enable_ksm`](crate::vmm::memory::enable_ksm).) And
 //! nothing that happens to a file reaches a running guest.
 
-pub(crate) mod bytes;
-pub(crate) mod bzimage;
+mod bytes;
+mod bzimage;
 mod cache;
 mod cmdline;
 mod decompress;
-pub(crate) mod direct;
-pub(crate) mod elf;
+mod direct;
+mod elf;
 mod error;
 mod foreign;
-pub(crate) mod format;
+mod format;
 mod image;
 mod initrd;
-pub(crate) mod input;
+mod input;
+pub mod inspect;
 mod kaslr;
 mod loaded;
-pub(crate) mod payload;
-pub(crate) mod ram;
+mod payload;
+mod ram;
+mod reader;
 mod relocs;
 #[cfg(test)]
 mod tests;
@@ -43,19 +45,19 @@ use crate::config::BootProtocol;
 use crate::error_chain;
 use bzimage::BzImage;
 pub use cache::default_dir as default_cache_dir;
-pub(crate) use cmdline::{
-    DEFAULT_MAX as CMDLINE_DEFAULT_MAX, reboots_by_triple_fault, suit as suit_cmdline,
-};
+pub(crate) use cmdline::{reboots_by_triple_fault, suit as suit_cmdline};
 use direct::DirectKernel;
 use elf::{Class, ElfKernel};
 pub use error::{BootError, Role};
 pub use format::Compression;
 use format::FileKind;
 pub use image::panic_message;
-use input::InputFile;
+pub use input::InputFile;
 pub use loaded::{KernelFormat, LoadedKernel, Loading};
-pub(crate) use ram::{GuestMemory, MIB};
+use ram::GuestMemory;
+pub use ram::MIB;
 use ram::{check_fits, low_ram_end};
+pub use reader::FileReader;
 
 /// What is to be booted.
 #[derive(Debug, Clone, Copy)]

@@ -10,7 +10,7 @@ use super::error::BootError;
 pub(crate) type GuestMemory = GuestMemoryMmap<()>;
 
 /// 1 MiB in bytes.
-pub(crate) const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 
 /// End of the memory that begins at address 0; 0 if there is none.
 pub(crate) fn low_ram_end(mem: &GuestMemory) -> u64 {

@@ -93,7 +93,7 @@ pub fn is_pvm() -> bool {
 
 /// KVM that works on a processor without hardware virtualization is software. Where the processor has it, kvm_pvm counts
 /// only if neither hardware module is there, since those take precedence.
-pub(crate) fn is_software(virtualization: bool, modules: Modules) -> bool {
+pub fn is_software(virtualization: bool, modules: Modules) -> bool {
     !virtualization || (modules.pvm && !modules.intel && !modules.amd)
 }
 

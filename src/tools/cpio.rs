@@ -47,7 +47,7 @@ impl Header {
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
         let mut header = [0; HEADER_LEN];
         archive.read_exact(&mut header)?;
-        if !(header.starts_with(b"070701") || header.starts_with(b"070702")) {
+        if !is_member(&header) {
             return Err(invalid("not a member of an archive".into()));
         }
         let field = |index: usize| {
@@ -95,6 +95,11 @@ impl Header {
         out.write_all(&[0])?;
         pad(HEADER_LEN + name_len, out)
     }
+}
+
+/// Whether a member begins here; the second format has checksums, which nobody looks at.
+pub(super) fn is_member(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"070701") || bytes.starts_with(b"070702")
 }
 
 /// Zeroes that follow `size` bytes, up to a multiple of four.

@@ -7,10 +7,7 @@ use flate2::read::GzDecoder;
 
 use super::check::Check;
 use super::config::{KernelConfig, Setting};
-use super::input::FileReader;
-use crate::boot::format::{self, Compression, FileKind};
-use crate::boot::input::InputFile;
-use crate::boot::{BootError, MIB, Role};
+use crate::boot::{self, BootError, Compression, FileReader, InputFile, MIB};
 use crate::tools::cpio::{self, Header};
 
 /// Most archives in a file that are read; early microcode and the rest make two.
@@ -28,9 +25,7 @@ pub fn check_initrd(path: &Path, kernel_config: Option<&KernelConfig>) -> Vec<Ch
 }
 
 fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, BootError> {
-    let input = InputFile::open(Role::Initrd, path)?;
-    let head = input.head()?;
-    format::check_initrd_kind(&input, &head)?;
+    let input = boot::inspect::initrd(path)?;
     let mut checks = vec![Check::info("size", size(input.len()))];
     if config.is_some_and(|config| config.get("BLK_DEV_INITRD") != Setting::Yes) {
         checks.push(
@@ -47,9 +42,10 @@ fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, Boo
         let mut magic = [0; 8];
         let count = input.read_some(at, &mut magic)?;
         let mut reader = FileReader::new(&input, at);
-        let (format, contents) = match FileKind::identify(magic.get(..count).unwrap_or_default()) {
-            FileKind::Cpio => ("cpio", Some(walk(&mut reader, FileReader::skip))),
-            FileKind::Compressed(compression) => {
+        let magic = magic.get(..count).unwrap_or_default();
+        let (format, contents) = match Compression::identify(magic) {
+            None if cpio::is_member(magic) => ("cpio", Some(walk(&mut reader, FileReader::skip))),
+            Some(compression) => {
                 checks.push(check_compression(archive, compression, config));
                 let contents = (compression == Compression::Gzip).then(|| {
                     let mut unpacked = GzDecoder::new(&mut reader).take(MAX_UNPACKED);

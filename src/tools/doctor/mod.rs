@@ -4,7 +4,6 @@ mod check;
 mod config;
 mod host;
 mod initrd;
-mod input;
 mod kernel;
 mod limits;
 mod scan;
@@ -20,7 +19,7 @@ pub use check::{Check, Verdict};
 pub use config::{KernelConfig, Setting};
 pub use host::check_host;
 pub use initrd::check_initrd;
-pub use kernel::{KernelInfo, KernelReport, inspect_kernel};
+pub use kernel::{KernelReport, inspect_kernel};
 
 /// All that the doctor found, as `--json` prints it.
 #[derive(Debug, Serialize)]

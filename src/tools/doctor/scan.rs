@@ -7,7 +7,7 @@ use flate2::read::GzDecoder;
 use memchr::memmem;
 
 use super::config::{KernelConfig, MAX_CONFIG_LEN};
-use crate::boot::bzimage::printable;
+use crate::printable;
 
 /// Bytes searched at a time.
 const CHUNK: usize = 1 << 20;

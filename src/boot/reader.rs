@@ -2,22 +2,23 @@
 
 use std::io::{self, Read};
 
-use crate::boot::input::InputFile;
+use super::input::InputFile;
 
 /// A kernel or initrd file, read in order from an offset.
-pub(super) struct FileReader<'a> {
+pub struct FileReader<'a> {
     input: &'a InputFile,
     /// Offset of the next byte.
-    pub(super) at: u64,
+    pub at: u64,
 }
 
 impl<'a> FileReader<'a> {
-    pub(super) fn new(input: &'a InputFile, at: u64) -> Self {
+    /// A reader that begins at offset `at`.
+    pub fn new(input: &'a InputFile, at: u64) -> Self {
         Self { input, at }
     }
 
     /// Skips bytes without reading them.
-    pub(super) fn skip(&mut self, count: u64) -> io::Result<()> {
+    pub fn skip(&mut self, count: u64) -> io::Result<()> {
         self.at = self.at.saturating_add(count);
         if self.at > self.input.len() {
             return Err(io::ErrorKind::UnexpectedEof.into());
