@@ -18,7 +18,7 @@ use crate::bus::BusDevice;
 use crate::event::{EventSink, GuestEvent};
 
 /// The I/O port, of two bytes.
-pub const PORT: u16 = 0xf8;
+pub const PORT: u16 = 0xfa;
 /// Its length.
 pub const PORT_LEN: u64 = 2;
 

@@ -2,7 +2,7 @@
 # command line says what to call, the second one in which thread; minivmm ends it. With an 'e' for the third it ends with 5
 # after having told the port, which is all that there is to do where there is no such port.
 .include "tiny.inc"
-.set ATTACK_PORT, 0xf8
+.set ATTACK_PORT, 0xfa
 .set DISK,        0xd0000000
 .set RNG,         0xd0001000
 .set DESCRIPTORS, 0x200000
