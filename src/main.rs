@@ -11,10 +11,10 @@ use std::time::Instant;
 use clap::Parser;
 use minivmm::cli::exit_status::{USAGE, VMM_FAILED, exit_status, of_signal};
 use minivmm::cli::log::{TimedStderr, start_log};
-use minivmm::cli::run::RunError;
+use minivmm::cli::run::{Plan, RunError};
 use minivmm::cli::watch::Watch;
-use minivmm::cli::{Cli, Command, DoctorArgs, VmArgs, process, run};
-use minivmm::config::ConfigError;
+use minivmm::cli::{Cli, Command, DoctorArgs, process, run, snapshot};
+use minivmm::config::{ConfigError, Span};
 use minivmm::host::json_file::JsonFile;
 use minivmm::observe::timeline::{Point, Timeline};
 use minivmm::tools::error::ToolError;
@@ -36,7 +36,7 @@ fn main() {
     }
     process::end_in_good_order();
     let cli = Cli::try_parse().unwrap_or_else(|e| wrong_command_line(&e));
-    start_log(cli.log.level());
+    start_log(cli.log_level());
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),
         Some(Command::Bench(args)) => {
@@ -45,7 +45,27 @@ fn main() {
         Some(Command::Compare(args)) => {
             tool_status(compare::run(&args.into(), &mut Escaping(io::stdout())))
         }
-        None => run_vm(cli.vm, started, cli.timeline),
+        Some(Command::Snapshot(args)) => match snapshot::run(&args, &mut Escaping(io::stdout())) {
+            Ok(()) => 0,
+            Err(e) => failure(&e, ""),
+        },
+        Some(Command::Restore(mut args)) => {
+            let (deadline, timeline) = (args.deadline, args.timeline.take());
+            let plan = || args.into_plan().map_err(|e| failure(&e, ""));
+            run_vm(plan, deadline, started, timeline)
+        }
+        None => {
+            let (args, snapshot_at) = (cli.vm, cli.snapshot_at);
+            let deadline = args.deadline;
+            let plan = || {
+                Ok(Plan {
+                    config: args.into_config().map_err(|e| usage_error(&e))?,
+                    snapshot: None,
+                    snapshot_at,
+                })
+            };
+            run_vm(plan, deadline, started, cli.timeline)
+        }
     };
     console::restore_terminal();
     exit(status.into())
@@ -63,28 +83,33 @@ fn wrong_command_line(error: &clap::Error) -> ! {
 
 /// Runs the VM. Where a timeline is asked for, it is given however the VM ends, but not if the command line was wrong
 /// or the preparation hung.
-fn run_vm(args: VmArgs, started: Instant, wanted: Option<Option<PathBuf>>) -> u8 {
+fn run_vm(
+    plan: impl FnOnce() -> Result<Plan, u8>,
+    deadline: Option<Span>,
+    started: Instant,
+    wanted: Option<Option<PathBuf>>,
+) -> u8 {
     let mut timeline = match wanted {
         Some(_) => Timeline::start(started),
         None => Timeline::default(),
     };
     // Before any file is opened: each of them may be where nobody answers.
-    let deadline = args.deadline.and_then(|span| span.after(started));
+    let deadline = deadline.and_then(|span| span.after(started));
     let watch = match run::watch(deadline) {
         Ok(watch) => watch,
         Err(e) => return failure(&e, ""),
     };
     let signals = Arc::clone(watch.signals());
-    let config = match args.into_config() {
-        Ok(config) => config,
-        Err(e) => return usage_error(&e),
+    let plan = match plan() {
+        Ok(plan) => plan,
+        Err(status) => return status,
     };
     timeline.note(Point::ConfigRead);
     let file = match wanted.flatten().map(JsonFile::open).transpose() {
         Ok(file) => file,
         Err(e) => return failure(&e, ""),
     };
-    let status = match run::run(&config, started, watch, &mut timeline) {
+    let status = match run::run(&plan, started, watch, &mut timeline) {
         Ok(outcome) => exit_status(&outcome),
         Err(RunError::Vm(VmError::Config(e))) => return usage_error(&e),
         Err(e @ RunError::Vm(VmError::TooManyDevices(_))) => {

@@ -3,12 +3,12 @@
 use std::fmt;
 use std::ops::Range;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::arch::regs::Entry;
 
 /// Format of a kernel file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KernelFormat {
     /// A bzImage, which decompresses itself.
@@ -20,7 +20,7 @@ pub enum KernelFormat {
 }
 
 /// How a file came into guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Loading {
     /// Its bytes were read into guest memory.
@@ -42,7 +42,7 @@ impl fmt::Display for Loading {
 }
 
 /// What was loaded, and where.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadedKernel {
     /// How to start it.
     pub entry: Entry,

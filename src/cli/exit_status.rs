@@ -10,7 +10,7 @@ pub const VMM_FAILED: u8 = 125;
 /// The status that says why a VM ended.
 pub fn exit_status(outcome: &Outcome) -> u8 {
     match outcome {
-        Outcome::PowerOff | Outcome::Reset => 0,
+        Outcome::PowerOff | Outcome::Reset | Outcome::Saved => 0,
         Outcome::Exit(status) => *status,
         Outcome::Deadline => 124,
         // As a shell reports a process that a signal ended; quitting at the console counts as an interrupt.
@@ -36,6 +36,7 @@ mod tests {
         for (outcome, status) in [
             (Outcome::PowerOff, 0),
             (Outcome::Reset, 0),
+            (Outcome::Saved, 0),
             (Outcome::Exit(255), 255),
             (Outcome::Deadline, 124),
             (Outcome::Signal(libc::SIGINT), 130),

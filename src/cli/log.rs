@@ -3,10 +3,34 @@
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use clap::Args;
 use log::LevelFilter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{NOTICE, console, escaped};
+
+/// How much minivmm says on stderr.
+#[derive(Debug, Args)]
+pub struct LogArgs {
+    /// Say more: -v informs, -vv debugs
+    #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    pub verbose: u8,
+    /// Say nothing: the exit status tells all
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+impl LogArgs {
+    /// The level of the log.
+    pub fn level(&self) -> LevelFilter {
+        match (self.quiet, self.verbose) {
+            (true, _) => LevelFilter::Off,
+            (_, 0) => LevelFilter::Warn,
+            (_, 1) => LevelFilter::Info,
+            _ => LevelFilter::Debug,
+        }
+    }
+}
 
 /// Starts the log: messages of `level`, and what the user has to know to go on unless it is off. Where stderr is a raw
 /// terminal, a line needs the carriage return.

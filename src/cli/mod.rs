@@ -8,12 +8,19 @@ mod guest_log;
 pub mod log;
 pub mod process;
 mod release;
+mod restore;
 pub mod run;
+pub mod snapshot;
+mod snapshot_at;
 pub mod watch;
 
 pub use bench::BenchArgs;
 pub use compare::CompareArgs;
 pub use guest::GuestArgs;
+pub use log::LogArgs;
+pub use restore::RestoreArgs;
+pub use snapshot::SnapshotArgs;
+pub use snapshot_at::SnapshotAt;
 
 use std::path::PathBuf;
 
@@ -69,6 +76,11 @@ pub struct Cli {
     /// The VM to run.
     #[command(flatten)]
     pub vm: VmArgs,
+    /// Save the VM when its guest writes this boot mark (a byte, at I/O port 0xf5) for the first time, as in --snapshot-at
+    /// 7=ready.snap; with ,exit it ends then, with status 0, else it goes on. FILE has all of the guest's memory, and so its secrets.
+    /// A VM with disks cannot be saved yet
+    #[arg(long, value_name = "MARK=FILE[,exit]")]
+    pub snapshot_at: Option<SnapshotAt>,
     /// Say when what happened, and what exits, console and memory came to: a table on stderr when the VM has ended, or
     /// JSON in FILE
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
@@ -87,6 +99,10 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Measure how long a guest takes to boot, in minivmm and in the other VMMs that are installed
     Bench(BenchArgs),
+    /// Go on with a VM from its snapshot
+    Restore(Box<RestoreArgs>),
+    /// Say what is in a snapshot, or check it
+    Snapshot(SnapshotArgs),
     /// Run one command on one root file system in container runtimes and in a virtual machine, and measure it
     Compare(CompareArgs),
 }
@@ -105,25 +121,12 @@ pub struct DoctorArgs {
     pub json: bool,
 }
 
-/// How much minivmm says on stderr.
-#[derive(Debug, Args)]
-pub struct LogArgs {
-    /// Say more: -v informs, -vv debugs
-    #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "quiet")]
-    pub verbose: u8,
-    /// Say nothing: the exit status tells all
-    #[arg(short, long)]
-    pub quiet: bool,
-}
-
-impl LogArgs {
+impl Cli {
     /// The level of the log.
-    pub fn level(&self) -> LevelFilter {
-        match (self.quiet, self.verbose) {
-            (true, _) => LevelFilter::Off,
-            (_, 0) => LevelFilter::Warn,
-            (_, 1) => LevelFilter::Info,
-            _ => LevelFilter::Debug,
+    pub fn log_level(&self) -> LevelFilter {
+        match &self.command {
+            Some(Command::Restore(args)) => args.log.level(),
+            _ => self.log.level(),
         }
     }
 }

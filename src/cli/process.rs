@@ -3,7 +3,9 @@
 use std::ffi::OsStr;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::exit;
+use std::sync::OnceLock;
 
 use super::exit_status::VMM_FAILED;
 use super::log::TimedStderr;
@@ -95,6 +97,52 @@ extern "C" fn on_abort(
         }
         libc::signal(signal, libc::SIG_DFL);
         libc::raise(signal);
+    }
+}
+
+/// What [`on_bus_error`] writes.
+static BUS_ERROR: OnceLock<String> = OnceLock::new();
+
+/// A file that is mapped as guest memory may be cut short while a VM runs from it. What then reads behind its end gets SIGBUS, which
+/// ends the process with the status of minivmm's own failures and names the file.
+pub fn name_file_on_bus_error(path: &Path) {
+    let message = format!(
+        "minivmm: error: the snapshot {} was cut short while a VM ran from it\n",
+        escaped(&path.to_string_lossy())
+    );
+    if BUS_ERROR.set(message).is_ok() {
+        handle_bus_error();
+    }
+}
+
+#[allow(
+    unsafe_code,
+    reason = "no safe interface offers a handler that never returns"
+)]
+fn handle_bus_error() {
+    // SAFETY: an all-zero sigaction is a valid value: no flags, an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = on_bus_error as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // SAFETY: `action` has a handler of the signature that SA_SIGINFO asks for, which does only what is
+    // async-signal-safe.
+    unsafe { libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) };
+}
+
+#[allow(unsafe_code, reason = "it runs as a signal handler")]
+extern "C" fn on_bus_error(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    console::restore_terminal();
+    let message = BUS_ERROR
+        .get()
+        .map_or(&[][..], |message| message.as_bytes());
+    // SAFETY: write and _exit are async-signal-safe, and the pointer and length are those of the message.
+    unsafe {
+        libc::write(2, message.as_ptr().cast(), message.len());
+        libc::_exit(VMM_FAILED.into());
     }
 }
 

@@ -6,7 +6,9 @@ use std::time::Instant;
 use minivmm_devices::thread::ThreadStarter;
 
 use super::guest_log::{MarkLog, SleepCheck};
+use super::process;
 use super::release;
+use super::snapshot_at::{Saver, SnapshotAt};
 use super::watch::{DRAIN_TIMEOUT, Watch};
 use crate::NOTICE;
 use crate::boot::BootError;
@@ -23,7 +25,9 @@ use crate::vmm::error::{VmError, host};
 use crate::vmm::event_loop::EventLoop;
 use crate::vmm::memory::MemoryError;
 use crate::vmm::outcome::Outcome;
-use crate::vmm::prepare::{BuildTimes, Prepared};
+use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
+use crate::vmm::snapshot::error::SnapshotError;
+use crate::vmm::snapshot::load::Snapshot;
 use crate::vmm::vcpu::VcpuError;
 use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
 
@@ -84,21 +88,40 @@ fn start_watch(
         .map_err(|source| VmError::from(VcpuError::Thread { index: 0, source }).into())
 }
 
-/// Builds the VM that `config` describes and runs it to its end, again after every reset if the configuration wants it.
+/// What is to be run.
+#[derive(Default)]
+pub struct Plan {
+    /// The VM.
+    pub config: VmConfig,
+    /// What it goes on from; without it, it boots.
+    pub snapshot: Option<(Arc<Snapshot>, Identity)>,
+    /// Whether it is to be saved.
+    pub snapshot_at: Option<SnapshotAt>,
+}
+
+/// Builds the VM of `plan` and runs it to its end, again after every reset if the configuration wants it.
 /// `started` is where the deadline counts from; what happens when goes to `timeline`. While the VM is not ready for signals
 /// and deadline, `watch` is.
 pub fn run(
-    config: &VmConfig,
+    plan: &Plan,
     started: Instant,
     watch: Watch,
     timeline: &mut Timeline,
 ) -> Result<Outcome, RunError> {
+    let config = &plan.config;
     let signals = Arc::clone(watch.signals());
     let deadline = config.deadline.and_then(|span| span.after(started));
     watch.set_deadline(deadline);
 
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
-    let prepared = prepare(config, timeline)?;
+    let prepared = prepare(plan, timeline)?;
+    let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
+    let saver = plan.snapshot_at.as_ref();
+    let saver = saver.map(|at| Saver::open(at, config, source));
+    let saver = saver.transpose().map_err(VmError::from)?;
+    if let Some(source) = source {
+        process::name_file_on_bus_error(source.path());
+    }
     let (console, input) = Console::open(&config.serial, &ThreadStarter::default())?;
     let terminal = match config.serial {
         ConsoleTarget::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
@@ -108,7 +131,8 @@ pub fn run(
         log::info!(target: NOTICE, "the console is {}", path.display());
     }
     let mut run = Run {
-        config,
+        plan,
+        saver,
         console: &console,
         input,
         signals: &signals,
@@ -138,13 +162,28 @@ pub fn run(
     // Behind the guest's last words, and on a terminal that is no longer raw.
     drop(terminal);
     let (outcome, final_log) = ended?;
+    // Memory that has gone may be an error of KVM_RUN or a guest without handlers.
+    if let Some(source) = source
+        && matches!(outcome, Outcome::VcpuFailed(_))
+        && source.has_changed()
+    {
+        let path = source.path().to_owned();
+        return Err(VmError::from(SnapshotError::Changed(path)).into());
+    }
     emit(final_log);
     Ok(outcome)
 }
 
-fn prepare(config: &VmConfig, timeline: &mut Timeline) -> Result<Prepared, VmError> {
+fn prepare(plan: &Plan, timeline: &mut Timeline) -> Result<Prepared, VmError> {
     let mut times = BuildTimes::default();
-    let prepared = Prepared::new(config, &ThreadStarter::default(), &mut times);
+    let threads = ThreadStarter::default();
+    let prepared = match &plan.snapshot {
+        None => Prepared::new(&plan.config, &threads, &mut times),
+        Some((snapshot, identity)) => {
+            let identity = identity.clone();
+            Prepared::restore(snapshot, &plan.config, identity, &threads, &mut times)
+        }
+    };
     timeline.note_build(&times);
     prepared
 }
@@ -176,11 +215,15 @@ enum Source {
     ConsoleReady,
     /// The guest has written boot marks.
     BootMark,
+    /// It has written the one at which it is saved.
+    Held,
 }
 
 /// What all boots of a VM have in common.
 struct Run<'a> {
-    config: &'a VmConfig,
+    plan: &'a Plan,
+    /// Until the VM is saved.
+    saver: Option<Saver>,
     console: &'a Console,
     input: ConsoleInput,
     signals: &'a Arc<Signals>,
@@ -197,13 +240,13 @@ impl Run<'_> {
     ) -> Result<(Outcome, FinalLog), RunError> {
         loop {
             let (outcome, final_log) = self.boot(prepared, watch)?;
-            if outcome != Outcome::Reset || self.config.on_reboot != OnReboot::Restart {
+            if outcome != Outcome::Reset || self.plan.config.on_reboot != OnReboot::Restart {
                 return Ok((outcome, final_log));
             }
             emit(final_log);
             log::info!("the guest reset the machine: booting again");
             watch = start_watch(self.signals, self.deadline, Some(self.console.clone()))?;
-            prepared = prepare(self.config, self.timeline)?;
+            prepared = prepare(self.plan, self.timeline)?;
         }
     }
 
@@ -220,7 +263,10 @@ impl Run<'_> {
         };
         let (mark_log, observe_mark) = MarkLog::new().map_err(host("an eventfd"))?;
         let marks = self.timeline.boot_marks();
+        let saver = self.saver.as_ref();
+        let hold_at = saver.map(Saver::hold_at).transpose();
         let observers = Observers {
+            hold_at: hold_at.map_err(host("an eventfd"))?,
             boot_mark: Some(Box::new(move |mark| {
                 if let Some(marks) = &marks {
                     marks.note(mark);
@@ -277,6 +323,11 @@ impl Run<'_> {
         events.add(&**self.signals, false, Source::Signal)?;
         events.add(vm.console_ready(), false, Source::ConsoleReady)?;
         events.add(&mark_log.written, false, Source::BootMark)?;
+        let held = self.saver.as_ref().map(|saver| saver.held.try_clone());
+        let held = held.transpose()?;
+        if let Some(held) = &held {
+            events.add(held, true, Source::Held)?;
+        }
         if let Some(fd) = self.input.fd() {
             // A regular file or /dev/null is always ready, so that the guest's readiness is all there is to wait for.
             events.add(&fd, true, Source::Input)?;
@@ -308,6 +359,11 @@ impl Run<'_> {
                     }
                     Source::ConsoleReady => _ = vm.console_ready().read(),
                     Source::BootMark => mark_log.emit(),
+                    Source::Held => {
+                        if let Some(saver) = self.saver.take() {
+                            saver.save(vm, self.signals);
+                        }
+                    }
                     Source::Input => {}
                 }
                 self.pump(vm);
@@ -337,7 +393,7 @@ impl Run<'_> {
     /// Stops the devices; what interrupted that, if it took too long.
     fn stop_devices(&self, vm: &mut Vm, outcome: &Outcome) -> Option<Outcome> {
         let devices = vm.take_devices();
-        if self.config.disks.is_empty() {
+        if self.plan.config.disks.is_empty() {
             return None;
         }
         release::release(devices, vm.mem(), outcome, self.signals, self.deadline)
@@ -358,7 +414,7 @@ impl Run<'_> {
         }
         let mut lines = FinalLog::new();
         if let Some(message) = unheard {
-            let console = self.config.console.parameter();
+            let console = self.plan.config.console.parameter();
             let error = format!(
                 "the guest's kernel panicked, and did not say so on the console: {message}; does its command line name \
                  {console}?"

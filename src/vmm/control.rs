@@ -52,6 +52,8 @@ struct State {
     request: Request,
     /// vCPU threads that stand still.
     parked: usize,
+    /// Whether a pause lasts until [`Control::release`].
+    held: bool,
     end: Option<End>,
 }
 
@@ -62,6 +64,7 @@ impl Control {
             state: Mutex::new(State {
                 request: Request::Run,
                 parked: 0,
+                held: false,
                 end: None,
             }),
             changed: Condvar::new(),
@@ -132,10 +135,25 @@ impl Control {
         state.end.is_none()
     }
 
-    /// Lets paused vCPUs go on.
+    /// The same, from a vCPU's thread: it enters the guest no more, and the pause lasts until [`Control::release`].
+    pub fn hold(&self) {
+        let mut state = self.state();
+        if state.end.is_none() {
+            state.held = true;
+            self.ask(&mut state, Request::Pause);
+        }
+    }
+
+    /// Ends what [`Control::hold`] began.
+    pub fn release(&self) {
+        self.state().held = false;
+        self.resume();
+    }
+
+    /// Lets paused vCPUs go on, unless they are held.
     pub fn resume(&self) {
         let mut state = self.state();
-        if state.request == Request::Pause {
+        if state.request == Request::Pause && !state.held {
             self.ask(&mut state, Request::Run);
         }
     }
@@ -223,6 +241,17 @@ mod tests {
         for thread in threads {
             assert!(thread.join().unwrap() >= 1);
         }
+    }
+
+    #[test]
+    fn a_held_vm_is_not_resumed_by_others() {
+        let control = Control::new().unwrap();
+        control.hold();
+        assert!(control.ask_to_pause());
+        control.resume();
+        assert_eq!(control.request(), Request::Pause);
+        control.release();
+        assert_eq!(control.request(), Request::Run);
     }
 
     #[test]

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use minivmm_devices::block::DiskError;
 use minivmm_devices::bus::BusError;
+use minivmm_devices::state::StateError;
 use vm_memory::GuestMemoryError;
 
 use super::memory::MemoryError;
+use super::snapshot::error::SnapshotError;
 use super::vcpu::VcpuError;
 use crate::arch::layout;
 use crate::boot::BootError;
@@ -90,6 +92,12 @@ pub enum VmError {
     /// Two devices claim one address.
     #[error("cannot lay out the devices")]
     Bus(#[from] BusError),
+    /// A snapshot cannot be used or written.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// What was saved of the devices does not fit.
+    #[error("cannot restore the devices")]
+    Devices(#[source] StateError),
     /// The host refused something.
     #[error("cannot set up {what}")]
     Host {

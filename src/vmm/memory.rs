@@ -1,6 +1,7 @@
 //! Guest RAM: regions around the MMIO gap, and the memslots that show them to KVM.
 
-use std::fs;
+use std::fs::{self, File};
+use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -8,8 +9,8 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::{FromRangesError, MmapRegionError};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
 };
 
 use crate::arch::layout::{MMIO_GAP_END, MMIO_GAP_START};
@@ -97,6 +98,32 @@ pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
         })
         .collect::<Result<_, _>>()
         .map_err(failed)?;
+    GuestMemoryMmap::from_regions(regions).map_err(|e| failed(e.into()))
+}
+
+/// Maps guest RAM from `offset` of a file on: privately, so that the file stays as it is and all VMs that map it share the pages that
+/// none of them has written. The file must not shrink as long as the VM is there.
+pub fn map_file(size: u64, file: &Arc<File>, offset: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    let failed = |source| MemoryError::Map {
+        size: MemorySize { bytes: size },
+        source,
+    };
+    let mut at = offset;
+    let map = |(start, len): (GuestAddress, usize)| {
+        let place = FileOffset::from_arc(Arc::clone(file), at);
+        at += len as u64;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        let mapping = MmapRegion::build(Some(place), len, protection, flags)?;
+        let region =
+            GuestRegionMmap::new(mapping, start).ok_or(FromRangesError::InvalidGuestRegion)?;
+        if let Err(e) = advise(&region, 0, Advice::LinuxDontDump) {
+            log::debug!("guest memory will be in core dumps: {e}");
+        }
+        Ok(region)
+    };
+    let regions = ranges(size).into_iter().map(map).collect::<Result<_, _>>();
+    let regions = regions.map_err(failed)?;
     GuestMemoryMmap::from_regions(regions).map_err(|e| failed(e.into()))
 }
 

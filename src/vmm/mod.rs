@@ -8,5 +8,6 @@ pub mod machine;
 pub mod memory;
 pub mod outcome;
 pub mod prepare;
+pub mod snapshot;
 pub mod vcpu;
 pub mod vm;

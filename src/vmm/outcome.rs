@@ -19,6 +19,8 @@ pub enum Outcome {
     Deadline,
     /// A signal asked minivmm to stop.
     Signal(i32),
+    /// It was saved, and was to end then.
+    Saved,
     /// The user typed the quit command at the console.
     Quit,
 }

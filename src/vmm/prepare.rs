@@ -8,11 +8,13 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 use minivmm_devices::THREAD_STACK;
 use minivmm_devices::block::{Disk, DiskMode, DiskOptions};
+use minivmm_devices::platform::control::Restored;
 use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
 use vm_memory::GuestMemoryMmap;
 
 use super::error::{VmError, host, refused};
+use super::snapshot::load::Snapshot;
 use super::{machine, memory};
 use crate::arch::layout;
 use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
@@ -37,8 +39,7 @@ pub struct Prepared {
     // Dropped in this order: KVM's view of the memory goes before the memory.
     pub(super) fd: Arc<VmFd>,
     pub(super) kvm: Arc<Kvm>,
-    /// The CPUID that this host's KVM can give a guest.
-    pub(super) supported: CpuId,
+    pub(super) origin: Origin,
     pub(super) mem: GuestMemoryMmap,
     pub(super) kernel: LoadedKernel,
     pub(super) cmdline: String,
@@ -48,7 +49,71 @@ pub struct Prepared {
     pub(super) threads: ThreadStarter,
 }
 
+/// Where a VM's state comes from.
+pub(super) enum Origin {
+    /// It boots, with a CPUID made from this, which this host's KVM can give a guest.
+    Boot(CpuId),
+    /// It goes on.
+    /// What its guest reads of itself is there until it is handed over.
+    Snapshot(Arc<Snapshot>, Option<Restored>),
+}
+
+/// What a restored guest can read of itself.
+#[derive(Debug, Clone, Default)]
+pub struct Identity {
+    /// Its number among the VMs that were started together from one snapshot.
+    pub index: u32,
+    /// The user's words to it.
+    pub argument: Vec<u8>,
+}
+
 impl Prepared {
+    /// Makes a VM of a snapshot, with its memory. `config` is the snapshot's, but for what was changed in it. The VM's threads are started
+    /// by `threads`.
+    pub fn restore(
+        snapshot: &Arc<Snapshot>,
+        config: &VmConfig,
+        identity: Identity,
+        threads: &ThreadStarter,
+        times: &mut BuildTimes,
+    ) -> Result<Self, VmError> {
+        let kvm = Arc::new(kvm::open()?);
+        let mem = memory::map_file(config.memory.bytes, snapshot.file(), snapshot.ram_offset())?;
+        if config.mergeable {
+            memory::enable_ksm(&mem)?;
+        }
+        times.memory_mapped = Some(Instant::now());
+        // To ask KVM takes longer than all the rest: 0.36 ms where the host is a virtual machine itself.
+        if !snapshot.is_from_this_host() {
+            let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+            snapshot.check_host(&supported.map_err(refused("KVM_GET_SUPPORTED_CPUID"))?)?;
+        }
+        let mut seed = [0; 32];
+        rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
+            .map_err(|e| host("random numbers")(e.into()))?;
+        let restored = Restored {
+            generation: snapshot.meta().generation,
+            seed,
+            index: identity.index,
+            argument: identity.argument,
+        };
+        let fd = create_vm(&kvm)?;
+        map_slots(&fd, &mem)?;
+        times.vm_created = Some(Instant::now());
+        let meta = snapshot.meta();
+        Ok(Self {
+            fd: Arc::new(fd),
+            kvm,
+            origin: Origin::Snapshot(Arc::clone(snapshot), Some(restored)),
+            mem,
+            kernel: meta.kernel.clone(),
+            cmdline: meta.cmdline.clone(),
+            config: config.clone(),
+            disks: Vec::new(),
+            threads: threads.clone(),
+        })
+    }
+
     /// Opens all files, makes the VM and its RAM, and loads the kernel. The VM's threads are started by
     /// `threads`. `times` has what was reached when it fails.
     pub fn new(
@@ -99,15 +164,12 @@ impl Prepared {
         let supported = supported()?;
         // Before the memslots, where KVM would refuse the address with an error number only.
         check_address_bits(config.memory, &supported)?;
-        // Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
-        memory::register(&fd, &mem)?;
-        fd.set_tss_address(layout::KVM_TSS_START as usize)
-            .map_err(refused("KVM_SET_TSS_ADDR"))?;
+        map_slots(&fd, &mem)?;
         times.vm_created = Some(Instant::now());
         Ok(Self {
             fd: Arc::new(fd),
             kvm,
-            supported,
+            origin: Origin::Boot(supported),
             mem,
             kernel,
             cmdline,
@@ -116,6 +178,13 @@ impl Prepared {
             threads: threads.clone(),
         })
     }
+}
+
+/// Memslots come before the interrupt controller: afterwards each waits for an SRCU grace period.
+fn map_slots(fd: &VmFd, mem: &GuestMemoryMmap) -> Result<(), VmError> {
+    memory::register(fd, mem)?;
+    fd.set_tss_address(layout::KVM_TSS_START as usize)
+        .map_err(refused("KVM_SET_TSS_ADDR"))
 }
 
 /// Opens what a disk needs of the host.

@@ -11,7 +11,9 @@
 //! All of its state is in one owner and nothing is global: one process can run several. What ends it, from wherever that comes, goes
 //! through its [`Control`].
 
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Cap;
@@ -26,19 +28,23 @@ use super::control::{Control, End};
 use super::error::{VmError, host, refused};
 use super::machine::{Backends, Machine};
 use super::outcome::Outcome;
-use super::prepare::{BuildTimes, Prepared};
+use super::prepare::{BuildTimes, Origin, Prepared};
 use super::vcpu::exit::Buses;
 use super::vcpu::profile::ExitProfile;
-use super::vcpu::{self, RunningVcpu, TakeJob, Vcpu};
+use super::vcpu::{self, RunningVcpu, TakeJob, Vcpu, VcpuError};
 use crate::acpi;
+use crate::arch;
 use crate::arch::irqchip::IrqChip;
 use crate::arch::sleep::Sleep;
+use crate::arch::state::StateSupport;
 use crate::arch::{layout, mptable, regs};
 use crate::boot::LoadedKernel;
 use crate::config::{ConsoleKind, VmConfig};
 
 /// How long vCPUs may take to stand still: an exit's handling is bounded by far less.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+/// How often devices are asked whether the host lets them go on.
+const RESUME_PERIOD: Duration = Duration::from_millis(5);
 
 /// A console device, in the hands of its bus and of the console's owner.
 pub type SharedConsole = Arc<Mutex<dyn ConsoleDevice>>;
@@ -58,6 +64,8 @@ pub struct ConsoleEnds {
 pub struct Observers {
     /// Called with each boot mark, on the vCPU's thread: it must not block.
     pub boot_mark: Option<Box<dyn Fn(u8) + Send + Sync>>,
+    /// At the first of these boot marks, the VM is held until [`Control::release`], and the eventfd is written.
+    pub hold_at: Option<(u8, EventFd)>,
     /// Whether exits are counted by kind and device.
     pub profile_exits: bool,
 }
@@ -101,7 +109,7 @@ impl Vm {
         let serial = Serial::new(com1, console.serial, Arc::clone(&kick));
         let serial = Arc::new(Mutex::new(serial));
         let mut user_console: SharedConsole = serial.clone();
-        let events = event_sink(&control, observers.boot_mark);
+        let events = event_sink(&control, observers.boot_mark, observers.hold_at);
         let mut machine = Machine::new(&interrupts, &events, &serial)?;
 
         let hvc0 = (parts.config.console == ConsoleKind::Virtio)
@@ -116,12 +124,25 @@ impl Vm {
         };
         machine.attach_virtio_devices(&parts.config, backends, &parts.mem, &interrupts)?;
 
-        let (mem, cpus) = (&parts.mem, parts.config.cpus);
-        acpi::write_tables(mem, cpus, &machine.acpi).map_err(VmError::BootTables)?;
-        mptable::write(mem, cpus).map_err(VmError::BootTables)?;
-        regs::write_boot_tables(mem, parts.kernel.entry).map_err(VmError::BootTables)?;
+        match &mut parts.origin {
+            Origin::Boot(_) => write_tables(&parts, &machine)?,
+            Origin::Snapshot(snapshot, restored) => {
+                let clock = snapshot.clock();
+                parts
+                    .fd
+                    .set_clock(&clock)
+                    .map_err(refused("KVM_SET_CLOCK"))?;
+                let saved = snapshot.devices();
+                machine.state.restore(saved).map_err(VmError::Devices)?;
+                if let Some(restored) = restored.take() {
+                    let mark = machine.boot_mark.lock();
+                    let mut mark = mark.unwrap_or_else(PoisonError::into_inner);
+                    mark.set_restored(restored);
+                }
+            }
+        }
         times.vm_ready = Some(Instant::now());
-        Ok(Self {
+        let vm = Self {
             vcpus: Vcpus::Still(vcpus),
             machine,
             serial,
@@ -129,7 +150,11 @@ impl Vm {
             console_ready,
             control,
             parts,
-        })
+        };
+        if let Origin::Snapshot(..) = vm.parts.origin {
+            vm.resume_devices();
+        }
+        Ok(vm)
     }
 
     /// Starts the vCPUs, the boot vCPU last: on a thread of its own, or on one that `first_thread` gives its job to. `before` comes
@@ -188,6 +213,26 @@ impl Vm {
     /// Lets paused vCPUs go on. Each tells its guest that it was paused, so that no watchdog takes it for a hang.
     pub fn resume(&self) {
         self.control.resume();
+    }
+
+    /// Has paused or restored devices go on, which may have to wait for the host.
+    pub(super) fn resume_devices(&self) {
+        while !self.machine.state.resume() && self.control.how_it_ended().is_none() {
+            thread::sleep(RESUME_PERIOD);
+        }
+    }
+
+    /// The running vCPUs.
+    pub(super) fn running(&self) -> &[RunningVcpu] {
+        match &self.vcpus {
+            Vcpus::Still(_) => &[],
+            Vcpus::Running(vcpus) => vcpus,
+        }
+    }
+
+    /// What it was built of.
+    pub(super) fn parts(&self) -> &Prepared {
+        &self.parts
     }
 
     /// Pauses the VM for a moment and says what could wake its guest: the vCPU that sleeps least decides.
@@ -288,30 +333,73 @@ impl Drop for Vm {
 }
 
 fn make_vcpus(parts: &Prepared, profiled: bool) -> Result<Vec<Vcpu>, VmError> {
-    let tsc_deadline = parts.kvm.check_extension(Cap::TscDeadlineTimer);
     let cpus = parts.config.cpus;
-    let make = |index| {
-        let entry = (index == 0).then_some(parts.kernel.entry);
-        let supported = &parts.supported;
-        let mut vcpu = Vcpu::new(&parts.fd, index, cpus, supported, tsc_deadline, entry)?;
+    let vcpus = (0..cpus).map(|index| {
+        let mut vcpu = Vcpu::new(&parts.fd, index)?;
         vcpu.profile = profiled.then(ExitProfile::default);
         Ok(vcpu)
-    };
-    (0..cpus).map(make).collect()
+    });
+    let vcpus: Vec<Vcpu> = vcpus.collect::<Result<_, VcpuError>>()?;
+    match &parts.origin {
+        Origin::Boot(supported) => {
+            let tsc_deadline = parts.kvm.check_extension(Cap::TscDeadlineTimer);
+            set_states(&vcpus, |Vcpu { fd, index, .. }| {
+                let entry = (*index == 0).then_some(parts.kernel.entry);
+                arch::vcpu::set_up(fd, *index, cpus, supported, tsc_deadline, entry)
+            })?;
+        }
+        Origin::Snapshot(snapshot, _) => {
+            let support = StateSupport::of(&parts.kvm);
+            let mut states = snapshot.vcpus().iter();
+            set_states(&vcpus, |vcpu| {
+                let state = states.next().ok_or(arch::vcpu::StateError::Missing)?;
+                state.restore(&vcpu.fd, &support, vcpu.index == 0)
+            })?;
+        }
+    }
+    Ok(vcpus)
+}
+
+fn set_states(
+    vcpus: &[Vcpu],
+    mut set: impl FnMut(&Vcpu) -> Result<(), arch::vcpu::StateError>,
+) -> Result<(), VcpuError> {
+    vcpus.iter().try_for_each(|vcpu| {
+        let index = vcpu.index;
+        set(vcpu).map_err(|source| VcpuError::State { index, source })
+    })
+}
+
+/// Writes the tables by which a kernel finds its machine.
+fn write_tables(parts: &Prepared, machine: &Machine) -> Result<(), VmError> {
+    let (mem, cpus) = (&parts.mem, parts.config.cpus);
+    acpi::write_tables(mem, cpus, &machine.acpi).map_err(VmError::BootTables)?;
+    mptable::write(mem, cpus).map_err(VmError::BootTables)?;
+    regs::write_boot_tables(mem, parts.kernel.entry).map_err(VmError::BootTables)
 }
 
 /// What devices report, turned into the VM's end.
 fn event_sink(
     control: &Arc<Control>,
     boot_mark: Option<Box<dyn Fn(u8) + Send + Sync>>,
+    hold_at: Option<(u8, EventFd)>,
 ) -> EventSink {
     let control = Arc::clone(control);
+    let held = AtomicBool::new(false);
     Arc::new(move |event| match event {
         GuestEvent::PowerOff => control.end(Outcome::PowerOff),
         GuestEvent::Reset => control.end(Outcome::Reset),
         GuestEvent::Panicked => control.end(Outcome::Panicked),
         GuestEvent::Exit(status) => control.end(Outcome::Exit(status)),
         GuestEvent::BootMark(mark) => {
+            if let Some((at, reached)) = &hold_at
+                && *at == mark
+                && !held.swap(true, Ordering::Relaxed)
+            {
+                control.hold();
+                // Its counter has room: it is written once.
+                let _ = reached.write(1);
+            }
             if let Some(observe) = &boot_mark {
                 observe(mark);
             }

@@ -10,6 +10,10 @@ const HYPERVISOR: u32 = 1 << 31;
 const HTT: u32 = 1 << 28;
 /// Leaf 6 EAX: the local APIC timer runs in every C-state, so that no PIT or HPET is asked for.
 const ARAT: u32 = 1 << 2;
+/// KVM's features (Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// In EAX: asynchronous page faults. A guest that is saved while one is open would wait for its end for ever.
+const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 /// The CPUID table of vCPU `index` out of `cpus`, made from what KVM supports. vCPUs are cores, one thread each, of one
 /// package; the APIC ID is the index.
@@ -55,6 +59,7 @@ pub fn vcpu_cpuid(supported: &CpuId, index: u8, cpus: u8, tsc_deadline: bool) ->
                     | (count.next_power_of_two() - 1).min(63) << 26;
             }
             6 => entry.eax |= ARAT,
+            KVM_FEATURES => entry.eax &= !ASYNC_PAGE_FAULTS,
             // AMD: cores in the package and the width of the core ID (APM vol. 3, CPUID Fn8000_0008); reserved by Intel.
             0x8000_0008 if amd => entry.ecx = id_bits << 12 | (count - 1),
             // AMD: cache sharing, as above (Fn8000_001D).
@@ -90,6 +95,52 @@ pub fn vcpu_cpuid(supported: &CpuId, index: u8, cpus: u8, tsc_deadline: bool) ->
         }
     }
     cpuid
+}
+
+/// Registers of feature bits by leaf and subleaf: EAX, EBX, ECX and EDX, each as the bits that count. Left out are bits that follow the guest's
+/// CR4 (OSXSAVE, OSPKE) and those that every VM gets.
+const FEATURES: [(u32, u32, [u32; 4]); 10] = [
+    (1, 0, [0, 0, !(TSC_DEADLINE | HYPERVISOR | 1 << 27), !HTT]),
+    (7, 0, [0, !0, !(1 << 4), !0]),
+    (7, 1, [!0, !0, !0, !0]),
+    (7, 2, [0, 0, 0, !0]),
+    (0xd, 0, [!0, 0, 0, !0]),
+    (0xd, 1, [!0, 0, !0, !0]),
+    (KVM_FEATURES, 0, [!0, 0, 0, 0]),
+    (0x8000_0001, 0, [0, 0, !0, !0]),
+    (0x8000_0007, 0, [0, 0, 0, !0]),
+    (0x8000_0008, 0, [0, !0, 0, 0]),
+];
+
+/// What `guest` was told of and KVM does not support on this host, one line each.
+pub fn missing_features(guest: &[kvm_cpuid_entry2], supported: &CpuId) -> Vec<String> {
+    let find = |leaves: &[kvm_cpuid_entry2], function, index| {
+        let found = leaves
+            .iter()
+            .find(|e| e.function == function && e.index == index);
+        found.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
+    };
+    let supported = supported.as_slice();
+    let mut missing = Vec::new();
+    if find(guest, 0, 0).get(1..) != find(supported, 0, 0).get(1..) {
+        missing.push("a processor of the same vendor".to_owned());
+    }
+    for (function, index, masks) in FEATURES {
+        let (told, here) = (
+            find(guest, function, index),
+            find(supported, function, index),
+        );
+        let registers = ["EAX", "EBX", "ECX", "EDX"].into_iter().zip(masks);
+        for ((register, mask), (told, here)) in registers.zip(told.into_iter().zip(here)) {
+            let lost = told & !here & mask;
+            for bit in (0..32).filter(|bit| lost >> bit & 1 != 0) {
+                missing.push(format!(
+                    "CPUID leaf {function:#x}.{index} {register} bit {bit}"
+                ));
+            }
+        }
+    }
+    missing
 }
 
 /// How many bits a physical address has: leaf 0x80000008 EAX, bits 0-7, or 36 where it is not there.
@@ -167,6 +218,21 @@ mod tests {
                 .all(|e| !matches!(e.function, 0x1f | 0x8000_0026))
         );
         assert_eq!(find(&guest, 0x8000_0008, 0).ecx, 2 << 12 | 2);
+    }
+
+    #[test]
+    fn what_the_host_lacks_is_listed_by_bit() {
+        let leaf7 = |ebx| kvm_cpuid_entry2 {
+            ebx,
+            ..entry(7, 0, 0)
+        };
+        let host = CpuId::from_entries(&[leaf7(0b100)]).unwrap();
+        assert!(missing_features(&[leaf7(0b100)], &host).is_empty());
+        let missing = missing_features(&[leaf7(0b1110)], &host);
+        assert_eq!(
+            missing,
+            ["CPUID leaf 0x7.0 EBX bit 1", "CPUID leaf 0x7.0 EBX bit 3"]
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! What is particular to x86-64: the address map, CPUID, MSRs, what a kernel finds in registers and memory when it starts.
+//! What is particular to x86-64: the address map, CPUID, MSRs, what a kernel finds in registers and memory when it starts,
+//! a vCPU's state.
 
 pub mod boot_params;
 pub mod cpuid;
@@ -10,4 +11,5 @@ pub mod msrs;
 pub mod pvh;
 pub mod regs;
 pub mod sleep;
+pub mod state;
 pub mod vcpu;

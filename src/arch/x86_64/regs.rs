@@ -1,12 +1,13 @@
 //! Registers at the boot entry, and the descriptor and page tables that they point to.
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::layout::{GDT_START, IDT_START, PAGE_TABLES_START, RESET_VECTOR};
 
 /// How the first vCPU enters the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Entry {
     /// 64-bit Linux boot protocol: long mode, interrupts off, memory below 4 GiB mapped one to one.
     Linux64 {

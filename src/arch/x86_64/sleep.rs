@@ -3,11 +3,10 @@
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Error, VcpuFd};
 
+use super::msrs::IA32_TSC_DEADLINE;
+
 /// RFLAGS, bit 9: interrupts are taken.
 const RFLAGS_IF: u64 = 1 << 9;
-
-/// IA32_TSC_DEADLINE: when the local APIC's timer goes off, 0 for never (SDM vol. 3 § 11.5.4.1).
-const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
 /// The local APIC's timer, by offset in its page: vector table entry, initial and current count (SDM vol. 3 § 11.5.4).
 const LVT_TIMER: usize = 0x320;

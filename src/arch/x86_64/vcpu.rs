@@ -17,9 +17,34 @@ pub enum StateError {
     /// KVM rejected an MSR.
     #[error("KVM_SET_MSRS failed at MSR {0:#x}")]
     Msr(u32),
+    /// A part of a saved state is impossible.
+    #[error("the saved {0} is impossible")]
+    Nonsense(&'static str),
+    /// Saved by a KVM with another size of XSAVE state.
+    #[error("it has {saved} bytes of XSAVE state, and this host's KVM takes {host}")]
+    XsaveSize {
+        /// In the state.
+        saved: usize,
+        /// Of this host.
+        host: usize,
+    },
+    /// Saved on a host with another TSC, and this one's cannot be scaled.
+    #[error("its TSC runs at {saved} kHz, this host's at {host} kHz, and KVM cannot scale it")]
+    TscFrequency {
+        /// In the state.
+        saved: u32,
+        /// Of this host.
+        host: u32,
+    },
+    /// Nothing was saved of this vCPU.
+    #[error("no state of it was saved")]
+    Missing,
+    /// What KVM keeps of a guest's own guests is not saved.
+    #[error("the guest has turned its own virtualization on, which cannot be saved")]
+    Nested,
 }
 
-fn refused(ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
+pub(super) fn refused(ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
     move |source| StateError::Refused(ioctl, source)
 }
 

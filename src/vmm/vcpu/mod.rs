@@ -4,11 +4,11 @@ pub mod exit;
 pub mod profile;
 mod run_page;
 
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
-use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
@@ -16,7 +16,6 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 use super::control::{Control, Request};
 use super::outcome::{Outcome, VcpuFailure};
 use crate::arch;
-use crate::arch::regs::Entry;
 use crate::arch::sleep::Sleep;
 use exit::{BusAccess, Buses, handle_exit, port_read, port_write};
 use profile::{BusRegion, ExitProfile};
@@ -103,20 +102,11 @@ enum Step {
 }
 
 impl Vcpu {
-    /// Makes vCPU `index` of `cpus`. `entry` is for the boot vCPU only; the others wait for their start-up IPI.
-    pub fn new(
-        vm: &VmFd,
-        index: u8,
-        cpus: u8,
-        supported: &CpuId,
-        tsc_deadline: bool,
-        entry: Option<Entry>,
-    ) -> Result<Self, VcpuError> {
+    /// Makes vCPU `index`, which has no state yet but KVM's own.
+    pub fn new(vm: &VmFd, index: u8) -> Result<Self, VcpuError> {
         let fd = vm
             .create_vcpu(index.into())
             .map_err(|source| VcpuError::Create { index, source })?;
-        arch::vcpu::set_up(&fd, index, cpus, supported, tsc_deadline, entry)
-            .map_err(|source| VcpuError::State { index, source })?;
         let page = RunPage::map(&fd).map_err(|e| VcpuError::Map {
             index,
             source: e.into(),
@@ -141,6 +131,7 @@ impl Vcpu {
         thread: Option<TakeJob>,
     ) -> Result<RunningVcpu, VcpuError> {
         let (index, page) = (self.index, Arc::clone(&self.page));
+        let fd = self.fd.as_raw_fd();
         let sleep = Arc::clone(&self.sleep);
         let job = move || {
             // Whoever started minivmm may have blocked the signal, and a process inherits that.
@@ -168,6 +159,7 @@ impl Vcpu {
         };
         Ok(RunningVcpu {
             thread,
+            fd,
             page,
             sleep,
         })
@@ -181,7 +173,8 @@ impl Vcpu {
             match control.request() {
                 Request::Run => _ = self.step_or_end(buses, control),
                 Request::Pause => {
-                    // Whoever asked has set `immediate_exit`: this completes the last access and goes no further.
+                    // Whoever asked may not have come to it yet. With `immediate_exit`, this completes the last access and goes no further.
+                    self.page.set_immediate_exit(true);
                     while !self.step_or_end(buses, control) {}
                     let sleep = Sleep::of(&self.fd).unwrap_or(Sleep::Awake);
                     self.sleep.store(sleep as u8, Ordering::Release);
@@ -267,6 +260,7 @@ impl Vcpu {
 /// A vCPU on its thread.
 pub struct RunningVcpu {
     thread: JoinHandle<Option<Vcpu>>,
+    fd: RawFd,
     page: Arc<RunPage>,
     sleep: Arc<AtomicU8>,
 }
@@ -278,6 +272,18 @@ impl RunningVcpu {
         if let Err(e) = self.thread.kill(SIGRTMIN()) {
             log::debug!("vCPU thread has gone: {e}");
         }
+    }
+
+    /// KVM's handle of the vCPU, which stands: its thread keeps it meanwhile.
+    #[allow(unsafe_code, reason = "the descriptor is known by its number")]
+    pub fn handle(&self, vm: &VmFd) -> Result<VcpuFd, kvm_ioctls::Error> {
+        // SAFETY: the thread, which is parked, owns the descriptor, so it is open.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        let fd = fd
+            .try_clone_to_owned()
+            .map_err(|e| kvm_ioctls::Error::new(e.raw_os_error().unwrap_or(libc::EBADF)))?;
+        // SAFETY: it is a vCPU of this VM, and the new handle becomes the descriptor's owner.
+        unsafe { vm.create_vcpu_from_rawfd(fd.into_raw_fd()) }
     }
 
     /// How deeply it slept when it was last paused.

@@ -1,0 +1,121 @@
+//! Arguments of `restore`.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::{Args, ValueEnum};
+use minivmm_devices::platform::control::MAX_ARGUMENT;
+
+use super::log::LogArgs;
+use super::run::{Plan, RunError};
+use super::snapshot_at::SnapshotAt;
+use crate::config::{ConsoleTarget, OnReboot, Span, VmConfig};
+use crate::vmm::error::{VmError, host};
+use crate::vmm::prepare::Identity;
+use crate::vmm::snapshot::load::Snapshot;
+
+/// Linux before 6.10 computes a wrong time when its clock jumps by more.
+const LONGEST_JUMP: Duration = Duration::from_secs(600);
+
+/// How the guest's clocks go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum ClockMode {
+    /// Where they stood when the VM was saved
+    Continue,
+    /// As if they had run since
+    Realtime,
+}
+
+const HELP: &str = "\
+The VM goes on behind the instruction that wrote the boot mark. It has the vCPUs, the memory and the devices that it had; the \
+console is this terminal again unless --serial says otherwise. Exit status as for a VM that boots.
+
+Example:
+  minivmm --kernel bzImage --initrd rootfs.cpio --snapshot-at 7=ready.snap,exit
+  minivmm restore ready.snap --argument job-17";
+
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub struct RestoreArgs {
+    /// Snapshot, written by --snapshot-at
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only), none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: ConsoleTarget,
+    /// End with status 124 after this time, as in 500ms, 10s or 2min
+    #[arg(long, value_name = "TIME")]
+    pub deadline: Option<Span>,
+    /// Whether the guest's clocks go on where they stood, or as if they had run since
+    #[arg(long, value_enum, default_value = "continue")]
+    clock: ClockMode,
+    /// What the guest can read at its boot-mark port
+    #[arg(long, value_name = "TEXT", conflicts_with = "argument_file")]
+    argument: Option<String>,
+    /// The same, from a file of at most 64 KiB
+    #[arg(long, value_name = "FILE")]
+    argument_file: Option<PathBuf>,
+    /// Save the VM when its guest writes this boot mark, as without restore; to another file than the one it comes from
+    #[arg(long, value_name = "MARK=FILE[,exit]")]
+    snapshot_at: Option<SnapshotAt>,
+    /// Say when what happened: a table on stderr when the VM has ended, or JSON in FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub timeline: Option<Option<PathBuf>>,
+    /// How much to say on stderr.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+impl RestoreArgs {
+    /// Reads the snapshot and says what is to be run.
+    pub fn into_plan(self) -> Result<Plan, RunError> {
+        let argument = match (self.argument, self.argument_file) {
+            (Some(text), _) => text.into_bytes(),
+            (None, Some(path)) => {
+                read_argument(&path).map_err(host("the argument from its file"))?
+            }
+            (None, None) => Vec::new(),
+        };
+        if argument.len() > MAX_ARGUMENT {
+            let error = io::Error::other(format!("it is longer than {MAX_ARGUMENT} bytes"));
+            return Err(host("the guest's argument")(error).into());
+        }
+        let mut snapshot = Snapshot::open(&self.file).map_err(VmError::from)?;
+        if self.clock == ClockMode::Realtime {
+            let taken = UNIX_EPOCH + Duration::from_nanos(snapshot.meta().taken_at_ns);
+            let since = SystemTime::now().duration_since(taken).unwrap_or_default();
+            if since > LONGEST_JUMP {
+                log::warn!(
+                    "the guest's clocks jump by {}: Linux before 6.10 may compute a wrong time",
+                    humantime::format_duration(Duration::from_secs(since.as_secs()))
+                );
+            }
+            snapshot.advance_clocks(since.as_nanos().try_into().unwrap_or(0));
+        }
+        // What the file says of other files and of what comes after is not followed: it may be anybody's.
+        let config = VmConfig {
+            serial: self.serial,
+            deadline: self.deadline,
+            on_reboot: OnReboot::Exit,
+            ..snapshot.meta().config.clone()
+        };
+        let identity = Identity { index: 0, argument };
+        Ok(Plan {
+            config,
+            snapshot: Some((Arc::new(snapshot), identity)),
+            snapshot_at: self.snapshot_at,
+        })
+    }
+}
+
+fn read_argument(path: &std::path::Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?
+        .take(MAX_ARGUMENT as u64 + 1)
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,125 @@
+//! Saving a VM at a boot mark: the option, and what it does in the event loop.
+
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::config::VmConfig;
+use crate::console::Signals;
+use crate::error_chain;
+use crate::vmm::outcome::Outcome;
+use crate::vmm::snapshot::error::SnapshotError;
+use crate::vmm::snapshot::load::Snapshot;
+use crate::vmm::snapshot::save::Target;
+use crate::vmm::vm::Vm;
+
+/// When a VM is saved, where to, and whether it ends then. Written `MARK=FILE[,exit]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotAt {
+    mark: u8,
+    path: PathBuf,
+    exit: bool,
+}
+
+impl FromStr for SnapshotAt {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mark, rest) = text.split_once('=').unwrap_or((text, ""));
+        let mark = mark
+            .parse()
+            .map_err(|_| format!("'{mark}' is no boot mark: a number from 0 to 255"))?;
+        let (path, exit) = match rest.strip_suffix(",exit") {
+            Some(path) => (path, true),
+            None => (rest, false),
+        };
+        if path.is_empty() {
+            return Err("no file: write MARK=FILE".into());
+        }
+        Ok(Self {
+            mark,
+            path: path.into(),
+            exit,
+        })
+    }
+}
+
+/// A VM's snapshot before it is taken.
+pub(super) struct Saver {
+    at: SnapshotAt,
+    target: Target,
+    /// Readable when the VM is held at the mark.
+    pub(super) held: EventFd,
+}
+
+impl Saver {
+    /// Opens what it needs. `source` is what the VM was restored from.
+    pub(super) fn open(
+        at: &SnapshotAt,
+        config: &VmConfig,
+        source: Option<&Snapshot>,
+    ) -> Result<Self, SnapshotError> {
+        let held = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        Ok(Self {
+            at: at.clone(),
+            target: Target::create(&at.path, config, source)?,
+            held: held.map_err(|source| SnapshotError::Write {
+                path: at.path.clone(),
+                source,
+            })?,
+        })
+    }
+
+    /// Where the VM is to be held, and how that is told.
+    pub(super) fn hold_at(&self) -> io::Result<(u8, EventFd)> {
+        Ok((self.at.mark, self.held.try_clone()?))
+    }
+
+    /// Saves the VM, which is held, and lets it go on or ends it. When it cannot be saved, it goes on.
+    pub(super) fn save(self, vm: &Vm, signals: &Signals) {
+        let Self { at, mut target, .. } = self;
+        let stop = || signals.stop_requested().is_some();
+        let written = if vm.pause() {
+            target.write(vm, at.mark, &stop)
+        } else {
+            Err(SnapshotError::NotPaused)
+        };
+        // The guest's memory is copied: the disk need not be waited for.
+        if !at.exit {
+            vm.control().release();
+        }
+        match written.and_then(|()| target.publish()) {
+            Ok(path) => {
+                log::info!("saved to {}", path.display());
+                if at.exit {
+                    vm.control().end(Outcome::Saved);
+                }
+            }
+            Err(e) => {
+                log::error!("the VM was not saved: {}", error_chain(&e));
+                vm.control().release();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_a_file_and_whether_to_end() {
+        let at = |path: &str, exit| SnapshotAt {
+            mark: 7,
+            path: path.into(),
+            exit,
+        };
+        assert_eq!("7=a".parse(), Ok(at("a", false)));
+        assert_eq!("7=a=b,exit".parse(), Ok(at("a=b", true)));
+        for wrong in ["", "7", "7=", "256=a", "x=a", "7=,exit"] {
+            assert!(wrong.parse::<SnapshotAt>().is_err(), "{wrong}");
+        }
+    }
+}

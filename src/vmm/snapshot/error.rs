@@ -1,0 +1,138 @@
+//! Why a snapshot cannot be written or read.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::arch::vcpu::StateError;
+
+/// Why a file cannot be used as a snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum FormatError {
+    /// It does not begin like one.
+    #[error("it is not a snapshot")]
+    NoSnapshot,
+    /// Written by a version that this one cannot follow.
+    #[error("it has format version {major}.{minor}, and this minivmm reads {known}.x")]
+    Version {
+        /// The file's major version.
+        major: u16,
+        /// The file's minor version.
+        minor: u16,
+        /// The major version that can be read.
+        known: u16,
+    },
+    /// Of another architecture.
+    #[error("it is of another architecture (ELF machine {0}, not x86-64)")]
+    Architecture(u32),
+    /// The header was changed.
+    #[error("its header is damaged: the checksum is wrong")]
+    HeaderChecksum,
+    /// A section was changed.
+    #[error("it is damaged: the checksum of section {0} is wrong")]
+    Checksum(u32),
+    /// RAM was changed.
+    #[error("it is damaged: the checksum of the guest's memory is wrong")]
+    RamChecksum,
+    /// The file ends too early.
+    #[error("it is cut short")]
+    Truncated,
+    /// The table of sections makes no sense.
+    #[error("its table of sections is impossible")]
+    Table,
+    /// A section that is not known, and not optional.
+    #[error("it has a section (kind {0}) that this minivmm does not know: it is from a newer one")]
+    UnknownSection(u32),
+    /// A section that must be there once.
+    #[error("it has not exactly one section of kind {0}")]
+    Count(u32),
+    /// A section has other bytes than it should.
+    #[error("its {0} cannot be read")]
+    Section(
+        &'static str,
+        #[source] Box<dyn std::error::Error + Send + Sync>,
+    ),
+    /// Sections disagree.
+    #[error("it has {0}")]
+    Mismatch(String),
+    /// The host could not read it.
+    #[error("it cannot be read")]
+    Read(#[source] io::Error),
+}
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The file cannot be opened.
+    #[error("cannot open the snapshot {}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is no snapshot, or a broken one.
+    #[error("cannot use the snapshot {}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: FormatError,
+    },
+    /// It was taken on another host, and this one lacks something.
+    #[error(
+        "the snapshot {} was taken on another host ({host}), and this one lacks what its guest was told of: {}",
+        path.display(), missing.join(", ")
+    )]
+    OtherHost {
+        /// The file.
+        path: PathBuf,
+        /// Where it was taken.
+        host: String,
+        /// What is missing.
+        missing: Vec<String>,
+    },
+    /// The file that is to be written cannot be made.
+    #[error("cannot write a snapshot to {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// It would be written over the file that the VM came from.
+    #[error("cannot write a snapshot to {}: the VM runs from this file; name another", .0.display())]
+    OwnSource(PathBuf),
+    /// The vCPUs did not stop.
+    #[error("the VM did not stop to be saved")]
+    NotPaused,
+    /// KVM refused to give a vCPU's state.
+    #[error("cannot read the state of vCPU {index}")]
+    Vcpu {
+        /// Which vCPU.
+        index: u8,
+        /// Which step, and what KVM said.
+        #[source]
+        source: StateError,
+    },
+    /// KVM refused to give the VM's state.
+    #[error("{step} failed")]
+    Kvm {
+        /// The ioctl.
+        step: &'static str,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The devices cannot be paused or saved.
+    #[error("cannot save the devices")]
+    Devices(#[source] minivmm_devices::state::StateError),
+    /// The file was changed while a VM ran from it.
+    #[error("the snapshot {} was changed while a VM ran from it", .0.display())]
+    Changed(PathBuf),
+    /// Something of the VM that is not saved.
+    #[error("{0} cannot be saved")]
+    Unsupported(String),
+}

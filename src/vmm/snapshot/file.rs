@@ -1,0 +1,341 @@
+//! The layout of a snapshot's file.
+//!
+//! ```text
+//! 0        header: magic, version, sections and their checksums       4 KiB
+//! 4096     sections, each at a multiple of 8, in the header's order
+//! n * 2 MiB   guest RAM, ascending in GPA; what ephemeral disks hold, each at a multiple of 4 KiB, to the end of the file
+//! ```
+//!
+//! Numbers are little-endian. A reader skips sections that it does not know if they are marked as optional, takes any minor version,
+//! and refuses another major one.
+
+use std::cmp::Ordering;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use super::error::FormatError;
+
+/// The first bytes of a snapshot. The last two notice a transfer as text.
+pub const MAGIC: [u8; 8] = *b"MINIVM\r\n";
+/// Raised when older readers must not read the file.
+pub const MAJOR: u16 = 1;
+/// Raised when something is added that older readers may skip.
+pub const MINOR: u16 = 0;
+/// ELF's number of the architecture: EM_X86_64.
+const ARCHITECTURE: u32 = 62;
+
+/// Bytes of the header.
+pub const HEADER_LEN: usize = 4096;
+/// Guest RAM begins at a multiple of this.
+pub const RAM_ALIGN: u64 = 2 << 20;
+/// Bytes of a page, and what overlays are aligned to.
+pub const PAGE_SIZE: u64 = 4096;
+/// Most bytes before the RAM: 64 vCPUs take 1 MiB.
+const MAX_RAM_OFFSET: u64 = 16 << 20;
+
+const TABLE_OFFSET: usize = 32;
+const ENTRY_LEN: usize = 32;
+/// Sections that the header has room for.
+pub const MAX_SECTIONS: usize = (HEADER_LEN - TABLE_OFFSET) / ENTRY_LEN;
+const SECTION_ALIGN: u64 = 8;
+/// The checksum of the header counts itself as zero.
+const HEADER_CRC: std::ops::Range<usize> = 20..24;
+
+/// What a section is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// [`super::record::Meta`], as JSON.
+    Meta = 1,
+    /// kvm_clock_data.
+    Clock = 2,
+    /// [`crate::arch::state::VcpuState`], encoded.
+    Vcpu = 3,
+    /// [`super::record::DeviceRecord`]s, as JSON.
+    Devices = 4,
+    /// Guest RAM.
+    Ram = 5,
+    /// What the guest has written to an ephemeral disk; behind the RAM, in the order of the disks.
+    Overlay = 6,
+}
+
+impl Kind {
+    fn from_number(number: u32) -> Option<Self> {
+        let front = [Self::Meta, Self::Clock, Self::Vcpu, Self::Devices];
+        let all = front.into_iter().chain([Self::Ram, Self::Overlay]);
+        all.into_iter().find(|kind| *kind as u32 == number)
+    }
+}
+
+/// An entry of the header's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Entry {
+    kind: u32,
+    optional: bool,
+    offset: u64,
+    len: u64,
+    crc: u32,
+}
+
+/// A section that is not read but mapped or used in place: RAM, or an overlay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bulk {
+    /// Offset in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// See [`SparseChecksum`].
+    pub crc: u32,
+}
+
+/// The checksum of a [`Bulk`] section: over each page of 4 KiB that has a byte other than zero, its number and its bytes. Whether a
+/// page of zeros is a hole makes no difference.
+#[derive(Default)]
+pub struct SparseChecksum(crc32fast::Hasher);
+
+impl SparseChecksum {
+    /// Adds page `number` of the section. Pages are added in order, those of zeros left out.
+    pub fn add(&mut self, number: u64, page: &[u8]) {
+        self.0.update(&number.to_le_bytes());
+        self.0.update(page);
+    }
+
+    /// The checksum.
+    pub fn finish(self) -> u32 {
+        self.0.finalize()
+    }
+}
+
+/// Where the RAM of a file with these sections begins, and what is before it.
+pub struct Front {
+    /// Offset of the RAM.
+    pub ram_offset: u64,
+    bytes: Vec<u8>,
+    entries: Vec<Entry>,
+}
+
+impl Front {
+    /// Lays out the sections. More than the header has room for are an error.
+    pub fn new(sections: &[(Kind, Vec<u8>)]) -> Result<Self, FormatError> {
+        if sections.len() >= MAX_SECTIONS {
+            return Err(FormatError::Table);
+        }
+        let mut bytes = vec![0; HEADER_LEN];
+        let mut entries = Vec::with_capacity(sections.len() + 1);
+        for (kind, section) in sections {
+            bytes.resize(bytes.len().next_multiple_of(SECTION_ALIGN as usize), 0);
+            entries.push(Entry {
+                kind: *kind as u32,
+                optional: false,
+                offset: bytes.len() as u64,
+                len: section.len() as u64,
+                crc: crc32fast::hash(section),
+            });
+            bytes.extend_from_slice(section);
+        }
+        let ram_offset = (bytes.len() as u64).next_multiple_of(RAM_ALIGN);
+        if ram_offset > MAX_RAM_OFFSET {
+            return Err(FormatError::Table);
+        }
+        Ok(Self {
+            ram_offset,
+            bytes,
+            entries,
+        })
+    }
+
+    /// Header and sections, once RAM and overlays are known.
+    pub fn finish(mut self, ram: Bulk, overlays: &[Bulk]) -> Vec<u8> {
+        let overlays = overlays.iter().map(|overlay| (Kind::Overlay, overlay));
+        for (kind, bulk) in std::iter::once((Kind::Ram, &ram)).chain(overlays) {
+            self.entries.push(Entry {
+                kind: kind as u32,
+                optional: false,
+                offset: bulk.offset,
+                len: bulk.len,
+                crc: bulk.crc,
+            });
+        }
+        let header = header(&self.entries);
+        if let Some(front) = self.bytes.first_chunk_mut() {
+            *front = header;
+        }
+        self.bytes
+    }
+}
+
+fn header(entries: &[Entry]) -> [u8; HEADER_LEN] {
+    let mut bytes = Vec::with_capacity(HEADER_LEN);
+    bytes.extend(MAGIC);
+    bytes.extend(MAJOR.to_le_bytes());
+    bytes.extend(MINOR.to_le_bytes());
+    bytes.extend(ARCHITECTURE.to_le_bytes());
+    bytes.extend((entries.len() as u32).to_le_bytes());
+    bytes.resize(TABLE_OFFSET, 0);
+    for entry in entries {
+        bytes.extend(entry.kind.to_le_bytes());
+        bytes.extend(u32::from(entry.optional).to_le_bytes());
+        bytes.extend(entry.offset.to_le_bytes());
+        bytes.extend(entry.len.to_le_bytes());
+        bytes.extend(entry.crc.to_le_bytes());
+        bytes.extend([0; 4]);
+    }
+    bytes.resize(HEADER_LEN, 0);
+    let mut header = [0; HEADER_LEN];
+    header.copy_from_slice(&bytes);
+    let crc = crc32fast::hash(&header);
+    header[HEADER_CRC].copy_from_slice(&crc.to_le_bytes());
+    header
+}
+
+/// The sections of a file, checked.
+pub struct Sections {
+    /// The file's minor version.
+    pub minor: u16,
+    /// Where the RAM is.
+    pub ram: Bulk,
+    /// Where the overlays are.
+    pub overlays: Vec<Bulk>,
+    front: Vec<u8>,
+    entries: Vec<(Kind, std::ops::Range<usize>)>,
+}
+
+impl Sections {
+    /// Reads and checks header and sections of a file of `file_len` bytes; not its RAM. Nothing that the file says is allocated
+    /// before it is bounded.
+    pub fn read(file: &File, file_len: u64) -> Result<Self, FormatError> {
+        let mut header = [0; HEADER_LEN];
+        read(file, &mut header, 0)?;
+        let (minor, table) = parse_header(&header)?;
+        let ram = table.iter().position(|e| e.kind == Kind::Ram as u32);
+        let (ahead, bulk) = table.split_at(ram.ok_or(FormatError::Table)?);
+        check_table(ahead, bulk, file_len)?;
+        let mut bulk = bulk.iter().map(|entry| Bulk {
+            offset: entry.offset,
+            len: entry.len,
+            crc: entry.crc,
+        });
+        let ram = bulk.next().ok_or(FormatError::Table)?;
+        // Sections alone, not the alignment behind them.
+        let end = ahead.iter().map(|entry| entry.offset + entry.len).max();
+        let mut front = vec![0; end.unwrap_or(0) as usize];
+        read(file, &mut front, 0)?;
+        let mut entries = Vec::with_capacity(ahead.len());
+        for entry in ahead {
+            let range = entry.offset as usize..(entry.offset + entry.len) as usize;
+            let section = front.get(range.clone()).ok_or(FormatError::Table)?;
+            if crc32fast::hash(section) != entry.crc {
+                return Err(FormatError::Checksum(entry.kind));
+            }
+            match Kind::from_number(entry.kind) {
+                Some(kind) => entries.push((kind, range)),
+                None if entry.optional => {}
+                None => return Err(FormatError::UnknownSection(entry.kind)),
+            }
+        }
+        Ok(Self {
+            minor,
+            ram,
+            overlays: bulk.collect(),
+            front,
+            entries,
+        })
+    }
+
+    /// The sections of this kind in their order.
+    pub fn all(&self, kind: Kind) -> impl Iterator<Item = &[u8]> {
+        let of_kind = self.entries.iter().filter(move |entry| entry.0 == kind);
+        of_kind.map(|(_, range)| self.front.get(range.clone()).unwrap_or_default())
+    }
+
+    /// The only section of this kind.
+    pub fn one(&self, kind: Kind) -> Result<&[u8], FormatError> {
+        let mut all = self.all(kind);
+        match (all.next(), all.next()) {
+            (Some(section), None) => Ok(section),
+            _ => Err(FormatError::Count(kind as u32)),
+        }
+    }
+}
+
+fn read(file: &File, bytes: &mut [u8], offset: u64) -> Result<(), FormatError> {
+    file.read_exact_at(bytes, offset)
+        .map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => FormatError::Truncated,
+            _ => FormatError::Read(e),
+        })
+}
+
+/// Minor version and table of a header.
+fn parse_header(header: &[u8; HEADER_LEN]) -> Result<(u16, Vec<Entry>), FormatError> {
+    if header[..8] != MAGIC {
+        return Err(FormatError::NoSnapshot);
+    }
+    let major = u16::from_le_bytes([header[8], header[9]]);
+    let minor = u16::from_le_bytes([header[10], header[11]]);
+    if major != MAJOR {
+        return Err(FormatError::Version {
+            major,
+            minor,
+            known: MAJOR,
+        });
+    }
+    let architecture = u32_at(header, 12);
+    if architecture != ARCHITECTURE {
+        return Err(FormatError::Architecture(architecture));
+    }
+    let mut unsigned = *header;
+    unsigned[HEADER_CRC].fill(0);
+    if crc32fast::hash(&unsigned) != u32_at(header, HEADER_CRC.start) {
+        return Err(FormatError::HeaderChecksum);
+    }
+    let count = u32_at(header, 16) as usize;
+    if count > MAX_SECTIONS {
+        return Err(FormatError::Table);
+    }
+    let entries = header[TABLE_OFFSET..].chunks_exact(ENTRY_LEN).take(count);
+    let entry = |bytes: &[u8]| Entry {
+        kind: u32_at(bytes, 0),
+        optional: u32_at(bytes, 4) & 1 != 0,
+        offset: u64_at(bytes, 8),
+        len: u64_at(bytes, 16),
+        crc: u32_at(bytes, 24),
+    };
+    Ok((minor, entries.map(entry).collect()))
+}
+
+/// Sections lie one behind the other; `bulk` begins with the RAM and ends with the file.
+fn check_table(ahead: &[Entry], bulk: &[Entry], file_len: u64) -> Result<(), FormatError> {
+    let mut free_from = HEADER_LEN as u64;
+    for (index, entry) in ahead.iter().chain(bulk).enumerate() {
+        let behind_ram = index.checked_sub(ahead.len());
+        let (kind, align) = match behind_ram {
+            None => (None, 1),
+            Some(0) => (Some(Kind::Ram), RAM_ALIGN),
+            Some(_) => (Some(Kind::Overlay), PAGE_SIZE),
+        };
+        let end = entry.offset.checked_add(entry.len);
+        let fits = entry.offset >= free_from
+            && entry.offset.is_multiple_of(align)
+            && kind.is_none_or(|kind| kind as u32 == entry.kind)
+            && (behind_ram.is_some() || end.is_some_and(|end| end <= MAX_RAM_OFFSET))
+            && (kind != Some(Kind::Ram) || entry.offset <= MAX_RAM_OFFSET);
+        free_from = end.filter(|_| fits).ok_or(FormatError::Table)?;
+    }
+    match free_from.cmp(&file_len) {
+        Ordering::Equal => Ok(()),
+        Ordering::Greater => Err(FormatError::Truncated),
+        Ordering::Less => Err(FormatError::Table),
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    let number = bytes.get(at..).and_then(<[u8]>::first_chunk);
+    number.map_or(0, |number| u32::from_le_bytes(*number))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    let number = bytes.get(at..).and_then(<[u8]>::first_chunk);
+    number.map_or(0, |number| u64::from_le_bytes(*number))
+}

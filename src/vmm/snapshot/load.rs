@@ -1,0 +1,285 @@
+//! Reading a snapshot: everything but the RAM is read, checked and decoded at once; the RAM is mapped by each VM.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, kvm_clock_data};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use zerocopy::FromBytes;
+
+use super::error::{FormatError, SnapshotError};
+use super::file::{Bulk, Kind, PAGE_SIZE, Sections, SparseChecksum};
+use super::host::HostFingerprint;
+use super::record::Meta;
+use crate::arch::cpuid;
+use crate::arch::state::VcpuState;
+use crate::vmm::memory::end_of_ram;
+
+/// Bytes that are read at once when RAM is checked.
+const PIECE: u64 = 1 << 20;
+
+/// A snapshot, ready for any number of VMs.
+pub struct Snapshot {
+    path: PathBuf,
+    file: Arc<File>,
+    stamp: Stamp,
+    meta: Meta,
+    same_host: bool,
+    clock: kvm_clock_data,
+    vcpus: Vec<VcpuState>,
+    devices: Vec<u8>,
+    minor: u16,
+    ram: Bulk,
+}
+
+/// What tells a file from another one, or from itself after a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    file: (u64, u64),
+    len: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        Ok(Self {
+            file: (metadata.dev(), metadata.ino()),
+            len: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        })
+    }
+}
+
+impl Snapshot {
+    /// Opens a snapshot and checks all but its RAM.
+    pub fn open(path: &Path) -> Result<Self, SnapshotError> {
+        let failed = |source| SnapshotError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        // A FIFO without a writer would be waited for.
+        let mut options = OpenOptions::new();
+        let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(failed)?;
+        let stamp = Stamp::of(&file).map_err(failed)?;
+        Self::parse(path, file, stamp).map_err(|source| SnapshotError::Format {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
+    fn parse(path: &Path, file: File, stamp: Stamp) -> Result<Self, FormatError> {
+        let sections = Sections::read(&file, stamp.len)?;
+        let meta: Meta = serde_json::from_slice(sections.one(Kind::Meta)?)
+            .map_err(|e| FormatError::Section("description", e.into()))?;
+        let config = &meta.config;
+        config
+            .validate()
+            .map_err(|e| FormatError::Section("description", e.into()))?;
+        let memory = config.memory.bytes;
+        if memory != sections.ram.len {
+            let other = sections.ram.len;
+            return Err(FormatError::Mismatch(format!(
+                "{other} bytes of memory for a VM of {memory}"
+            )));
+        }
+        let kernel = &meta.kernel.kernel_range;
+        if kernel.start > kernel.end || kernel.end > end_of_ram(memory) {
+            return Err(FormatError::Mismatch(
+                "a kernel outside of the memory".to_owned(),
+            ));
+        }
+        if !config.disks.is_empty() || !sections.overlays.is_empty() {
+            return Err(FormatError::Mismatch(
+                "disks, which this minivmm cannot restore".to_owned(),
+            ));
+        }
+        let vcpus = sections.all(Kind::Vcpu).map(VcpuState::decode);
+        let vcpus: Vec<_> = vcpus
+            .collect::<Result<_, _>>()
+            .map_err(|e| FormatError::Section("vCPUs", e.into()))?;
+        if vcpus.len() != usize::from(config.cpus) {
+            let (there, wanted) = (vcpus.len(), config.cpus);
+            return Err(FormatError::Mismatch(format!(
+                "the state of {there} vCPUs for a VM of {wanted}"
+            )));
+        }
+        let clock = kvm_clock_data::read_from_bytes(sections.one(Kind::Clock)?);
+        let clock = clock
+            .map_err(|_| FormatError::Mismatch("a clock of another size".to_owned()))?
+            .clock;
+        Ok(Self {
+            path: path.to_owned(),
+            file: Arc::new(file),
+            stamp,
+            same_host: meta.host.is_same(&HostFingerprint::read()),
+            clock: kvm_clock_data {
+                clock,
+                ..Default::default()
+            },
+            vcpus,
+            devices: sections.one(Kind::Devices)?.to_vec(),
+            minor: sections.minor,
+            ram: sections.ram,
+            meta,
+        })
+    }
+
+    /// Lets the guest's clocks go on as if it had been saved `nanoseconds` later.
+    pub fn advance_clocks(&mut self, nanoseconds: u64) {
+        self.clock.clock = self.clock.clock.saturating_add(nanoseconds);
+        for vcpu in &mut self.vcpus {
+            vcpu.advance_tsc(nanoseconds);
+        }
+    }
+
+    /// Reads all of the RAM and compares it with its checksum.
+    pub fn verify(&self) -> Result<(), SnapshotError> {
+        let failed = |source| SnapshotError::Format {
+            path: self.path.clone(),
+            source,
+        };
+        let mut sum = SparseChecksum::default();
+        let mut piece = vec![0; PIECE as usize];
+        let mut at = 0;
+        let read_error = |e: io::Error| failed(FormatError::Read(e));
+        while let Some(data) = next_data(&self.file, self.ram, at).map_err(read_error)? {
+            let len = (self.ram.len - data).min(PIECE);
+            let bytes = piece.get_mut(..len as usize).unwrap_or_default();
+            let read = self.file.read_exact_at(bytes, self.ram.offset + data);
+            read.map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => failed(FormatError::Truncated),
+                _ => failed(FormatError::Read(e)),
+            })?;
+            let pages = bytes.chunks(PAGE_SIZE as usize);
+            for (number, page) in (data / PAGE_SIZE..).zip(pages) {
+                if !is_zero(page) {
+                    sum.add(number, page);
+                }
+            }
+            at = data + len;
+        }
+        if sum.finish() != self.ram.crc {
+            return Err(failed(FormatError::RamChecksum));
+        }
+        Ok(())
+    }
+
+    /// The first page of RAM at `at` or behind it that is no hole, as an offset into the RAM.
+    pub(super) fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
+        next_data(&self.file, self.ram, at)
+    }
+
+    /// Refuses a host whose KVM supports less than the guest was told.
+    pub fn check_host(&self, supported: &CpuId) -> Result<(), SnapshotError> {
+        let missing = self.missing(supported);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(SnapshotError::OtherHost {
+            path: self.path.clone(),
+            host: self.meta.processor.clone(),
+            missing,
+        })
+    }
+
+    /// What the guest was told of and this host's KVM does not support.
+    pub fn missing(&self, supported: &CpuId) -> Vec<String> {
+        let boot = self.vcpus.first().map_or(&[][..], VcpuState::cpuid);
+        cpuid::missing_features(boot, supported)
+    }
+
+    /// Whether it was taken on this host since this host's boot.
+    pub fn is_from_this_host(&self) -> bool {
+        self.same_host
+    }
+
+    /// Whether the file is no longer what it was when it was opened.
+    pub fn has_changed(&self) -> bool {
+        Stamp::of(&self.file).ok() != Some(self.stamp)
+    }
+
+    /// Whether `path` is this file.
+    pub(super) fn is_file(&self, path: &Path) -> bool {
+        let stat = path.metadata();
+        stat.is_ok_and(|stat| (stat.dev(), stat.ino()) == self.stamp.file)
+    }
+
+    /// The file.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// The file's name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its size in bytes: with the holes, and on the disk.
+    pub fn size(&self) -> (u64, u64) {
+        let blocks = self.file.metadata().map_or(0, |metadata| metadata.blocks());
+        (self.stamp.len, blocks * 512)
+    }
+
+    /// The format's minor version.
+    pub fn minor(&self) -> u16 {
+        self.minor
+    }
+
+    /// Where the RAM is in the file.
+    pub fn ram_offset(&self) -> u64 {
+        self.ram.offset
+    }
+
+    /// What it says of its VM.
+    pub fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    /// kvm-clock when the VM was paused.
+    pub fn clock(&self) -> kvm_clock_data {
+        self.clock
+    }
+
+    /// The vCPUs, the boot vCPU first.
+    pub fn vcpus(&self) -> &[VcpuState] {
+        &self.vcpus
+    }
+
+    /// The devices.
+    pub fn devices(&self) -> &[u8] {
+        &self.devices
+    }
+}
+
+/// Whether all bytes are zero.
+pub(super) fn is_zero(page: &[u8]) -> bool {
+    // By the line, which is compiled to vector instructions.
+    page.chunks(64)
+        .all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// See [`Snapshot::next_data`]. Where the file system knows no holes, all is data.
+fn next_data(file: &File, ram: Bulk, at: u64) -> io::Result<Option<u64>> {
+    if at >= ram.len {
+        return Ok(None);
+    }
+    match seek(file.as_fd(), SeekFrom::Data(ram.offset + at)) {
+        Ok(data) => {
+            let data = data.saturating_sub(ram.offset) / PAGE_SIZE * PAGE_SIZE;
+            Ok((data < ram.len).then_some(data.max(at)))
+        }
+        Err(Errno::NXIO) => Ok(None),
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(at)),
+        Err(e) => Err(e.into()),
+    }
+}

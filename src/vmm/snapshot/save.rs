@@ -1,0 +1,363 @@
+//! Writing a snapshot of a paused VM.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open, renameat, unlinkat};
+use rustix::io::Errno;
+use tempfile::NamedTempFile;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use zerocopy::IntoBytes;
+
+use super::error::SnapshotError;
+use super::file::{Bulk, Front, Kind, PAGE_SIZE, SparseChecksum};
+use super::host::HostFingerprint;
+use super::load::{Snapshot, is_zero};
+use super::record::Meta;
+use crate::arch::state::{StateSupport, VcpuState};
+use crate::config::VmConfig;
+use crate::host::cpu::Cpu;
+use crate::vmm::prepare::Origin;
+use crate::vmm::vm::Vm;
+
+/// How long devices may take to complete their requests.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// Most bytes of RAM that are written at once; between two writes, a request to stop is looked for.
+const WRITE_MAX: usize = 1 << 20;
+
+/// A page's entry in /proc/self/pagemap says with these bits that the page is in memory or swapped out
+/// (Documentation/admin-guide/mm/pagemap.rst).
+const PAGE_EXISTS: u64 = 1 << 63 | 1 << 62;
+
+/// A file that a snapshot will be written to. Until [`Target::publish`] it has no name, and what has the name stays as it is.
+pub struct Target {
+    path: PathBuf,
+    file: Unpublished,
+    pagemap: Option<File>,
+    host: HostFingerprint,
+    processor: String,
+}
+
+enum Unpublished {
+    /// A file without a name, which is gone when the process is.
+    Nameless(File),
+    /// Where the file system has no such files.
+    Named(NamedTempFile),
+}
+
+impl Unpublished {
+    fn file(&self) -> &File {
+        match self {
+            Self::Nameless(file) => file,
+            Self::Named(file) => file.as_file(),
+        }
+    }
+}
+
+impl Target {
+    /// Opens the file, and whatever else is needed to write it. A VM that was restored names its `source`.
+    pub fn create(
+        path: &Path,
+        config: &VmConfig,
+        source: Option<&Snapshot>,
+    ) -> Result<Self, SnapshotError> {
+        if !config.disks.is_empty() {
+            return Err(SnapshotError::Unsupported("a VM with disks".into()));
+        }
+        if source.is_some_and(|source| source.is_file(path)) {
+            return Err(SnapshotError::OwnSource(path.to_owned()));
+        }
+        let file = create(path).map_err(|source| SnapshotError::Write {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            // Without it, all of the RAM is read.
+            pagemap: File::open("/proc/self/pagemap").ok(),
+            host: HostFingerprint::read(),
+            processor: Cpu::read().model,
+        })
+    }
+
+    /// Writes the state of `vm`, which is held at boot mark `mark`. `stop` says that it is no longer wanted. Nothing of the VM is
+    /// needed afterwards.
+    pub fn write(
+        &mut self,
+        vm: &Vm,
+        mark: u8,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), SnapshotError> {
+        let devices = &vm.machine().state;
+        let result = devices
+            .pause(DRAIN_LIMIT)
+            .map_err(SnapshotError::Devices)
+            .and_then(|()| self.write_paused(vm, mark, stop));
+        vm.resume_devices();
+        result
+    }
+
+    fn write_paused(
+        &mut self,
+        vm: &Vm,
+        mark: u8,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), SnapshotError> {
+        // Completions have sent their interrupts, so the local APICs are final.
+        let devices = vm.machine().state.save().map_err(SnapshotError::Devices)?;
+        let vcpus = save_vcpus(vm)?;
+        let parts = vm.parts();
+        let clock = parts.fd.get_clock();
+        let clock = clock.map_err(|source| SnapshotError::Kvm {
+            step: "KVM_GET_CLOCK",
+            source,
+        })?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let mut meta = Meta {
+            writer: format!("minivmm {}", env!("CARGO_PKG_VERSION")),
+            taken_at_ns: now.map_or(0, |now| now.as_nanos() as u64),
+            mark,
+            generation: 1 + match &parts.origin {
+                Origin::Boot(_) => 0,
+                Origin::Snapshot(snapshot, _) => snapshot.meta().generation,
+            },
+            config: vm.config().clone(),
+            cmdline: vm.cmdline().to_owned(),
+            kernel: vm.kernel().clone(),
+            host: self.host.clone(),
+            processor: self.processor.clone(),
+            // As long as the number can become.
+            ram_used: u64::MAX,
+        };
+        let sections = |meta: &Meta| -> Result<Front, SnapshotError> {
+            let text = serde_json::to_vec(meta)
+                .map_err(|e| SnapshotError::Unsupported(format!("this VM ({e})")))?;
+            let mut sections = vec![
+                (Kind::Meta, text),
+                (Kind::Clock, clock.as_bytes().to_vec()),
+                (Kind::Devices, devices.clone()),
+            ];
+            sections.extend(vcpus.iter().map(|state| (Kind::Vcpu, state.encode())));
+            Front::new(&sections).map_err(|e| SnapshotError::Unsupported(format!("this VM ({e})")))
+        };
+        let ram_offset = sections(&meta)?.ram_offset;
+        let (ram, used) = self.write_ram(vm, ram_offset, stop)?;
+        meta.ram_used = used;
+        let front = sections(&meta)?.finish(ram, &[]);
+        self.file
+            .file()
+            .write_all_at(&front, 0)
+            .map_err(|e| self.failed(e))
+    }
+
+    /// Writes each page that is not zero; returns where, and how many bytes those were.
+    fn write_ram(
+        &self,
+        vm: &Vm,
+        offset: u64,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(Bulk, u64), SnapshotError> {
+        let source = match &vm.parts().origin {
+            Origin::Boot(_) => None,
+            Origin::Snapshot(snapshot, _) => Some(&**snapshot),
+        };
+        let len: u64 = vm.mem().iter().map(GuestMemoryRegion::len).sum();
+        self.file
+            .file()
+            .set_len(offset + len)
+            .map_err(|e| self.failed(e))?;
+        let mut writer = RamWriter {
+            file: self.file.file(),
+            offset,
+            sum: SparseChecksum::default(),
+            used: 0,
+        };
+        let mut start = 0;
+        for region in vm.mem().iter() {
+            let pages = self.candidates(region, start, source);
+            writer
+                .write_region(region, start, &pages, stop)
+                .map_err(|e| self.failed(e))?;
+            start += region.len();
+        }
+        let ram = Bulk {
+            offset,
+            len,
+            crc: writer.sum.finish(),
+        };
+        Ok((ram, writer.used))
+    }
+
+    /// The pages of a region that may have a byte that is not zero, each as `true`. `start` is where the region begins in the RAM.
+    fn candidates(
+        &self,
+        region: &GuestRegionMmap,
+        start: u64,
+        source: Option<&Snapshot>,
+    ) -> Vec<bool> {
+        let count = (region.len() / PAGE_SIZE) as usize;
+        let mut entries = vec![0u64; count];
+        let at = region.as_ptr() as u64 / PAGE_SIZE * 8;
+        let read = self
+            .pagemap
+            .as_ref()
+            .is_some_and(|pagemap| pagemap.read_exact_at(entries.as_mut_bytes(), at).is_ok());
+        if !read {
+            return vec![true; count];
+        }
+        let exists = |entry: &u64| entry & PAGE_EXISTS != 0;
+        let mut pages: Vec<bool> = entries.iter().map(exists).collect();
+        let Some(source) = source else { return pages };
+        // What was not touched since the restore is in the file.
+        let mut at = start;
+        while let Ok(Some(data)) = source.next_data(at) {
+            match pages.get_mut(((data - start) / PAGE_SIZE) as usize) {
+                Some(page) => *page = true,
+                None => break,
+            }
+            at = data + PAGE_SIZE;
+        }
+        pages
+    }
+
+    /// Gives the written file its name, in place of what has it.
+    pub fn publish(self) -> Result<PathBuf, SnapshotError> {
+        let Self { path, file, .. } = self;
+        let failed = |source| SnapshotError::Write {
+            path: path.clone(),
+            source,
+        };
+        file.file().sync_all().map_err(failed)?;
+        match file {
+            Unpublished::Nameless(file) => link(&file, &path).map_err(failed)?,
+            Unpublished::Named(file) => {
+                file.persist(&path).map_err(|e| failed(e.error))?;
+            }
+        }
+        Ok(path)
+    }
+
+    fn failed(&self, source: io::Error) -> SnapshotError {
+        SnapshotError::Write {
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+fn save_vcpus(vm: &Vm) -> Result<Vec<VcpuState>, SnapshotError> {
+    let parts = vm.parts();
+    let support = StateSupport::of(&parts.kvm);
+    let save = |(index, vcpu): (u8, &crate::vmm::vcpu::RunningVcpu)| {
+        let handle = vcpu.handle(&parts.fd);
+        let handle = handle.map_err(|source| SnapshotError::Kvm {
+            step: "the access to a vCPU",
+            source,
+        })?;
+        VcpuState::save(&handle, &parts.kvm, &support)
+            .map_err(|source| SnapshotError::Vcpu { index, source })
+    };
+    (0..).zip(vm.running()).map(save).collect()
+}
+
+struct RamWriter<'a> {
+    file: &'a File,
+    /// Where the RAM begins in the file.
+    offset: u64,
+    sum: SparseChecksum,
+    used: u64,
+}
+
+impl RamWriter<'_> {
+    fn write_region(
+        &mut self,
+        region: &GuestRegionMmap,
+        start: u64,
+        candidates: &[bool],
+        stop: &dyn Fn() -> bool,
+    ) -> io::Result<()> {
+        #[allow(unsafe_code, reason = "guest memory as a slice")]
+        // SAFETY: the mapping lives as long as `region`, and nobody writes to it: vCPUs and devices are paused.
+        let ram = unsafe { std::slice::from_raw_parts(region.as_ptr(), region.len() as usize) };
+        let mut run = 0..0;
+        let pages = ram.chunks(PAGE_SIZE as usize);
+        for ((number, page), candidate) in (0usize..).zip(pages).zip(candidates) {
+            if !candidate || is_zero(page) {
+                continue;
+            }
+            self.sum.add(start / PAGE_SIZE + number as u64, page);
+            self.used += PAGE_SIZE;
+            let at = number * PAGE_SIZE as usize;
+            if run.end != at || run.len() >= WRITE_MAX {
+                self.flush(ram, &run, start)?;
+                run = at..at;
+                if stop() {
+                    return Err(io::Error::other("it was stopped"));
+                }
+            }
+            run.end = at + page.len();
+        }
+        self.flush(ram, &run, start)
+    }
+
+    fn flush(&self, ram: &[u8], run: &std::ops::Range<usize>, start: u64) -> io::Result<()> {
+        let bytes = ram.get(run.clone()).unwrap_or_default();
+        let at = self.offset + start + run.start as u64;
+        self.file.write_all_at(bytes, at)
+    }
+}
+
+/// The directory of a path, and the name in it.
+fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
+    let name = path.file_name();
+    let name = name.ok_or_else(|| io::Error::other("it is no file's name"))?;
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => Ok((dir, name)),
+        _ => Ok((Path::new("."), name)),
+    }
+}
+
+fn create(path: &Path) -> io::Result<Unpublished> {
+    let (dir, _) = split(path)?;
+    if path.symlink_metadata().is_ok_and(|there| !there.is_file()) {
+        return Err(io::Error::other("it is there, and is no regular file"));
+    }
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match open(dir, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(fd) => Ok(Unpublished::Nameless(fd.into())),
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => Ok(Unpublished::Named(
+            // Readable and writable by its owner alone.
+            tempfile::Builder::new()
+                .prefix(".minivmm-")
+                .tempfile_in(dir)?,
+        )),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Gives a nameless file this name.
+fn link(file: &File, path: &Path) -> io::Result<()> {
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let (dir, name) = split(path)?;
+    match linkat(CWD, &own, CWD, path, AtFlags::SYMLINK_FOLLOW) {
+        Err(Errno::EXIST) => {}
+        result => return Ok(result?),
+    }
+    // A link replaces nothing, a rename does.
+    let mut aside = OsStr::new(".").to_owned();
+    aside.push(name);
+    aside.push(format!(".{}", std::process::id()));
+    let aside = dir.join(aside);
+    linkat(CWD, &own, CWD, &aside, AtFlags::SYMLINK_FOLLOW)?;
+    renameat(CWD, &aside, CWD, path).inspect_err(|_| {
+        // It failed already; what is left over is best effort.
+        let _ = unlinkat(CWD, &aside, AtFlags::empty());
+    })?;
+    Ok(())
+}

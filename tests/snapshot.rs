@@ -1,0 +1,259 @@
+//! Snapshots of tiny guests: saved at a boot mark, restored, saved again; what is left when saving fails.
+
+mod common;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use common::{Ended, boot_tiny, minivmm, run, tiny, wait};
+use minivmm::vmm::snapshot::load::Snapshot;
+
+/// Where a test's snapshots are.
+struct Dir(tempfile::TempDir);
+
+impl Dir {
+    fn new() -> Self {
+        Self(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.0.path()).unwrap();
+        let name = |entry: std::io::Result<fs::DirEntry>| {
+            entry.unwrap().file_name().into_string().unwrap()
+        };
+        let mut names: Vec<_> = entries.map(name).collect();
+        names.sort();
+        names
+    }
+
+    /// Boots a guest, which is saved at mark 7 and ends then.
+    fn save(&self, guest: &str, cmdline: &str, args: &[&str]) -> PathBuf {
+        let path = self.path("snapshot");
+        let at = format!("7={},exit", path.display());
+        let args = [&["--snapshot-at", &at], args].concat();
+        let ended = run(&mut boot_tiny(guest, cmdline, &args));
+        ended.assert_code(0);
+        path
+    }
+}
+
+fn restore(path: &Path, args: &[&str]) -> Ended {
+    let mut command = minivmm(&["restore"]);
+    run(command.arg(path).args(["--deadline", "200s"]).args(args))
+}
+
+#[test]
+fn a_restored_vm_begins_behind_its_mark() {
+    let dir = Dir::new();
+    for (cmdline, args) in [
+        ("", &[][..]),
+        ("w", &["--cpus", "3"]),
+        ("", &["--console", "virtio", "--rng"]),
+    ] {
+        let path = dir.save("marks", cmdline, args);
+        assert_eq!(dir.names(), ["snapshot"]);
+        let mode = path.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        for clock in ["continue", "realtime"] {
+            let ended = restore(&path, &["--clock", clock]);
+            ended.assert_code(0);
+            assert_eq!(ended.out(), "bc", "{cmdline}: {}", ended.stderr);
+            assert_eq!(ended.stderr, "");
+        }
+        Snapshot::open(&path).unwrap().verify().unwrap();
+    }
+}
+
+#[test]
+fn a_saved_vm_goes_on() {
+    let dir = Dir::new();
+    let path = dir.path("snapshot");
+    fs::write(&path, "old").unwrap();
+    let at = format!("8={}", path.display());
+    let ended = run(&mut boot_tiny("marks", "", &["--snapshot-at", &at]));
+    ended.assert_code(0);
+    assert_eq!(ended.out(), "abc");
+    assert_eq!(dir.names(), ["snapshot"]);
+    assert_eq!(restore(&path, &[]).out(), "c");
+}
+
+#[test]
+fn a_restored_vm_can_be_saved() {
+    let dir = Dir::new();
+    let first = dir.save("marks", "w", &[]);
+    let second = dir.path("second");
+    let at = format!("8={},exit", second.display());
+    let ended = restore(&first, &["--snapshot-at", &at]);
+    ended.assert_code(0);
+    assert_eq!(ended.out(), "b");
+    assert_eq!(restore(&second, &[]).out(), "c");
+    let of = |path: &Path| {
+        let snapshot = Snapshot::open(path).unwrap();
+        snapshot.verify().unwrap();
+        (snapshot.meta().generation, snapshot.meta().ram_used)
+    };
+    let ((one, used), (two, used_again)) = (of(&first), of(&second));
+    assert_eq!((one, two), (1, 2));
+    // What the restored VM has not touched came from the file.
+    assert!(used >= 8 << 20 && used_again >= used, "{used} {used_again}");
+}
+
+#[test]
+fn a_timer_goes_off_behind_a_restore() {
+    let dir = Dir::new();
+    for cmdline in ["", "p"] {
+        let path = dir.save("timer", cmdline, &[]);
+        for _ in 0..20 {
+            let ended = restore(&path, &[]);
+            ended.assert_code(5);
+            assert_eq!(ended.out(), "t");
+        }
+    }
+}
+
+#[test]
+fn the_guests_clock_goes_on_or_jumps() {
+    let dir = Dir::new();
+    let path = dir.save("marks", "", &[]);
+    let mut snapshot = Snapshot::open(&path).unwrap();
+    let before = snapshot.clock().clock;
+    snapshot.advance_clocks(5_000_000_000);
+    assert_eq!(snapshot.clock().clock, before + 5_000_000_000);
+}
+
+#[test]
+fn a_snapshot_never_replaces_what_the_vm_runs_from() {
+    let dir = Dir::new();
+    let path = dir.save("marks", "", &[]);
+    let at = format!("8={}", path.display());
+    let ended = restore(&path, &["--snapshot-at", &at]);
+    ended.assert_code(125);
+    assert!(ended.stderr.contains("the VM runs from this file"));
+    assert_eq!(restore(&path, &[]).out(), "bc");
+}
+
+#[test]
+fn what_cannot_be_saved_is_refused_before_the_guest_runs() {
+    let dir = Dir::new();
+    let image = dir.path("image");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let disk = format!("path={}", image.display());
+    let missing = format!("7={}", dir.path("none/snapshot").display());
+    let folder = format!("7={}", dir.0.path().display());
+    let fine = format!("7={}", dir.path("snapshot").display());
+    for (args, error) in [
+        (&["--snapshot-at", &missing][..], "No such file"),
+        (&["--snapshot-at", &folder], "no regular file"),
+        (
+            &["--snapshot-at", &fine, "--disk", &disk],
+            "a VM with disks cannot be saved",
+        ),
+    ] {
+        let ended = run(&mut boot_tiny("marks", "", args));
+        ended.assert_code(125);
+        assert!(ended.stderr.contains(error), "{}", ended.stderr);
+        assert_eq!(ended.out(), "");
+    }
+    assert_eq!(dir.names(), ["image"]);
+}
+
+#[test]
+fn a_full_disk_leaves_the_old_file_and_the_running_vm() {
+    let dir = Dir::new();
+    let path = dir.path("snapshot");
+    fs::write(&path, "old").unwrap();
+    // A limit on a file's size stands for a full disk.
+    let script = "trap '' XFSZ; ulimit -f 1024; exec \"$@\"";
+    let at = format!("7={},exit", path.display());
+    let vm = boot_tiny("marks", "w", &["--snapshot-at", &at]);
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh"]).arg(vm.get_program());
+    command.args(vm.get_args());
+    command.stdout(std::process::Stdio::piped());
+    command.stderr(std::process::Stdio::piped());
+    let ended = run(&mut command);
+    ended.assert_code(0);
+    assert_eq!(ended.out(), "abc");
+    assert!(
+        ended.stderr.contains("the VM was not saved"),
+        "{}",
+        ended.stderr
+    );
+    assert_eq!(dir.names(), ["snapshot"]);
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+}
+
+#[test]
+fn killed_while_it_saves_it_leaves_a_whole_file_or_none() {
+    let dir = Dir::new();
+    let path = dir.path("snapshot");
+    let at = format!("7={}", path.display());
+    for signal in ["KILL", "TERM"] {
+        for delay in 0..15 {
+            let mut child = boot_tiny("marks", "wm", &["--snapshot-at", &at])
+                .spawn()
+                .unwrap();
+            thread::sleep(Duration::from_millis(delay * 3));
+            common::kill(child.id(), signal);
+            child.wait().unwrap();
+            match dir.names()[..] {
+                [] => {}
+                [_] => Snapshot::open(&path).unwrap().verify().unwrap(),
+                ref more => panic!("{more:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_file_cut_short_under_its_vm_ends_with_125() {
+    let dir = Dir::new();
+    let path = dir.save("marks", "m", &[]);
+    let mut child = minivmm(&["restore"]).arg(&path).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut seen = [0; 2];
+    stdout.read_exact(&mut seen).unwrap();
+    OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    let output = wait(child, Duration::from_secs(100));
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(125), "{stderr}");
+    assert!(stderr.contains(path.to_str().unwrap()), "{stderr}");
+}
+
+#[test]
+fn info_and_verify_tell_what_is_there() {
+    let dir = Dir::new();
+    let path = dir.save("marks", "w", &["--cpus", "2"]);
+    let command = |verb: &str| run(minivmm(&["snapshot", verb]).arg(&path));
+    let kernel = tiny("marks");
+    command("info").assert_code(0).assert_printed(&[
+        "format         1.0",
+        "boot mark      7",
+        "vCPUs          2",
+        "memory         16M",
+        kernel.to_str().unwrap(),
+        "this host      the same",
+    ]);
+    command("verify").assert_code(0);
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    // The last page of RAM was a hole.
+    let end = file.metadata().unwrap().len();
+    file.write_all_at(&[1], end - 1).unwrap();
+    let damaged = command("verify");
+    damaged.assert_code(125);
+    assert!(damaged.stderr.contains("the guest's memory is wrong"));
+}
