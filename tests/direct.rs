@@ -10,16 +10,18 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::Sender;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::limit::{until, watch};
 use common::linux::{initramfs, kernel};
 use common::skip::skip;
-use common::{boot_tiny, minivmm, run};
+use common::{PATIENCE, boot_tiny, minivmm, run, wait};
 use tempfile::{NamedTempFile, TempDir};
 
 fn command(kernel: &Path, cache: &Path, append: &str) -> Command {
-    let mut command = minivmm(&["--deadline", "100s", "--initrd", &initramfs()]);
+    let mut command = minivmm(&["--initrd", &initramfs()]);
     command
         .arg("--kernel")
         .arg(kernel)
@@ -156,13 +158,11 @@ fn two_may_write_the_cache_at_once_and_one_may_be_killed() {
         })
         .collect();
     let dir = cache.path().join("minivmm/kernels-v1");
-    while fs::read_dir(&dir).map_or(0, Iterator::count) == 0 {
-        std::thread::yield_now();
-    }
+    let is_written = || fs::read_dir(&dir).is_ok_and(|dir| dir.count() > 0);
+    assert!(until(is_written), "nobody writes the cache");
     children[0].kill().unwrap();
-    assert!(!children[0].wait().unwrap().success());
-    for child in &mut children[1..] {
-        assert!(child.wait().unwrap().success());
+    for (child, success) in children.into_iter().zip([false, true, true]) {
+        assert_eq!(wait(child, PATIENCE).status.success(), success);
     }
     assert_eq!(boot(&kernel, cache.path(), "", "true").0, "cached");
 }
@@ -199,6 +199,7 @@ impl Drop for Ksm {
 struct Guest {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
+    _watched: Sender<()>,
 }
 
 impl Guest {
@@ -210,7 +211,11 @@ impl Guest {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self { child, lines }
+        Self {
+            _watched: watch(&child),
+            child,
+            lines,
+        }
     }
 
     /// The next line of its output that has `word`.
@@ -323,20 +328,17 @@ fn two_guests_that_may_be_merged_share_their_kernels_text() {
     }
     let own = || before.chunks(4096).map(|page| times[page] == 1);
     let all = own().filter(|own| *own).count();
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
+    let shared = until(|| {
+        thread::sleep(Duration::from_millis(500));
         let frames = [first.frames(&gpas), second.frames(&gpas)];
         let shared = own()
             .zip(frames[0].iter().zip(&frames[1]))
             .filter(|(own, (one, other))| *own && one == other && **one != 0)
             .count();
         println!("{shared} of {all} pages of text are shared");
-        if shared * 100 >= all * 95 {
-            break;
-        }
-        assert!(Instant::now() < deadline, "they stay apart");
-        thread::sleep(Duration::from_millis(500));
-    }
+        shared * 100 >= all * 95
+    });
+    assert!(shared, "they stay apart");
 
     // One changes its text, and the other one's stays.
     let before = [first.bytes(&gpas), second.bytes(&gpas)];

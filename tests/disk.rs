@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use common::limit::watch;
 use common::linux::{Debian, debian_disk, virtio, virtio_command};
 use common::{Ended, PATIENCE, boot_tiny, run, wait};
 use tempfile::NamedTempFile;
@@ -245,7 +246,7 @@ fn two_debians_share_one_ephemeral_disk() {
 #[test]
 fn fio_reads_back_what_it_wrote() {
     let debian = format!("path={},ro", debian_disk().display());
-    let mut args = vec!["--cpus", "4", "--deadline", "250s", "--disk", &debian];
+    let mut args = vec!["--cpus", "4", "--disk", &debian];
     // No size is a multiple of 4 KiB.
     let disks =
         [(1, "sync"), (4, "sync"), (1, "io_uring"), (4, "io_uring")].map(|(queues, engine)| {
@@ -301,6 +302,7 @@ fn flushed_writes_survive_sigkill() {
         let disk = |file: &NamedTempFile| format!("path={},engine={engine}", file.path().display());
         let args = ["--disk", &disk(&files), "--disk", &disk(&sectors)];
         let mut child = virtio_command("told", &args).spawn().unwrap();
+        let _watched = watch(&child);
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let enough = told + 1 + random(8);
         let mut read_on = |until: u64| {
@@ -367,6 +369,7 @@ fn a_full_host_is_an_error_to_the_guest_until_there_is_room() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        let _watched = watch(&child);
         let mut lines = BufReader::new(child.stdout.take().unwrap())
             .lines()
             .map(Result::unwrap);

@@ -60,11 +60,8 @@ fn boot_from_disk(cpus: &str, append: &str) -> Ended {
     assert!(status.unwrap().success());
 
     let mut command = minivmm(&["--kernel", &bzimage(), "--cpus", cpus]);
-    command.args(["--deadline", "100s", "--disk"]);
-    command.arg(format!("path={}", disk.path().display()));
-    command
-        .arg("--append")
-        .arg(format!("root=/dev/vda {append}"));
+    command.args(["--disk", &format!("path={}", disk.path().display())]);
+    command.args(["--append", &format!("root=/dev/vda {append}")]);
     let ended = run(&mut command);
     ended.assert_code(0);
     ended.assert_printed(&[" / ext4 rw", "IO-APIC"]);
@@ -96,7 +93,7 @@ fn all_virtio_devices_are_driven() {
     let disk = format!("path={}", disk.path().display());
     for append in ["", "acpi=off "] {
         let mut command = minivmm(&["--kernel", &bzimage(), "--initrd", &initramfs(), "--rng"]);
-        command.args(["--console", "virtio", "--disk", &disk, "--deadline", "100s"]);
+        command.args(["--console", "virtio", "--disk", &disk]);
         let script = "tty; cat /sys/class/misc/hw_random/rng_current; cat /sys/block/vda/size";
         command.args(["--append", &format!("{append}-- sh -c \"{script}\"")]);
         let ended = run(&mut command);
@@ -128,7 +125,7 @@ fn an_overlay_networks_and_namespaces() {
 #[test]
 fn it_powers_off_and_its_ports_are_there_for_a_shell() {
     let mut command = minivmm(&["--kernel", &bzimage(), "--initrd", &initramfs()]);
-    run_with_input(command.args(["--deadline", "100s"]), b"poweroff\n").assert_code(0);
+    run_with_input(&mut command, b"poweroff\n").assert_code(0);
     let script = "echo -n a | dd of=/dev/port bs=1 seek=244 conv=notrunc";
     boot(&bzimage(), &[], script).assert_code(i32::from(b'a'));
 }
@@ -137,7 +134,7 @@ fn it_powers_off_and_its_ports_are_there_for_a_shell() {
 fn panic_is_reported_by_pvpanic() {
     // Which it has built in: without panic= there is no reset.
     let mut command = minivmm(&["--kernel", &bzimage()]);
-    run(command.args(["--cmdline", "console=ttyS0", "--deadline", "100s"])).assert_code(134);
+    run(command.args(["--cmdline", "console=ttyS0"])).assert_code(134);
 }
 
 #[test]

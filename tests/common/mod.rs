@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub(crate) mod fuse;
+pub(crate) mod limit;
 pub(crate) mod linux;
 pub(crate) mod skip;
 pub(crate) mod terminal;
@@ -14,8 +15,8 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Longest that a test lets minivmm run: far above what anything here takes, so that a hang is a failure, not a wait.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) use limit::PATIENCE;
+use limit::within;
 
 pub(crate) fn project(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -151,19 +152,19 @@ pub(crate) fn wait(mut child: Child, patience: Duration) -> Output {
     }
     let stdout = drain(child.stdout.take());
     let stderr = drain(child.stderr.take());
-    let deadline = Instant::now() + patience;
-    let status = loop {
-        if let Some(status) = child.try_wait().expect("wait for minivmm") {
-            break status;
+    let status = within(patience, || {
+        let status = child.try_wait().expect("wait for minivmm");
+        if status.is_none() {
+            thread::sleep(Duration::from_millis(1));
         }
-        if Instant::now() > deadline {
-            _ = child.kill();
-            _ = child.wait();
-            let stderr = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
-            let stdout = String::from_utf8_lossy(&stdout.join().unwrap()).into_owned();
-            panic!("minivmm hung\nstdout: {stdout}\nstderr: {stderr}");
-        }
-        thread::sleep(Duration::from_millis(1));
+        status
+    });
+    let Some(status) = status else {
+        _ = child.kill();
+        _ = child.wait();
+        let stderr = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
+        let stdout = String::from_utf8_lossy(&stdout.join().unwrap()).into_owned();
+        panic!("minivmm hung\nstdout: {stdout}\nstderr: {stderr}");
     };
     Output {
         status,

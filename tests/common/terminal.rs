@@ -7,7 +7,6 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{
@@ -15,7 +14,8 @@ use rustix::termios::{
     tcsetattr, tcsetwinsize,
 };
 
-use super::{PATIENCE, kill};
+use super::kill;
+use super::limit::{PATIENCE, SLICE, receive, until, within};
 
 /// The user's end of a terminal.
 pub(crate) struct Terminal {
@@ -35,13 +35,17 @@ const END_MARK: u8 = 0;
 /// Waits until the screen is as wanted.
 #[track_caller]
 fn wait_for_screen(screen: &Screen, what: &str, wanted: impl Fn(&[u8]) -> bool) {
+    let appeared = within(PATIENCE, || {
+        let seen = screen.0.lock().unwrap();
+        let (_seen, timeout) = screen
+            .1
+            .wait_timeout_while(seen, SLICE, |seen| !wanted(seen))
+            .unwrap();
+        (!timeout.timed_out()).then_some(())
+    });
     let seen = screen.0.lock().unwrap();
-    let (seen, timeout) = screen
-        .1
-        .wait_timeout_while(seen, PATIENCE, |seen| !wanted(seen))
-        .unwrap();
     let text = String::from_utf8_lossy(&seen);
-    assert!(!timeout.timed_out(), "no {what} in {text:?}");
+    assert!(appeared.is_some(), "no {what} in {text:?}");
 }
 
 impl Terminal {
@@ -82,8 +86,7 @@ impl Terminal {
         let keys = keys.as_ref().to_vec();
         let (sender, typed) = mpsc::channel();
         thread::spawn(move || sender.send(user.write_all(&keys)));
-        let typed = typed.recv_timeout(PATIENCE);
-        typed.expect("the keys are taken").unwrap();
+        receive(&typed).expect("the keys are taken").unwrap();
     }
 
     /// All that has appeared so far. It is complete when [`Session::status`] has returned.
@@ -146,11 +149,7 @@ impl Terminal {
 
     #[track_caller]
     pub(crate) fn wait_until_raw(&self, raw: bool) {
-        let start = Instant::now();
-        while self.is_raw() != raw {
-            assert!(start.elapsed() < PATIENCE, "raw: {}", !raw);
-            thread::sleep(Duration::from_millis(1));
-        }
+        assert!(until(|| self.is_raw() == raw), "raw: {}", !raw);
     }
 
     /// Runs a command in the foreground of this terminal.
@@ -213,8 +212,8 @@ pub(crate) struct Session {
 
 impl Session {
     #[track_caller]
-    fn report(&self, name: &str, patience: Duration) -> u32 {
-        let line = self.reports.recv_timeout(patience).expect(name);
+    fn report(&self, name: &str) -> u32 {
+        let line = receive(&self.reports).expect(name);
         line.strip_prefix(name)
             .unwrap_or_else(|| panic!("{line:?} where {name} was expected"))
             .trim()
@@ -226,7 +225,7 @@ impl Session {
     #[track_caller]
     pub(crate) fn pid(&mut self) -> u32 {
         if self.pid == 0 {
-            self.pid = self.report("pid", PATIENCE);
+            self.pid = self.report("pid");
         }
         self.pid
     }
@@ -240,24 +239,21 @@ impl Session {
     #[track_caller]
     pub(crate) fn wait_for_state(&mut self, state: char) {
         let path = format!("/proc/{}/stat", self.pid());
-        let start = Instant::now();
-        loop {
-            let stat = fs::read_to_string(&path).unwrap();
+        let mut stat = String::new();
+        let is_there = until(|| {
+            stat = fs::read_to_string(&path).unwrap();
             // Behind the name, which may have anything in it.
             let (_, rest) = stat.rsplit_once(") ").unwrap();
-            if rest.starts_with(state) {
-                return;
-            }
-            assert!(start.elapsed() < PATIENCE, "{state} wanted: {stat}");
-            thread::sleep(Duration::from_millis(1));
-        }
+            rest.starts_with(state)
+        });
+        assert!(is_there, "{state} wanted: {stat}");
     }
 
     /// Waits for minivmm's end, and for all that it has written; its exit status, as the shell sees it.
     #[track_caller]
     pub(crate) fn status(&mut self) -> u32 {
         self.pid();
-        let status = self.report("status", PATIENCE);
+        let status = self.report("status");
         self.ended += 1;
         wait_for_screen(&self.screen, "end", |seen| {
             seen.iter().filter(|byte| **byte == END_MARK).count() >= self.ended
