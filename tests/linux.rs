@@ -47,77 +47,6 @@ fn cloud_bzimage() {
 }
 
 #[test]
-fn generic_bzimage_two_cpus() {
-    expect(
-        &kernel("generic", "bzImage"),
-        &["--cpus", "2"],
-        "uname -r; nproc",
-        &["-amd64", "\n2\r\n"],
-    );
-}
-
-#[test]
-fn bzimage_of_6_12_four_cpus() {
-    expect(
-        &kernel("6.12", "bzImage"),
-        &["--cpus", "4"],
-        "uname -r; nproc",
-        &["6.12.", "\n4\r\n"],
-    );
-}
-
-/// Linux tells who loaded it: 0xff is a loader without a number of its own, 0xb0 is PVH.
-const BOOTLOADER: &str = "uname -r; echo loader $(cat /proc/sys/kernel/bootloader_type)";
-
-#[test]
-fn vmlinux_by_the_64_bit_entry() {
-    let wanted = ["-cloud-amd64", "loader 255"];
-    expect(
-        &kernel("cloud", "vmlinux"),
-        &["--boot-protocol", "linux64"],
-        BOOTLOADER,
-        &wanted,
-    );
-}
-
-#[test]
-fn vmlinux_by_pvh() {
-    let wanted = ["-cloud-amd64", "loader 176"];
-    expect(
-        &kernel("cloud", "vmlinux"),
-        &["--boot-protocol", "pvh"],
-        BOOTLOADER,
-        &wanted,
-    );
-}
-
-#[test]
-fn without_acpi_on_the_mp_table() {
-    let script =
-        "uname -r; nproc; grep -c ACPI /proc/interrupts; cat /proc/interrupts | grep ttyS0";
-    let generic = kernel("generic", "bzImage");
-    let mut command = minivmm(&[
-        "--kernel",
-        &generic,
-        "--initrd",
-        &initramfs(),
-        "--cpus",
-        "2",
-    ]);
-    let append = format!("acpi=off loglevel=4 -- sh -c \"{script}\"");
-    command.args(["--append", &append]);
-    let ended = run(&mut command);
-    ended.assert_code(0);
-    for wanted in ["-amd64", "\n2\r\n", "IO-APIC"] {
-        assert!(
-            ended.out().contains(wanted),
-            "no {wanted:?} in {}",
-            ended.out()
-        );
-    }
-}
-
-#[test]
 fn little_memory_and_much() {
     let cloud = kernel("cloud", "bzImage");
     // What a kernel keeps for itself, at most: its image, and its page structures (1/64 of RAM).
@@ -146,37 +75,6 @@ fn memory_above_4_gib_takes_none_away() {
     });
     // With bounce buffers it would be 66 MiB.
     assert!(above + 8 > below, "{below} MiB, {above} MiB");
-}
-
-#[test]
-fn default_boot_logs_nothing() {
-    for flavor in ["cloud", "generic", "6.12"] {
-        let mut command = minivmm(&["--kernel", &kernel(flavor, "bzImage")]);
-        command.args(["--initrd", &initramfs()]);
-        let ended = run(command.args(["--append", "-- true"]));
-        ended.assert_code(0);
-        assert_eq!(ended.out(), "minivmm-demo: userspace\r\n", "{flavor}");
-        assert_eq!(ended.stderr, "", "{flavor}");
-    }
-}
-
-#[test]
-fn command_line_for_other_vmms_works() {
-    let mut command = minivmm(&["--kernel", &kernel("cloud", "bzImage")]);
-    command.args(["--initrd", &initramfs(), "--cmdline"]);
-    command.arg(
-        "console=ttyS0 reboot=k panic=1 pci=off noapic acpi=off nosmp nolapic no-kvmclock quiet -- cat /proc/cmdline",
-    );
-    let ended = run(&mut command);
-    ended.assert_code(0);
-    ended.assert_printed(&["\nconsole=ttyS0 reboot=k panic=1 pci=off maxcpus=1 quiet -- cat"]);
-    for word in ["noapic", "acpi=off", "nosmp", "nolapic", "no-kvmclock"] {
-        assert!(
-            ended.stderr.contains(&format!("warning: {word} ")),
-            "{}",
-            ended.stderr
-        );
-    }
 }
 
 #[test]
