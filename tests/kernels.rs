@@ -34,7 +34,8 @@ fn boots(dir: &Path, cpus: &str) {
     let package = fs::read_to_string(dir.join("package")).unwrap();
     let version = package.trim().trim_start_matches("linux-image-");
     let bzimage = dir.join("bzImage");
-    let script = "echo cpus $(nproc) release $(uname -r); dmesg | grep -wE 'Fatal|WARNING|BUG|Oops|Call Trace'; true";
+    // Brackets, because the log has the command line as well.
+    let script = "echo cpus $(nproc) release $(uname -r); dmesg | grep -w -e [F]atal -e [W]ARNING -e [B]UG -e [O]ops; true";
     let ended = boot(bzimage.to_str().unwrap(), &["--cpus", cpus], script);
     ended.assert_code(0);
     assert_eq!(

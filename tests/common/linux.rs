@@ -38,8 +38,7 @@ pub(crate) fn initramfs() -> String {
 
 /// minivmm with the demo initramfs, unless `args` name another, that runs `script` with sh, its output on stdout.
 pub(crate) fn boot_command(kernel: &str, args: &[&str], script: &str) -> Command {
-    let quoted = script.replace('\'', "'\\''");
-    let append = format!("loglevel=4 -- sh -c \"{quoted}\"");
+    let append = format!("loglevel=4 -- sh -c \"{script}\"");
     let mut command = minivmm(&["--kernel", kernel]);
     if !args.contains(&"--initrd") {
         command.args(["--initrd", &initramfs()]);
