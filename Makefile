@@ -81,7 +81,7 @@ bench: deps
 	$(CARGO) bench --config 'target."cfg(unix)".runner="$(CURDIR)/tests/lab/with-kvm"' --bench disk -- $(ROUNDS)
 
 compare: build
-	MINIVMM_KERNEL=$$(guest-kernels/fetch $(KERNEL))/bzImage tests/bench/containers build/compare --runs $(COMPARE_RUNS)
+	MINIVMM_KERNEL=$$(guest-kernels/fetch $(KERNEL))/bzImage tests/bench/containers build/compare $(COMPARE_RUNS)
 
 lint: deps
 	@command -v shellcheck >/dev/null || $(call install,shellcheck)

@@ -285,3 +285,44 @@ fn mistakes_are_named() {
         &["cannot read the kernel /nowhere", "--kernel FILE"],
     );
 }
+
+#[test]
+fn runs_add_to_those_of_an_earlier_report() {
+    let fakes = Fakes::new(&[("crun", OCI)]);
+    let file = fakes.file("report.json");
+    let json = file.to_str().unwrap();
+    run(&mut fakes.compare(&["--json", json])).assert_code(1);
+    let before: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    run(&mut fakes.compare(&["--json", json, "--add", json])).assert_code(1);
+    let after: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    assert_eq!((&before["runs"], &after["runs"]), (&2.into(), &4.into()));
+    let samples = |report: &Value| {
+        let samples = &by_name(report, "crun")["warm_end"]["samples_ms"];
+        samples.as_array().unwrap().clone()
+    };
+    let (before, after) = (samples(&before), samples(&after));
+    assert_eq!(after.len(), 4);
+    for (before, after) in before.iter().zip(&after) {
+        let (before, after) = (before.as_f64().unwrap(), after.as_f64().unwrap());
+        // Times are whole nanoseconds.
+        assert!((before - after).abs() < 1e-5, "{before} {after}");
+    }
+
+    let other = &["--json", json, "--add", json, "--cpus", "2"];
+    assert_error(
+        &run(&mut fakes.compare(other)),
+        125,
+        &[
+            "cannot add to the report",
+            "another size of virtual machine",
+        ],
+    );
+    fs::write(fakes.file("other.json"), "{}").unwrap();
+    let other = fakes.file("other.json");
+    assert_error(
+        &run(&mut fakes.compare(&["--add", other.to_str().unwrap()])),
+        125,
+        &["other.json, which is not what minivmm compare --json writes"],
+    );
+    fakes.assert_clean();
+}

@@ -52,6 +52,9 @@ pub struct CompareArgs {
     /// Longest time of a run; a runtime that takes longer is killed, and left out from then on
     #[arg(long, value_name = "TIME", default_value = "60s")]
     timeout: Span,
+    /// Add to the runs of an earlier report of the same comparison, which --json wrote; it may be the file that --json names
+    #[arg(long, value_name = "FILE")]
+    add: Option<PathBuf>,
     /// Print JSON, or also write it to a file
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     json: Option<PathBuf>,
@@ -74,6 +77,7 @@ impl From<CompareArgs> for CompareOptions {
             runs: args.runs,
             cold: args.cold,
             timeout: args.timeout,
+            add: args.add,
             json: args.json,
             html: args.html,
             command: args.command,

@@ -5,9 +5,12 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use crate::config::{DEFAULT_CMDLINE, MemorySize};
+use minivmm_devices::thread::ThreadStarter;
+
+use crate::config::{DEFAULT_CMDLINE, MemorySize, VmConfig};
 use crate::tools::cpio;
 use crate::tools::measure::call;
+use crate::vmm::prepare::{BuildTimes, Prepared};
 
 /// guestctl (guest-kernels/initramfs): first process of the virtual machine, and probe everywhere.
 const GUESTCTL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guestctl"));
@@ -127,6 +130,24 @@ impl VmImage {
             memory: memory.unwrap_or(memory_for(initramfs_bytes)),
             cpus,
         })
+    }
+
+    /// Loads it into a VM that does not run, so that the first run finds the kernel unpacked, as the others do.
+    pub(super) fn warm_up(&self) {
+        let config = VmConfig {
+            kernel: self.kernel.clone(),
+            initrd: Some(self.initramfs.clone()),
+            cmdline: Some(self.cmdline.clone()),
+            memory: self.memory,
+            cpus: self.cpus,
+            ..VmConfig::default()
+        };
+        // If it fails, so does the first run, which is reported.
+        let _ = Prepared::new(
+            &config,
+            &ThreadStarter::default(),
+            &mut BuildTimes::default(),
+        );
     }
 }
 

@@ -1,9 +1,11 @@
 //! `minivmm compare`: one root file system and one command, run by each container runtime and by minivmm in a virtual machine.
 
+mod earlier;
 mod html;
 mod image;
 mod processes;
 mod report;
+mod row;
 mod runtime;
 
 use std::fs;
@@ -14,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{WaitOptions, getpid, set_child_subreaper};
 
 use super::error::{ToolError, cannot};
-use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
+use super::measure::{self, HostFacts, Output, Progress, Run, Watch};
 use crate::config::{MemorySize, Span};
 use crate::console::Signals;
 use crate::error_chain;
@@ -22,7 +24,8 @@ use crate::host::output;
 
 use image::{Image, PROBE_STATUS, VmImage};
 use processes::{Seen, daemons_bytes};
-use report::{Report, RowReport};
+use report::Report;
+use row::Row;
 use runtime::{Job, Runtime};
 
 /// Interval at which the memory of a run's processes is read.
@@ -49,23 +52,14 @@ pub struct CompareOptions {
     pub cold: bool,
     /// Longest time of a run; a runtime that takes longer is left out from then on.
     pub timeout: Span,
+    /// An earlier report of the same comparison, as JSON, whose runs are added.
+    pub add: Option<PathBuf>,
     /// Where JSON goes: a file, or `-` for the output in place of the table.
     pub json: Option<PathBuf>,
     /// Where a report with plots goes.
     pub html: Option<PathBuf>,
     /// What to run, and its arguments.
     pub command: Vec<String>,
-}
-
-/// A runtime, the times of its runs, and what else was found.
-struct Row {
-    runtime: Runtime,
-    program: PathBuf,
-    /// To the first output and to the end, with all in the page cache.
-    warm: [Vec<Duration>; 2],
-    /// The same after the page cache was dropped.
-    cold: [Vec<Duration>; 2],
-    report: RowReport,
 }
 
 /// All that a comparison needs while it runs.
@@ -91,6 +85,7 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
         Err(error) => return wrong(error.to_string()),
     }
     let kernel = kernel(options)?;
+    let earlier = options.add.as_deref().map(Report::read).transpose()?;
     let output = Output::open(options.json.as_deref())?;
     let page = options.html.as_deref().map(open_page).transpose()?;
     let scratch = tempfile::Builder::new()
@@ -110,6 +105,7 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     let CompareOptions { append, memory, .. } = options;
     let vm = VmImage::new(kernel, &image, append, *memory, options.cpus)
         .map_err(cannot("make the images"))?;
+    vm.warm_up();
     let packing = packing.elapsed();
     let mut rows: Vec<Row> = Runtime::ALL
         .into_iter()
@@ -130,6 +126,13 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
             false => Err("not asked for".into()),
         },
     };
+    let mut report = comparison.report(host);
+    if let (Some(earlier), Some(path)) = (earlier, &options.add) {
+        let file = path.display();
+        report
+            .add(earlier, &mut rows)
+            .map_err(cannot(format!("add to the report {file}")))?;
+    }
     let done = comparison.measure(&mut rows);
     comparison.progress.clear();
     for row in &rows {
@@ -138,7 +141,8 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     }
     done?;
 
-    let report = comparison.report(host, rows);
+    report.rows = rows.into_iter().map(Row::report).collect();
+    report.compare();
     if let Some(mut page) = page {
         // What cannot be emptied, a FIFO or a device, is written to as it is.
         let _ = page.set_len(0);
@@ -192,18 +196,17 @@ impl Comparison<'_> {
         for row in rows.iter_mut() {
             self.show("preparing", row);
             let start = Instant::now();
-            row.report.error = row.runtime.prepare(&self.image).err();
+            if row.report.error.is_none() {
+                row.report.error = row.runtime.prepare(&self.image).err();
+            }
             row.report.prepare_ms += start.elapsed().as_secs_f64() * 1e3;
             if let Some(signal) = self.signals.stop_requested() {
                 return Err(ToolError::Stopped(signal));
             }
         }
-        for row in rows.iter_mut() {
-            self.probe(row)?;
-        }
-        for row in rows.iter_mut() {
-            self.examine(row)?;
-        }
+        // Containers are warm after this. The virtual machine is without it, and in an emulated host each guest slows down the
+        // next ones: the emulator has to discard its translated code when its memory is written to.
+        self.inspect(rows, false)?;
         for round in 1..=self.options.runs {
             let title = format!("{round}/{}", self.options.runs);
             for row in rows.iter_mut() {
@@ -217,6 +220,18 @@ impl Comparison<'_> {
                 self.show(&format!("{title} warm"), row);
                 self.timed(row, |row| &mut row.warm)?;
             }
+        }
+        self.inspect(rows, true)
+    }
+
+    /// Runs that do not count, of all virtual machines or of all else.
+    fn inspect(&mut self, rows: &mut [Row], vms: bool) -> Result<(), ToolError> {
+        let chosen = |row: &&mut Row| row.report.is_vm == vms;
+        for row in rows.iter_mut().filter(chosen) {
+            self.probe(row)?;
+        }
+        for row in rows.iter_mut().filter(chosen) {
+            self.examine(row)?;
         }
         Ok(())
     }
@@ -237,6 +252,8 @@ impl Comparison<'_> {
         let status = run.status.and_then(|status| status.code());
         let release = String::from_utf8_lossy(&run.stdout).trim().to_owned();
         if status != Some(PROBE_STATUS) || release.is_empty() || release.contains('\n') {
+            // Those of a virtual machine that did something else.
+            (row.warm, row.cold) = Default::default();
             let how = run
                 .status
                 .map_or("killed".into(), |status| status.to_string());
@@ -257,8 +274,8 @@ impl Comparison<'_> {
         let mut seen = Seen::before();
         self.run(row, Job::Command, Some(&mut |_| seen.look()))?;
         row.report.daemons_kib = daemons_bytes(row.runtime.daemons()) >> 10;
-        row.report.peak_kib = seen.peak_bytes >> 10;
-        row.report.processes = seen.processes;
+        row.report.peak_kib = row.report.peak_kib.max(seen.peak_bytes >> 10);
+        row.report.processes = row.report.processes.max(seen.processes);
         row.report.own_namespaces = seen.namespaces.into_iter().collect();
         Ok(())
     }
@@ -318,8 +335,9 @@ impl Comparison<'_> {
         Ok(None)
     }
 
-    fn report(&self, host: HostFacts, rows: Vec<Row>) -> Report {
-        let mut report = Report {
+    /// What is compared, without results.
+    fn report(&self, host: HostFacts) -> Report {
+        Report {
             format: 1,
             minivmm: env!("CARGO_PKG_VERSION").into(),
             rootfs: self.options.rootfs.display().to_string(),
@@ -333,10 +351,8 @@ impl Comparison<'_> {
             host,
             reference: None,
             same_output: false,
-            rows: rows.into_iter().map(Row::report).collect(),
-        };
-        report.compare();
-        report
+            rows: Vec::new(),
+        }
     }
 
     /// What was done for a cold run, and what that does not reach.
@@ -367,48 +383,4 @@ impl Comparison<'_> {
 fn last_output(run: &Run) -> String {
     let [stderr, stdout] = [&run.stderr, &run.stdout].map(|bytes| measure::last_lines(bytes));
     format!("its last output: {stderr} {stdout}")
-}
-
-impl Row {
-    fn new(runtime: Runtime, program: PathBuf, image: &Image, vm: &VmImage) -> Self {
-        let is_vm = runtime == Runtime::Minivmm;
-        let (programs, programs_bytes) = runtime.shipped();
-        let command = runtime.command(&program, image, vm, Job::Command);
-        Self {
-            runtime,
-            warm: Default::default(),
-            cold: Default::default(),
-            report: RowReport {
-                name: runtime.name().into(),
-                is_vm,
-                version: runtime.version(&program),
-                command: measure::shown(&command),
-                image_bytes: match is_vm {
-                    true => vm.initramfs_bytes,
-                    false => vm.content_bytes,
-                },
-                kernel_bytes: match is_vm {
-                    true => vm.kernel.metadata().map_or(0, |file| file.len()),
-                    false => 0,
-                },
-                programs_bytes,
-                programs,
-                shares: runtime.shares().into(),
-                ..RowReport::default()
-            },
-            program,
-        }
-    }
-
-    fn report(self) -> RowReport {
-        let [warm_first_output, warm_end] = self.warm.map(|times| Summary::new(&times));
-        let [cold_first_output, cold_end] = self.cold.map(|times| Summary::new(&times));
-        RowReport {
-            warm_first_output,
-            warm_end,
-            cold_first_output,
-            cold_end,
-            ..self.report
-        }
-    }
 }

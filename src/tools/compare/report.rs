@@ -2,12 +2,12 @@
 
 use std::io::{self, Write};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::tools::measure::{HostFacts, Summary, TimesRow, write_times};
 
 /// The results, as `--json` writes them.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Report {
     /// Version of this format: 1.
     pub(super) format: u32,
@@ -40,7 +40,7 @@ pub(super) struct Report {
 }
 
 /// One runtime's results. Times count from just before fork and exec of its command.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct RowReport {
     /// The runtime.
     pub(super) name: String,
@@ -97,6 +97,8 @@ pub(super) const METHOD: &[&str] = &[
     "Every time counts from just before the fork and exec of the runtime's command on this host. First output is the first byte of \
      the command's output that arrives here; the end is the end of that process.",
     "In each round every runtime ran the command once, one runtime after another; where cold runs were asked for, once cold and right after it once warm.",
+    "Before that, every container runtime ran twice, and the virtual machine's kernel was loaded once, so that all were warm. In an emulated \
+     host a guest is the slower the more ran before it; other runs of the virtual machine therefore came last.",
     "All had the same root: crun, runc and podman a copy of the directory, docker an image imported from that copy, minivmm that \
      copy packed as an initramfs. crun and runc had their own default configuration (spec), podman and docker their defaults, none \
      a network, none any input.",

@@ -1,0 +1,78 @@
+//! An earlier report of the same comparison, to which this one adds.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use super::report::{Report, RowReport};
+use super::row::Row;
+use crate::tools::error::{ToolError, cannot};
+use crate::tools::measure::Summary;
+
+/// Why an earlier report does not fit.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MisfitError {
+    /// Figures of different things would be mixed.
+    #[error("it is of another {0}")]
+    Other(&'static str),
+    /// Figures would be missing on one side.
+    #[error("it is of other runtimes, or other versions of them")]
+    Runtimes,
+    /// Not a time.
+    #[error("{0} ms is not a time")]
+    NoTime(f64),
+}
+
+impl Report {
+    /// Reads the report of an earlier comparison.
+    pub(super) fn read(path: &Path) -> Result<Self, ToolError> {
+        let file = path.display();
+        let text = fs::read_to_string(path).map_err(cannot(format!("read the report {file}")))?;
+        serde_json::from_str(&text).map_err(cannot(format!(
+            "use the report {file}, which is not what minivmm compare --json writes"
+        )))
+    }
+
+    /// Takes over the runs of an earlier report of the same.
+    pub(super) fn add(&mut self, earlier: Self, rows: &mut [Row]) -> Result<(), MisfitError> {
+        let vm = |report: &Self| (report.vm_memory_mib, report.vm_cpus);
+        let root = |report: &Self| (report.rootfs.clone(), report.rootfs_bytes);
+        for (what, same) in [
+            ("format", self.format == earlier.format),
+            ("version of minivmm", self.minivmm == earlier.minivmm),
+            ("root", root(self) == root(&earlier)),
+            ("command", self.command == earlier.command),
+            ("kernel", self.kernel == earlier.kernel),
+            ("size of virtual machine", vm(self) == vm(&earlier)),
+            ("kind of cold runs", self.cold == earlier.cold),
+            ("host", self.host.is_like(&earlier.host)),
+        ] {
+            if !same {
+                return Err(MisfitError::Other(what));
+            }
+        }
+        let names = |row: &RowReport| (row.name.clone(), row.version.clone());
+        let now = rows.iter().map(|row| names(&row.report));
+        if !now.eq(earlier.rows.iter().map(names)) {
+            return Err(MisfitError::Runtimes);
+        }
+        self.runs = self.runs.saturating_add(earlier.runs);
+        for (row, earlier) in rows.iter_mut().zip(earlier.rows) {
+            row.warm = [times(earlier.warm_first_output)?, times(earlier.warm_end)?];
+            row.cold = [times(earlier.cold_first_output)?, times(earlier.cold_end)?];
+            row.report.statuses = earlier.statuses;
+            row.report.peak_kib = earlier.peak_kib;
+            row.report.processes = earlier.processes;
+            // What failed stays left out.
+            row.report.error = earlier.error;
+        }
+        Ok(())
+    }
+}
+
+/// The times of all runs.
+fn times(summary: Option<Summary>) -> Result<Vec<Duration>, MisfitError> {
+    let samples = summary.map_or(Vec::new(), |summary| summary.samples_ms);
+    let time = |ms: f64| Duration::try_from_secs_f64(ms / 1e3).map_err(|_| MisfitError::NoTime(ms));
+    samples.into_iter().map(time).collect()
+}
