@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use minivmm::config::VmConfig;
+use minivmm::vmm::error::VmError;
 use minivmm::vmm::event_loop::EventLoop;
 use minivmm::vmm::outcome::Outcome;
 use minivmm::vmm::prepare::{BuildTimes, Prepared};
@@ -66,7 +67,7 @@ pub(crate) fn start(kernel: &Path, cmdline: &str) -> Result<(Vm, Captured), Box<
     let mut times = BuildTimes::default();
     let prepared = Prepared::new(&config, &ThreadStarter::default(), &mut times)?;
     let mut vm = Vm::build(prepared, console, Observers::default(), &mut times)?;
-    vm.start(|| Ok(()), None)?;
+    vm.start::<VmError>(|| Ok(()), None)?;
     Ok((vm, output))
 }
 

@@ -21,6 +21,7 @@ pub mod config;
 pub mod console;
 pub mod host;
 pub mod observe;
+pub mod sandbox;
 #[cfg(test)]
 #[path = "../tests/common/skip.rs"]
 mod skip;

@@ -139,6 +139,7 @@ fn usage_error(error: &ConfigError) -> u8 {
             status
         }
         ConfigError::NoKernel
+        | ConfigError::Sandbox
         | ConfigError::Cpus(_)
         | ConfigError::Disk { .. }
         | ConfigError::Memory(..) => USAGE,

@@ -16,6 +16,7 @@ const LAYERS: &[&[&str]] = &[
     &["tools"],
     &["observe"],
     &["console"],
+    &["sandbox"],
     &["vmm"],
     &["boot", "acpi"],
     &["arch"],
@@ -31,7 +32,9 @@ const RESERVED_CRATES: &[(&str, &[&str])] = &[
 ];
 
 /// The layers whose messages a library's user sees: command-line options mean nothing there.
-const WITHOUT_OPTIONS: &[&str] = &["console", "vmm", "boot", "acpi", "arch", "host", "config"];
+const WITHOUT_OPTIONS: &[&str] = &[
+    "console", "sandbox", "vmm", "boot", "acpi", "arch", "host", "config",
+];
 
 /// A module: its path within the crate, such as `vmm::vcpu`, and what its file says.
 #[derive(Default)]

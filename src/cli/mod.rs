@@ -2,6 +2,7 @@
 
 mod bench;
 mod compare;
+mod confine;
 pub mod exit_status;
 mod guest;
 mod guest_log;
@@ -31,7 +32,8 @@ use serde::de::value::StrDeserializer;
 use serde::de::{DeserializeOwned, IntoDeserializer};
 
 use crate::config::{
-    BootProtocol, ConfigError, ConsoleKind, ConsoleTarget, DiskConfig, OnReboot, Span, VmConfig,
+    BootProtocol, ConfigError, ConsoleKind, ConsoleTarget, DiskConfig, OnReboot, SandboxMode, Span,
+    VmConfig,
 };
 
 const EXAMPLES: &str = "\
@@ -195,8 +197,16 @@ pub struct VmArgs {
     /// Neither keep what was in a bzImage below ~/.cache/minivmm (or $XDG_CACHE_HOME) nor look for it there
     #[arg(long)]
     pub no_kernel_cache: bool,
+    /// What happens when minivmm asks the host for something that a VM does not need, as a guest that has broken out of its VM
+    /// would: strict ends minivmm with status 125; log says it on stderr and goes on; off leaves all to the VM's user
+    /// [default: strict]
+    #[arg(long, value_name = "MODE", value_parser = one_of::<SandboxMode>(&["strict", "log", "off"]))]
+    pub sandbox: Option<SandboxMode>,
+    /// End with status 125 where the host's kernel lacks a part of the sandbox (minivmm doctor says which)
+    #[arg(long)]
+    pub require_sandbox: bool,
     /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, mergeable, disks,
-    /// rng, console, serial, on_reboot, deadline, boot_protocol, kernel_cache; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
+    /// rng, console, serial, on_reboot, deadline, boot_protocol, kernel_cache, sandbox, require_sandbox; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
     /// "memory": "512M", "disks": [{"path": "root.img", "ro": true, "id": "root"}]}
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -224,6 +234,8 @@ impl VmArgs {
             deadline: self.deadline.or(base.deadline),
             boot_protocol: self.boot_protocol.unwrap_or(base.boot_protocol),
             kernel_cache: base.kernel_cache && !self.no_kernel_cache,
+            sandbox: self.sandbox.unwrap_or(base.sandbox),
+            require_sandbox: self.require_sandbox || base.require_sandbox,
             ..base
         })
     }

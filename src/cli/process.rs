@@ -1,6 +1,6 @@
 //! The process that minivmm is: what it inherits, and how a bug or a lack of memory ends it.
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 
 use super::exit_status::VMM_FAILED;
 use super::log::TimedStderr;
+use crate::sandbox::Call;
 use crate::{console, escaped};
 
 /// The first file descriptor behind stdin, stdout and stderr.
@@ -60,22 +61,25 @@ pub fn end_in_good_order() {
         );
         exit(VMM_FAILED.into())
     }));
-    handle_abort();
+    handle(libc::SIGABRT, on_abort);
+    handle(libc::SIGSYS, on_refused_call);
 }
+
+type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
 #[allow(
     unsafe_code,
     reason = "no safe interface offers a handler that never returns"
 )]
-fn handle_abort() {
+fn handle(signal: libc::c_int, handler: Handler) {
     // SAFETY: an all-zero sigaction is a valid value: no flags, an empty mask.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = on_abort as *const () as usize;
+    action.sa_sigaction = handler as usize;
     // On the alternate stack where there is one, as a stack overflow needs.
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
     // SAFETY: `action` has a handler of the signature that SA_SIGINFO asks for, which does only what is
     // async-signal-safe.
-    unsafe { libc::sigaction(libc::SIGABRT, &action, std::ptr::null_mut()) };
+    unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
 }
 
 #[allow(unsafe_code, reason = "it runs as a signal handler")]
@@ -111,22 +115,8 @@ pub fn name_file_on_bus_error(path: &Path) {
         escaped(&path.to_string_lossy())
     );
     if BUS_ERROR.set(message).is_ok() {
-        handle_bus_error();
+        handle(libc::SIGBUS, on_bus_error);
     }
-}
-
-#[allow(
-    unsafe_code,
-    reason = "no safe interface offers a handler that never returns"
-)]
-fn handle_bus_error() {
-    // SAFETY: an all-zero sigaction is a valid value: no flags, an empty mask.
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = on_bus_error as *const () as usize;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: `action` has a handler of the signature that SA_SIGINFO asks for, which does only what is
-    // async-signal-safe.
-    unsafe { libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) };
 }
 
 #[allow(unsafe_code, reason = "it runs as a signal handler")]
@@ -142,6 +132,59 @@ extern "C" fn on_bus_error(
     // SAFETY: write and _exit are async-signal-safe, and the pointer and length are those of the message.
     unsafe {
         libc::write(2, message.as_ptr().cast(), message.len());
+        libc::_exit(VMM_FAILED.into());
+    }
+}
+
+/// A call that the sandbox refuses ends the process: something has gone wrong with its thread, or a guest has taken it over.
+#[allow(unsafe_code, reason = "it runs as a signal handler")]
+extern "C" fn on_refused_call(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) {
+    /// <asm-generic/siginfo.h>: the signal is a filter's.
+    const SYS_SECCOMP: libc::c_int = 1;
+    /// Bytes of a line.
+    const LINE: usize = 160;
+
+    console::restore_terminal();
+    let mut line = [0u8; LINE];
+    let mut name = [0u8; 16];
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo and context; PR_GET_NAME writes 16 bytes at most; prctl, poll, write,
+    // _exit, signal and raise are async-signal-safe; to format a call allocates nothing.
+    unsafe {
+        if (*info).si_code != SYS_SECCOMP {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+            return;
+        }
+        libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr());
+        let registers = &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+        let register = |index| registers.get(index as usize).copied().unwrap_or(-1);
+        let call = Call {
+            number: register(libc::REG_RAX),
+            request: register(libc::REG_RSI) as u32,
+            thread: CStr::from_bytes_until_nul(&name)
+                .ok()
+                .and_then(|name| name.to_str().ok())
+                .unwrap_or("?"),
+        };
+        let mut rest = line.as_mut_slice();
+        let _ = writeln!(
+            rest,
+            "minivmm: error: the sandbox refused a system call: {call}"
+        );
+        let len = LINE - rest.len();
+        let mut stderr = libc::pollfd {
+            fd: 2,
+            events: libc::POLLOUT,
+            revents: 0,
+        };
+        // Nobody may read it.
+        if libc::poll(&raw mut stderr, 1, 200) != 0 {
+            libc::write(2, line.as_ptr().cast(), len);
+        }
         libc::_exit(VMM_FAILED.into());
     }
 }

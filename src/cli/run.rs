@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use minivmm_devices::thread::ThreadStarter;
 
+use super::confine;
 use super::guest_log::{MarkLog, SleepCheck};
 use super::process;
 use super::release;
@@ -19,6 +20,7 @@ use crate::console::{
 use crate::observe::post_mortem::{self, CrashReport};
 use crate::observe::timeline::Timeline;
 use crate::observe::transcript::SharedTranscript;
+use crate::sandbox::{Sandbox, SandboxError};
 use crate::vmm::control::End;
 use crate::vmm::ending;
 use crate::vmm::error::{VmError, host};
@@ -43,6 +45,9 @@ pub enum RunError {
     /// The console cannot be opened.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The VM's threads cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
 }
 
 /// What to change on the command line.
@@ -113,8 +118,10 @@ pub fn run(
     let deadline = config.deadline.and_then(|span| span.after(started));
     watch.set_deadline(deadline);
 
+    let sandbox = confine::sandbox(plan)?;
+    let threads = confine::threads(&sandbox);
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
-    let prepared = prepare(plan, timeline)?;
+    let prepared = prepare(plan, &threads, timeline)?;
     let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
     let saver = plan.snapshot_at.as_ref();
     let saver = saver.map(|at| Saver::open(at, config, source));
@@ -122,7 +129,7 @@ pub fn run(
     if let Some(source) = source {
         process::name_file_on_bus_error(source.path());
     }
-    let (console, input) = Console::open(&config.serial, &ThreadStarter::default())?;
+    let (console, input) = Console::open(&config.serial, &threads)?;
     let terminal = match config.serial {
         ConsoleTarget::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
         _ => None,
@@ -133,6 +140,8 @@ pub fn run(
     let mut run = Run {
         plan,
         saver,
+        sandbox: &sandbox,
+        threads: &threads,
         console: &console,
         input,
         signals: &signals,
@@ -174,14 +183,17 @@ pub fn run(
     Ok(outcome)
 }
 
-fn prepare(plan: &Plan, timeline: &mut Timeline) -> Result<Prepared, VmError> {
+fn prepare(
+    plan: &Plan,
+    threads: &ThreadStarter,
+    timeline: &mut Timeline,
+) -> Result<Prepared, VmError> {
     let mut times = BuildTimes::default();
-    let threads = ThreadStarter::default();
     let prepared = match &plan.snapshot {
-        None => Prepared::new(&plan.config, &threads, &mut times),
+        None => Prepared::new(&plan.config, threads, &mut times),
         Some((snapshot, identity)) => {
             let identity = identity.clone();
-            Prepared::restore(snapshot, &plan.config, identity, &threads, &mut times)
+            Prepared::restore(snapshot, &plan.config, identity, threads, &mut times)
         }
     };
     timeline.note_build(&times);
@@ -224,6 +236,8 @@ struct Run<'a> {
     plan: &'a Plan,
     /// Until the VM is saved.
     saver: Option<Saver>,
+    sandbox: &'a Sandbox,
+    threads: &'a ThreadStarter,
     console: &'a Console,
     input: ConsoleInput,
     signals: &'a Arc<Signals>,
@@ -246,7 +260,7 @@ impl Run<'_> {
             emit(final_log);
             log::info!("the guest reset the machine: booting again");
             watch = start_watch(self.signals, self.deadline, Some(self.console.clone()))?;
-            prepared = prepare(self.plan, self.timeline)?;
+            prepared = prepare(self.plan, self.threads, self.timeline)?;
         }
     }
 
@@ -287,12 +301,16 @@ impl Run<'_> {
         }));
         transcript.get().on_panic_end = Some(ending::on_panic_end(&vm));
 
+        let events = self
+            .sources(&vm, &mark_log)
+            .map_err(host("the event loop"))?;
         let control = Arc::clone(vm.control());
+        let paths = || confine::paths(self.plan, self.console.pty_path());
         let started = vm.start(
-            || Ok(()),
+            || self.sandbox.confine_main(paths).map_err(RunError::from),
             Some(Box::new(move |job| watch.hand_over(job, control))),
         );
-        let looped = self.serve(&vm, &mark_log);
+        let looped = self.serve(&vm, &events, &mark_log);
         let end = vm.join();
         mark_log.emit();
         self.console.observe();
@@ -315,11 +333,10 @@ impl Run<'_> {
         Ok((outcome, lines))
     }
 
-    /// Serves console, signals and deadline until the VM has ended.
-    fn serve(&mut self, vm: &Vm, mark_log: &MarkLog) -> std::io::Result<()> {
-        let control = vm.control();
+    /// What the event loop waits for.
+    fn sources(&self, vm: &Vm, mark_log: &MarkLog) -> std::io::Result<EventLoop<Source>> {
         let mut events = EventLoop::new()?;
-        events.add(control.ended(), false, Source::Ended)?;
+        events.add(vm.control().ended(), false, Source::Ended)?;
         events.add(&**self.signals, false, Source::Signal)?;
         events.add(vm.console_ready(), false, Source::ConsoleReady)?;
         events.add(&mark_log.written, false, Source::BootMark)?;
@@ -332,6 +349,17 @@ impl Run<'_> {
             // A regular file or /dev/null is always ready, so that the guest's readiness is all there is to wait for.
             events.add(&fd, true, Source::Input)?;
         }
+        Ok(events)
+    }
+
+    /// Serves console, signals and deadline until the VM has ended.
+    fn serve(
+        &mut self,
+        vm: &Vm,
+        events: &EventLoop<Source>,
+        mark_log: &MarkLog,
+    ) -> std::io::Result<()> {
+        let control = vm.control();
         // A restarted VM may find input that was read from no edge of its own.
         self.pump(vm);
         let mut sleep_check = log::log_enabled!(log::Level::Info).then(SleepCheck::new);

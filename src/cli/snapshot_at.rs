@@ -23,6 +23,16 @@ pub struct SnapshotAt {
     exit: bool,
 }
 
+impl SnapshotAt {
+    /// The directory that the file will be in.
+    pub(super) fn dir(&self) -> PathBuf {
+        match self.path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir.into(),
+            _ => ".".into(),
+        }
+    }
+}
+
 impl FromStr for SnapshotAt {
     type Err = String;
 

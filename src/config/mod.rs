@@ -99,6 +99,9 @@ pub enum ConfigError {
         /// What is wrong.
         why: String,
     },
+    /// A required sandbox that refuses nothing.
+    #[error("the sandbox is required, so it has to be strict")]
+    Sandbox,
     /// An invalid memory size.
     #[error("{0} of memory is not possible: a VM has 16M to 4T, in whole pages of 4 KiB{1}")]
     Memory(MemorySize, &'static str),
@@ -136,6 +139,19 @@ pub enum OnReboot {
     Restart,
 }
 
+/// How the threads of a VM are confined.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SandboxMode {
+    /// What they do not need ends the process.
+    #[default]
+    Strict,
+    /// What they do not need is logged, and done.
+    Log,
+    /// Not at all.
+    Off,
+}
+
 /// All that describes a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -170,6 +186,10 @@ pub struct VmConfig {
     pub boot_protocol: BootProtocol,
     /// Whether unpacked kernels are kept in the user's cache directory.
     pub kernel_cache: bool,
+    /// How the VM's threads are confined.
+    pub sandbox: SandboxMode,
+    /// Whether it is an error if the host cannot confine them in all ways.
+    pub require_sandbox: bool,
 }
 
 impl Default for VmConfig {
@@ -190,6 +210,8 @@ impl Default for VmConfig {
             deadline: None,
             boot_protocol: BootProtocol::default(),
             kernel_cache: true,
+            sandbox: SandboxMode::default(),
+            require_sandbox: false,
         }
     }
 }
@@ -233,6 +255,9 @@ impl VmConfig {
                 ""
             };
             return Err(ConfigError::Memory(self.memory, hint));
+        }
+        if self.require_sandbox && self.sandbox != SandboxMode::Strict {
+            return Err(ConfigError::Sandbox);
         }
         for disk in &self.disks {
             disk.validate().map_err(|why| ConfigError::Disk {

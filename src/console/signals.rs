@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
-use nix::sys::signal::{SigSet, Signal, raise};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::terminal;
@@ -93,7 +93,11 @@ impl AsFd for Signals {
 /// The default action of SIGTSTP: stops the process, unless its process group is orphaned.
 fn stop_self() {
     let stop = SigSet::from(Signal::SIGTSTP);
-    let stopped = raise(Signal::SIGTSTP)
+    // To the process: it is this thread that takes it, since all others block it.
+    let sent =
+        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TSTP);
+    let stopped = sent
+        .map_err(|e| nix::errno::Errno::from_raw(e.raw_os_error()))
         .and_then(|()| stop.thread_unblock())
         .and_then(|()| stop.thread_block());
     if let Err(e) = stopped {

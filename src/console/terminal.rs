@@ -135,8 +135,8 @@ fn in_foreground(fd: impl AsFd) -> bool {
 const FAULTS: [libc::c_int; 4] = [libc::SIGILL, libc::SIGBUS, libc::SIGFPE, libc::SIGSEGV];
 /// What was done about them before, in the same order.
 static PREVIOUS: [OnceLock<libc::sigaction>; 4] = [const { OnceLock::new() }; 4];
-/// The other signals that an instruction can set off, a breakpoint or a system call that a filter forbids.
-const TRAPS: [libc::c_int; 2] = [libc::SIGTRAP, libc::SIGSYS];
+/// The other signal that an instruction can set off, a breakpoint. [`crate::cli::process`] has SIGSYS.
+const TRAPS: [libc::c_int; 1] = [libc::SIGTRAP];
 
 #[allow(
     unsafe_code,

@@ -37,6 +37,8 @@ pub enum JsonFileError {
 pub struct JsonFile {
     path: PathBuf,
     file: File,
+    /// It can be emptied.
+    is_regular: bool,
 }
 
 impl JsonFile {
@@ -45,9 +47,17 @@ impl JsonFile {
         if path == Path::new("-") {
             return Err(JsonFileError::Stdout);
         }
-        match output::open(&path).and_then(|file| Ok((would_overwrite(&path, &file)?, file))) {
-            Ok((true, _)) => Err(JsonFileError::WouldOverwrite(path)),
-            Ok((false, file)) => Ok(Self { path, file }),
+        let checked = output::open(&path).and_then(|file| {
+            let is_regular = file.metadata()?.is_file();
+            Ok((would_overwrite(&path, &file)?, file, is_regular))
+        });
+        match checked {
+            Ok((true, ..)) => Err(JsonFileError::WouldOverwrite(path)),
+            Ok((false, file, is_regular)) => Ok(Self {
+                path,
+                file,
+                is_regular,
+            }),
             Err(source) => Err(JsonFileError::Write { path, source }),
         }
     }
@@ -55,7 +65,7 @@ impl JsonFile {
     /// Puts the report into the file in place of what it had.
     pub fn write(mut self, report: &impl Serialize) -> Result<(), JsonFileError> {
         let mut write = || {
-            if self.file.metadata()?.is_file() {
+            if self.is_regular {
                 self.file.set_len(0)?;
             }
             let mut json = serde_json::to_string_pretty(report)?;

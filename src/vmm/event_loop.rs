@@ -116,17 +116,17 @@ mod tests {
         let (one, two) = (event(), event());
         let first = events.add(&one, false, 'a').unwrap().unwrap();
         events.add(&two, true, 'b').unwrap().unwrap();
-        assert_eq!(events.wait(soon()).unwrap(), []);
+        assert!(events.wait(soon()).unwrap().is_empty());
         one.write(1).unwrap();
         assert_eq!(events.wait(None).unwrap(), ['a']);
         // By level: it was not read.
         assert_eq!(events.wait(None).unwrap(), ['a']);
         events.remove(first).unwrap();
         events.remove(first).unwrap();
-        assert_eq!(events.wait(soon()).unwrap(), []);
+        assert!(events.wait(soon()).unwrap().is_empty());
         two.write(1).unwrap();
         assert_eq!(events.wait(None).unwrap(), ['b']);
-        assert_eq!(events.wait(soon()).unwrap(), [], "by edge");
+        assert!(events.wait(soon()).unwrap().is_empty(), "by edge");
     }
 
     #[test]

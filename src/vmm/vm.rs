@@ -159,11 +159,11 @@ impl Vm {
 
     /// Starts the vCPUs, the boot vCPU last: on a thread of its own, or on one that `first_thread` gives its job to. `before` comes
     /// when all other threads are there and the guest has not begun. When this fails, the VM has ended.
-    pub fn start(
+    pub fn start<E: From<VmError>>(
         &mut self,
-        before: impl FnOnce() -> Result<(), VmError>,
+        before: impl FnOnce() -> Result<(), E>,
         first_thread: Option<TakeJob>,
-    ) -> Result<(), VmError> {
+    ) -> Result<(), E> {
         vcpu::install_kick_handler().map_err(|e| host("the kick signal")(e.into()))?;
         let Vcpus::Still(vcpus) = &mut self.vcpus else {
             return Ok(());
@@ -175,9 +175,10 @@ impl Vm {
         let mut running = Vec::with_capacity(vcpus.len() + 1);
         let start = |vcpu: Vcpu, thread| {
             let (buses, control) = (Arc::clone(&self.machine.buses), Arc::clone(&self.control));
-            vcpu.start(buses, control, &self.parts.threads, thread)
+            let vcpu = vcpu.start(buses, control, &self.parts.threads, thread);
+            vcpu.map_err(VmError::from)
         };
-        let start_all = || -> Result<(), VmError> {
+        let start_all = || -> Result<(), E> {
             for vcpu in vcpus {
                 running.push(start(vcpu, None)?);
             }

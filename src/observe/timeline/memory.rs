@@ -1,9 +1,11 @@
 //! What memory the process has to itself: the guest's RAM, and all else.
 
+use std::fs::File;
+use std::io::BufReader;
 use std::ops::Range;
 
-use procfs::ProcResult;
-use procfs::process::{MemoryMap, Process};
+use procfs::process::{MemoryMap, MemoryMaps};
+use procfs::{FromBufRead, ProcResult};
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -11,6 +13,9 @@ use crate::console::OUTPUT_MEMORY_BOUND;
 use crate::host::memory::private_bytes;
 use crate::vmm::vcpu;
 use crate::vmm::vm::Vm;
+
+/// The kernel's account of this process's memory, made when it is read. It is to be opened before the guest runs: then nothing can.
+pub(super) const ACCOUNT: &str = "/proc/self/smaps";
 
 /// Memory of this process that no other process shares, in bytes: resident or swapped out, in anonymous or file pages. What
 /// the kernel keeps for it, KVM's page tables among it, is not part of it.
@@ -23,13 +28,13 @@ pub(super) struct PrivateMemory {
 }
 
 impl PrivateMemory {
-    /// Asks the kernel (/proc/self/smaps), page table by page table: it takes milliseconds with a large guest.
-    pub(super) fn read(mem: &GuestMemoryMmap) -> ProcResult<Self> {
+    /// Asks the kernel, page table by page table: it takes milliseconds with a large guest.
+    pub(super) fn read(account: File, mem: &GuestMemoryMmap) -> ProcResult<Self> {
         let guest: Vec<Range<u64>> = mem
             .iter()
             .map(|region| region.as_ptr() as u64..region.as_ptr() as u64 + region.len())
             .collect();
-        let maps = Process::myself()?.smaps()?;
+        let maps = MemoryMaps::from_buf_read(BufReader::new(account))?;
         Ok(Self::sum(&maps.0, &guest))
     }
 
@@ -84,7 +89,8 @@ mod tests {
         const SIZE: u64 = 64 << 20;
         let mem = memory::create(SIZE).unwrap();
         // The kernel may have merged it with the guest RAM of a test that runs at the same time.
-        let before = PrivateMemory::read(&mem).unwrap();
+        let read = || PrivateMemory::read(File::open(ACCOUNT).unwrap(), &mem).unwrap();
+        let before = read();
         assert!(
             before.guest_bytes < SIZE && before.own_bytes > 0,
             "{before:?}"
@@ -92,10 +98,11 @@ mod tests {
         for page in (0..SIZE).step_by(4096) {
             mem.write_obj(1u8, GuestAddress(page)).unwrap();
         }
-        let after = PrivateMemory::read(&mem).unwrap();
+        let after = read();
         assert!(after.guest_bytes >= SIZE, "{after:?}");
         // Were its address not known, it would be minivmm's own.
-        let maps = Process::myself().unwrap().smaps().unwrap();
+        let maps = BufReader::new(File::open(ACCOUNT).unwrap());
+        let maps = MemoryMaps::from_buf_read(maps).unwrap();
         let all = PrivateMemory::sum(&maps.0, &[]);
         assert!(all.guest_bytes == 0 && all.own_bytes > SIZE, "{all:?}");
     }

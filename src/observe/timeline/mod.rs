@@ -12,6 +12,7 @@ mod record;
 mod report;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::time::Instant;
 
 use super::phases::Phases;
@@ -42,6 +43,7 @@ impl Timeline {
             exits: ExitProfile::default(),
             names: BTreeMap::new(),
             console_bytes: 0,
+            memory_account: File::open(memory::ACCOUNT).ok(),
             memory: None,
             memory_bounds: Vec::new(),
             boots: 0,
@@ -98,9 +100,14 @@ impl Timeline {
             return;
         }
         watch.note(Point::VcpusStopped, Instant::now());
-        match PrivateMemory::read(vm.mem()) {
-            Ok(memory) => watch.memory = Some(memory),
-            Err(e) => log::info!("cannot measure the memory of minivmm: {e}"),
+        let account = watch.memory_account.take();
+        match account.map(|account| PrivateMemory::read(account, vm.mem())) {
+            Some(Ok(memory)) => watch.memory = Some(memory),
+            Some(Err(e)) => log::info!("cannot measure the memory of minivmm: {e}"),
+            None => log::info!(
+                "cannot measure the memory of minivmm without {}",
+                memory::ACCOUNT
+            ),
         }
         watch.memory_bounds = MemoryBound::of(vm);
         watch.note(Point::MemoryMeasured, Instant::now());

@@ -1,6 +1,7 @@
 //! What a timeline records: events, boot marks, exits.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -94,6 +95,8 @@ pub(super) struct Record {
     /// What the devices are called that exits went to.
     pub(super) names: BTreeMap<BusRegion, String>,
     pub(super) console_bytes: u64,
+    /// What the memory is to be measured with.
+    pub(super) memory_account: Option<File>,
     pub(super) memory: Option<PrivateMemory>,
     pub(super) memory_bounds: Vec<MemoryBound>,
     pub(super) boots: u32,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::check::Check;
-use super::limits;
+use super::{limits, sandbox};
 use crate::host::cpu::Cpu;
 use crate::host::kvm::{self, Modules};
 
@@ -52,6 +52,7 @@ struct KvmFacts {
 pub fn check_host() -> Vec<Check> {
     let (cpu, modules) = (Cpu::read(), Modules::read());
     let mut checks = check_kvm(open_kvm(&cpu, modules), &cpu, modules);
+    checks.extend(sandbox::check_sandbox());
     checks.extend(limits::check_limits());
     checks
 }

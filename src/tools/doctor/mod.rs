@@ -6,6 +6,7 @@ mod host;
 mod initrd;
 mod kernel;
 mod limits;
+mod sandbox;
 mod scan;
 
 use std::io::{self, IsTerminal, Write};

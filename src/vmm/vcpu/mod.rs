@@ -6,12 +6,14 @@ mod run_page;
 
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
+use rustix::process::getpid;
+use rustix::thread::gettid;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::control::{Control, Request};
 use super::outcome::{Outcome, VcpuFailure};
@@ -87,8 +89,16 @@ pub struct Vcpu {
     /// More about them, for a timeline.
     pub profile: Option<ExitProfile>,
     page: Arc<RunPage>,
-    /// How deeply it slept when it was last paused.
-    sleep: Arc<AtomicU8>,
+    state: Arc<ThreadState>,
+}
+
+/// What a vCPU's thread tells of itself.
+#[derive(Default)]
+struct ThreadState {
+    /// Its number, once it has one.
+    id: AtomicI32,
+    /// How deeply the vCPU slept when it was last paused.
+    sleep: AtomicU8,
 }
 
 /// What came of entering the guest once.
@@ -118,7 +128,7 @@ impl Vcpu {
             exits: 0,
             profile: None,
             page: Arc::new(page),
-            sleep: Arc::default(),
+            state: Arc::default(),
         })
     }
 
@@ -132,8 +142,9 @@ impl Vcpu {
     ) -> Result<RunningVcpu, VcpuError> {
         let (index, page) = (self.index, Arc::clone(&self.page));
         let fd = self.fd.as_raw_fd();
-        let sleep = Arc::clone(&self.sleep);
+        let state = Arc::clone(&self.state);
         let job = move || {
+            self.state.id.store(gettid().as_raw_pid(), Ordering::SeqCst);
             // Whoever started minivmm may have blocked the signal, and a process inherits that.
             if let Err(e) = unblock_signal(SIGRTMIN()) {
                 log::debug!("vCPU {index} cannot be kicked out of a guest that spins: {e:?}");
@@ -161,7 +172,7 @@ impl Vcpu {
             thread,
             fd,
             page,
-            sleep,
+            state,
         })
     }
 
@@ -177,7 +188,7 @@ impl Vcpu {
                     self.page.set_immediate_exit(true);
                     while !self.step_or_end(buses, control) {}
                     let sleep = Sleep::of(&self.fd).unwrap_or(Sleep::Awake);
-                    self.sleep.store(sleep as u8, Ordering::Release);
+                    self.state.sleep.store(sleep as u8, Ordering::Release);
                     control.park();
                     self.page.set_immediate_exit(false);
                     // The guest's watchdogs must know that it did not hang. It fails where the guest has no kvm-clock.
@@ -262,15 +273,26 @@ pub struct RunningVcpu {
     thread: JoinHandle<Option<Vcpu>>,
     fd: RawFd,
     page: Arc<RunPage>,
-    sleep: Arc<AtomicU8>,
+    state: Arc<ThreadState>,
 }
 
 impl RunningVcpu {
     /// Makes KVM_RUN return now and whenever it is called again; the vCPU's thread then sees what is asked of it.
     pub fn kick(&self) {
         self.page.set_immediate_exit(true);
-        if let Err(e) = self.thread.kill(SIGRTMIN()) {
-            log::debug!("vCPU thread has gone: {e}");
+        // One that has no number yet finds the flag when it enters the guest.
+        let id = self.state.id.load(Ordering::SeqCst);
+        if id != 0 {
+            let process = getpid().as_raw_pid();
+            #[allow(
+                unsafe_code,
+                reason = "musl's pthread_kill(3) names no process, which a filter looks at"
+            )]
+            // SAFETY: it takes three numbers. A thread that has gone gets no signal, and one of this process that has its number now has
+            // a handler for it, which does nothing.
+            unsafe {
+                libc::syscall(libc::SYS_tgkill, process, id, SIGRTMIN())
+            };
         }
     }
 
@@ -288,7 +310,7 @@ impl RunningVcpu {
 
     /// How deeply it slept when it was last paused.
     pub fn sleep(&self) -> Sleep {
-        Sleep::from_number(self.sleep.load(Ordering::Acquire))
+        Sleep::from_number(self.state.sleep.load(Ordering::Acquire))
     }
 
     /// Waits for the thread, and gives the vCPU back.
