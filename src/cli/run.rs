@@ -149,8 +149,8 @@ pub fn run(
         timeline,
     };
     let ended = run.until_the_end(prepared, watch);
-    // A guest that ended by itself, or cannot be started again, has its last words delivered however slow the reader is.
-    // Whoever stops a VM does not want to wait for that.
+    // The output of a guest that ended by itself, or cannot be started again, is delivered however slow the reader is. After an
+    // external stop, the console is drained for at most DRAIN_TIMEOUT.
     let ended_by = ended.as_ref().map(|(outcome, _)| outcome);
     let stopped = ended_by.is_ok_and(Outcome::is_external);
     let limit = Instant::now() + DRAIN_TIMEOUT;
