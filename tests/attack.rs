@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Ended, boot_tiny, run};
+use minivmm::sandbox::landlock_version;
 use tempfile::NamedTempFile;
 
 /// What the guest ends with when the host's kernel has done, or answered, the call.
@@ -15,26 +16,27 @@ const THREADS: [(char, &str); 5] = [
     ('b', "virtio-blk 0"),
     ('r', "virtio-rng"),
     ('c', "console"),
-    ('m', "main"),
+    ('m', "minivmm"),
 ];
 
-/// Letters of devices/src/attack.rs, and what is called.
-const CALLS: [(char, &str); 15] = [
-    ('x', "execve"),
-    ('o', "openat"),
-    ('s', "socket"),
-    ('t', "ptrace"),
-    ('m', "mount"),
-    ('c', "clone"),
-    ('k', "kill"),
-    ('u', "io_uring_setup"),
-    ('v', "ioctl 0xae01"), // KVM_CREATE_VM
-    ('e', "mmap"),         // to be executed
-    ('f', "memfd_create"),
-    ('g', "tgkill"),
-    ('i', "ioctl 0x5412"), // TIOCSTI
-    ('w', "fcntl"),        // F_SETOWN
-    ('p', "prctl"),        // PR_SET_DUMPABLE
+/// Letters of devices/src/attack.rs, and what is called, as the sandbox says it.
+const CALLS: [(char, &str); 16] = [
+    ('x', "execve ("),
+    ('o', "openat ("),
+    ('s', "socket ("),
+    ('t', "ptrace ("),
+    ('m', "mount ("),
+    ('c', "clone ("),
+    ('k', "kill ("),                // of another process
+    ('u', "io_uring_setup ("),      // to open by a ring of its own
+    ('v', "ioctl (16) 0xae01"),     // KVM_CREATE_VM
+    ('y', "ioctl (16) 0x4020ae46"), // KVM_SET_USER_MEMORY_REGION
+    ('e', "mmap ("),                // to be executed
+    ('f', "memfd_create ("),
+    ('g', "tgkill ("),          // of another process
+    ('i', "ioctl (16) 0x5412"), // TIOCSTI
+    ('w', "fcntl ("),           // F_SETOWN
+    ('p', "prctl ("),           // PR_SET_DUMPABLE
 ];
 
 fn attack(call: char, thread: char, args: &[&str]) -> Ended {
@@ -46,12 +48,59 @@ fn attack(call: char, thread: char, args: &[&str]) -> Ended {
     run(&mut boot_tiny("attack", &cmdline, &[&given, args].concat()))
 }
 
+#[track_caller]
+fn assert_refused(ended: &Ended, what: &str, name: &str) {
+    assert_eq!(ended.code(), 125, "{what} in {name}: {}", ended.stderr);
+    let refused = ended.stderr.lines().any(|line| {
+        line.contains(&format!("refused a system call: {what}"))
+            && line.ends_with(&format!("by thread {name}"))
+    });
+    assert!(refused, "{what} in {name}: {}", ended.stderr);
+}
+
+#[test]
+fn what_a_thread_may_not_do_ends_minivmm() {
+    for (thread, name) in THREADS {
+        for (call, what) in CALLS {
+            assert_refused(&attack(call, thread, &[]), what, name);
+        }
+    }
+}
+
+/// Its guest's reset has the main thread boot again: it may open the VM's files, and make a VM, but no ring, which could open others.
+#[test]
+fn what_restarts_a_guest_may_do_no_more_than_it_takes() {
+    for (call, what) in CALLS {
+        let ended = attack(call, 'm', &["--on-reboot", "restart"]);
+        match call {
+            'o' if landlock_version().is_some() => assert_eq!(ended.code(), libc::EACCES),
+            'o' | 'v' | 'y' => assert_eq!(ended.code(), DONE, "{what}: {}", ended.stderr),
+            'u' => assert_eq!(ended.code(), libc::EPERM, "{what}: {}", ended.stderr),
+            _ => assert_refused(&ended, what, "minivmm"),
+        }
+    }
+}
+
+/// Without a sandbox they may: what is refused above is refused by it.
 #[test]
 fn an_unconfined_thread_may_do_what_its_user_may() {
     for (thread, name) in THREADS {
         for (call, what) in CALLS {
-            let ended = attack(call, thread, &[]);
+            let ended = attack(call, thread, &["--sandbox", "off"]);
             assert_eq!(ended.code(), DONE, "{what} in {name}: {}", ended.stderr);
         }
+    }
+}
+
+#[test]
+fn what_would_be_refused_is_logged_and_done() {
+    for (call, what) in CALLS {
+        let ended = attack(call, 'c', &["--sandbox", "log"]);
+        // A shell has no one to ask any more: the thread that logs has gone.
+        if call != 'x' {
+            assert_eq!(ended.code(), DONE, "{what}: {}", ended.stderr);
+        }
+        let logged = format!("would refuse a system call: {what}");
+        assert!(ended.stderr.contains(&logged), "{what}: {}", ended.stderr);
     }
 }

@@ -25,6 +25,10 @@ pub const PORT_LEN: u64 = 2;
 /// The guest's status when the host's kernel has done the call, or has had a reason of its own not to.
 pub const DONE: u8 = 77;
 
+/// <linux/kvm.h>
+const KVM_CREATE_VM: libc::Ioctl = 0xae01;
+const KVM_SET_USER_MEMORY_REGION: libc::Ioctl = 0x4020_ae46;
+
 /// What is to be tried by the next thread with such a name.
 struct Attack {
     call: u8,
@@ -124,7 +128,15 @@ fn carry_out(call: u8) -> bool {
             }
             b'k' => answered(libc::kill(1, 0).into(), &[libc::EPERM]),
             b'u' => open_by_a_ring(),
-            b'v' => of_some_descriptor(&|fd| libc::ioctl(fd, 0xae01, 0)), // KVM_CREATE_VM
+            b'v' => (0..256).any(|fd| libc::ioctl(fd, KVM_CREATE_VM, 0) >= 0),
+            b'y' => {
+                // A memslot that is not there, to be removed.
+                let region = [400u64, 0, 0, 0];
+                (0..256).any(|fd| {
+                    let result = libc::ioctl(fd, KVM_SET_USER_MEMORY_REGION, &region);
+                    answered(result.into(), &[libc::EINVAL])
+                })
+            }
             b'e' => {
                 let rwx = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
                 let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -154,9 +166,4 @@ fn open_by_a_ring() -> bool {
     pushed.is_ok()
         && ring.submit_and_wait(1).is_ok()
         && ring.completion().next().is_some_and(|e| e.result() >= 0)
-}
-
-/// Whether a call succeeds with one of the descriptors that are open.
-fn of_some_descriptor(call: &dyn Fn(i32) -> i32) -> bool {
-    (0..256).any(|fd| call(fd) >= 0)
 }
