@@ -81,6 +81,22 @@ fn what_restarts_a_guest_may_do_no_more_than_it_takes() {
     }
 }
 
+/// A snapshot is put where its directory is, and nowhere else.
+#[test]
+fn what_saves_a_guest_may_do_no_more_than_it_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = format!("9={}", dir.path().join("snapshot").display());
+    for (call, what) in CALLS {
+        let args = ["-v", "--deadline", "60s", "--snapshot-at", &at];
+        let ended = run(&mut boot_tiny("attack", &format!("{call}mh"), &args));
+        match call {
+            'o' if landlock_version().is_some() => assert_eq!(ended.code(), libc::EACCES),
+            'o' => assert_eq!(ended.code(), DONE, "{what}: {}", ended.stderr),
+            _ => assert_refused(&ended, what, "minivmm"),
+        }
+    }
+}
+
 /// Without a sandbox they may: what is refused above is refused by it.
 #[test]
 fn an_unconfined_thread_may_do_what_its_user_may() {
