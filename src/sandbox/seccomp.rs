@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::mem;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::raw::c_uint;
 
@@ -17,7 +18,13 @@ use super::rules::{Role, Rule, TABLE, When};
 /// <linux/bpf_common.h>
 const BPF_LD_W_ABS: u16 = 0x20;
 const BPF_JEQ_K: u16 = 0x15;
+const BPF_JGE_K: u16 = 0x35;
+const BPF_JA: u16 = 0x05;
 const BPF_RET_K: u16 = 0x06;
+
+/// Calls that are looked for one after the other. When a filter is installed, the kernel tries it with every number that there is, which
+/// takes far longer without groups.
+const GROUP: usize = 6;
 
 /// What comes of a call that the table does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,17 +104,19 @@ fn compile(role: Role, refusal: Refusal) -> Result<BpfProgram, seccompiler::Back
     for call in unconditional {
         rules.insert(call, Vec::new());
     }
-    let filter = SeccompFilter::new(
-        rules,
-        SeccompAction::Trap,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?;
     let mut program = absent(libc::SYS_clone3, libc::ENOSYS);
     if role == Role::Restart {
         program.extend(absent(libc::SYS_io_uring_setup, libc::EPERM));
     }
-    program.extend(BpfProgram::try_from(filter)?);
+    while let Some((number, _)) = rules.iter().nth(GROUP) {
+        let rest = rules.split_off(&{ *number });
+        let group = group(mem::replace(&mut rules, rest))?;
+        // Over the group, for numbers behind it.
+        program.push(instruction(BPF_JGE_K, 0, 1, first(&rules)));
+        program.push(instruction(BPF_JA, 0, 0, group.len() as u32));
+        program.extend(group);
+    }
+    program.extend(group(rules)?);
     if refusal == Refusal::Notify {
         // seccompiler has no name for it.
         for instruction in &mut program {
@@ -119,11 +128,27 @@ fn compile(role: Role, refusal: Refusal) -> Result<BpfProgram, seccompiler::Back
     Ok(program)
 }
 
+fn first(rules: &BTreeMap<i64, Vec<SeccompRule>>) -> u32 {
+    rules
+        .keys()
+        .next()
+        .map_or(u32::MAX, |number| *number as u32)
+}
+
+/// The filter of some calls, which decides on all that reach it.
+fn group(rules: BTreeMap<i64, Vec<SeccompRule>>) -> Result<BpfProgram, seccompiler::BackendError> {
+    let (refused, allowed) = (SeccompAction::Trap, SeccompAction::Allow);
+    SeccompFilter::new(rules, refused, allowed, TargetArch::x86_64)?.try_into()
+}
+
+fn instruction(code: u16, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code, jt, jf, k }
+}
+
 /// Instructions that answer a call with an error, and its caller takes another. No filter sees the flags of clone3(2), for which the C
 /// library has clone(2), and what a ring will do, which until it is restricted is anything: the disks of another boot go
 /// without.
 fn absent(call: i64, error: i32) -> BpfProgram {
-    let instruction = |code, jt, jf, k| sock_filter { code, jt, jf, k };
     vec![
         // The number of the call is the first field.
         instruction(BPF_LD_W_ABS, 0, 0, 0),
