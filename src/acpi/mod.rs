@@ -19,6 +19,12 @@ const OEM_ID: [u8; 6] = *b"MINIVM";
 const OEM_TABLE_ID: [u8; 8] = *b"MINIVMM ";
 const OEM_REVISION: u32 = 1;
 
+const GENERATION_ID_NAME: &str = "VGEN";
+/// What every driver of a VM generation ID knows it by.
+const GENERATION_ID_CID: &str = "VM_Gen_Counter";
+/// Notification values from 0x80 on are a device's own (§ 5.6.6); this is that of a new generation ID.
+const NOTIFY_DEVICE: u8 = 0x80;
+
 /// IAPC_BOOT_ARCH (§ 5.2.9.3): no VGA, no CMOS clock; the 8042 bit stays clear, so that no driver probes for one.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
@@ -37,6 +43,37 @@ pub struct AcpiDevice {
     pub mmio: Option<(u32, u32)>,
     /// GSI, edge-triggered and active high as every wire of this machine.
     pub gsi: Option<u32>,
+    /// What else it has.
+    pub object: Option<AcpiObject>,
+}
+
+/// An object that some devices have.
+pub enum AcpiObject {
+    /// `ADDR` of a VM generation ID: its GPA.
+    GenerationId(u64),
+    /// `_EVT` of a generic event device (§ 5.6.9): its interrupt notifies the VM generation ID.
+    NotifyGenerationId,
+}
+
+impl AcpiDevice {
+    /// A VM generation ID at this GPA, and the generic event device whose interrupt tells of a new one.
+    pub fn generation_id(gpa: u64, gsi: u32) -> [Self; 2] {
+        let device = |name: &str, hid, gsi, object| Self {
+            name: name.into(),
+            hid: Hid::Acpi(hid),
+            uid: 0,
+            ports: None,
+            mmio: None,
+            gsi,
+            object: Some(object),
+        };
+        let id = AcpiObject::GenerationId(gpa);
+        let event = AcpiObject::NotifyGenerationId;
+        [
+            device(GENERATION_ID_NAME, "VMGENCTR", None, id),
+            device("GED_", "ACPI0013", Some(gsi), event),
+        ]
+    }
 }
 
 /// A `_HID`: compressed EISA form, or a string.
@@ -160,14 +197,33 @@ fn device(device: &AcpiDevice) -> Vec<u8> {
         )));
     }
     let crs = aml::ResourceTemplate::new(resources.iter().map(AsRef::as_ref).collect());
-    bytes(&aml::Device::new(
-        Path::new(&device.name),
-        vec![
-            &aml::Name::new(Path::new("_HID"), hid.as_ref()),
-            &aml::Name::new(Path::new("_UID"), &device.uid),
-            &aml::Name::new(Path::new("_CRS"), &crs),
-        ],
-    ))
+    let (generation_id, cid) = (Path::new(GENERATION_ID_NAME), GENERATION_ID_CID);
+    let notify = aml::Notify::new(&generation_id, &NOTIFY_DEVICE);
+    let mut objects: Vec<Box<dyn Aml + '_>> = vec![
+        Box::new(aml::Name::new(Path::new("_HID"), hid.as_ref())),
+        Box::new(aml::Name::new(Path::new("_UID"), &device.uid)),
+        Box::new(aml::Name::new(Path::new("_CRS"), &crs)),
+    ];
+    match device.object {
+        Some(AcpiObject::GenerationId(gpa)) => {
+            let (low, high) = (gpa as u32, (gpa >> 32) as u32);
+            let package = aml::Package::new(vec![&low, &high]);
+            objects.push(Box::new(aml::Name::new(Path::new("ADDR"), &package)));
+            objects.push(Box::new(aml::Name::new(Path::new("_CID"), &cid)));
+        }
+        Some(AcpiObject::NotifyGenerationId) => {
+            let children: Vec<&dyn Aml> = vec![&notify];
+            objects.push(Box::new(aml::Method::new(
+                Path::new("_EVT"),
+                1,
+                true,
+                children,
+            )));
+        }
+        None => {}
+    }
+    let objects = objects.iter().map(AsRef::as_ref).collect();
+    bytes(&aml::Device::new(Path::new(&device.name), objects))
 }
 
 #[cfg(test)]
@@ -186,6 +242,7 @@ mod tests {
             ports: Some((0x3f8, 8)),
             mmio: None,
             gsi: Some(4),
+            object: None,
         }
     }
 
@@ -198,6 +255,7 @@ mod tests {
             ports: None,
             mmio: Some((0xd000_3000, 0x1000)),
             gsi: Some(8),
+            object: None,
         });
         let has = |bytes: &[u8]| aml.windows(bytes.len()).any(|w| w == bytes);
         assert!(has(b"VR03") && has(b"LNRO0005\0"));
@@ -205,6 +263,21 @@ mod tests {
         assert!(has(&[0x86, 9, 0, 1, 0, 0x30, 0, 0xd0, 0, 0x10, 0, 0]));
         // § 6.4.3.6: tag, length, consumer and edge and active high and exclusive, one interrupt, its number.
         assert!(has(&[0x89, 6, 0, 0b0011, 1, 8, 0, 0, 0]));
+    }
+
+    #[test]
+    fn a_generation_id_has_its_address_and_an_event_device() {
+        let [id, event] = AcpiDevice::generation_id(0x1_000e_f000, 3);
+        let has = |aml: &[u8], bytes: &[u8]| aml.windows(bytes.len()).any(|w| w == bytes);
+        let id = device(&id);
+        assert!(has(&id, b"_HID\x0dVMGENCTR\0") && has(&id, b"_CID\x0dVM_Gen_Counter\0"));
+        // A package of two numbers, low half first.
+        assert!(has(&id, b"ADDR\x12\x08\x02\x0c\x00\xf0\x0e\x00\x01"));
+        let event = device(&event);
+        assert!(has(&event, b"_HID\x0dACPI0013\0"));
+        // The same interrupt descriptor as any device's; a serialized method of one argument: Notify (VGEN, 0x80).
+        assert!(has(&event, &[0x89, 6, 0, 0b0011, 1, 3, 0, 0, 0]));
+        assert!(has(&event, b"_EVT\x09\x86VGEN\x0a\x80"));
     }
 
     #[test]

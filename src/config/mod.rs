@@ -174,6 +174,8 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// Whether there is a virtio entropy device.
     pub rng: bool,
+    /// Whether the guest is told of a restore by a VM generation ID.
+    pub generation_id: bool,
     /// Which device is the console.
     pub console: ConsoleKind,
     /// Where the console goes.
@@ -204,6 +206,7 @@ impl Default for VmConfig {
             mergeable: false,
             disks: Vec::new(),
             rng: false,
+            generation_id: false,
             console: ConsoleKind::default(),
             serial: ConsoleTarget::default(),
             on_reboot: OnReboot::default(),

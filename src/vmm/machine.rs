@@ -9,6 +9,7 @@ use std::vec;
 use minivmm_devices::bus::{BusDevice, BusError};
 use minivmm_devices::event::EventSink;
 use minivmm_devices::platform::control::{self, BootMarkPort, ExitPort};
+use minivmm_devices::platform::generation_id::GenerationId;
 use minivmm_devices::platform::i8042::{self, I8042};
 use minivmm_devices::platform::ioapic;
 use minivmm_devices::platform::pci::{self, PciConfig};
@@ -22,7 +23,7 @@ use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
 use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::transport::mmio::{self, MmioTransport};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::error::{VmError, host};
 use super::vcpu::exit::Buses;
@@ -191,6 +192,7 @@ impl Machine {
             ports: Some((layout::PVPANIC_PORT, pvpanic_len as u8)),
             mmio: None,
             gsi: None,
+            object: None,
         });
         let serial = serial.clone();
         machine.state.add(COM1, serial.clone());
@@ -203,6 +205,7 @@ impl Machine {
             ports: Some((layout::COM1_PORT, serial::PORT_LEN as u8)),
             mmio: None,
             gsi: Some(layout::COM1_GSI),
+            object: None,
         });
         Ok(machine)
     }
@@ -229,6 +232,21 @@ impl Machine {
         let device = Arc::new(Mutex::new(device));
         self.state.add(name, device.clone());
         self.buses.pio.map(name, port.into(), count, device)
+    }
+
+    /// Attaches a VM generation ID, and the generic event device that tells of a new one.
+    pub fn attach_generation_id(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        interrupts: &IrqChip,
+    ) -> Result<(), VmError> {
+        let (address, gsi) = (layout::GENERATION_ID_START, layout::GENERATION_GSI);
+        let line = interrupts.line(gsi);
+        let id = GenerationId::new(mem.clone(), GuestAddress(address), line);
+        let id = id.map_err(host("a generation ID"))?;
+        self.state.add("generation ID", Arc::new(Mutex::new(id)));
+        self.acpi.extend(AcpiDevice::generation_id(address, gsi));
+        Ok(())
     }
 
     /// Attaches the virtio devices that the configuration asks for.
@@ -287,6 +305,7 @@ impl Machine {
             ports: None,
             mmio: Some((slot.base() as u32, layout::VIRTIO_MMIO_SIZE as u32)),
             gsi: Some(slot.gsi()),
+            object: None,
         });
         Ok(())
     }

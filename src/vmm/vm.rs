@@ -111,6 +111,9 @@ impl Vm {
         let mut user_console: SharedConsole = serial.clone();
         let events = event_sink(&control, observers.boot_mark, observers.hold_at);
         let mut machine = Machine::new(&interrupts, &events, &serial)?;
+        if parts.config.generation_id {
+            machine.attach_generation_id(&parts.mem, &interrupts)?;
+        }
 
         let hvc0 = (parts.config.console == ConsoleKind::Virtio)
             .then(|| VirtioConsole::new(console.virtio, kick, console.size));

@@ -1,6 +1,7 @@
 //! The few pre-virtio devices that a modern Linux guest still needs: a UART, an IOAPIC, and registers to end with.
 
 pub mod control;
+pub mod generation_id;
 pub mod i8042;
 pub mod ioapic;
 pub mod pci;

@@ -28,7 +28,10 @@ pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// ACPI tables, the RSDP first: Linux scans 0xe0000-0xfffff for it (ACPI 6.5 § 5.2.5.1).
 pub const ACPI_START: u64 = 0xe_0000;
 /// Room for the ACPI tables in bytes.
-pub const ACPI_MAX_SIZE: u64 = 0x1_0000;
+pub const ACPI_MAX_SIZE: u64 = 0xf000;
+
+/// VM generation ID: 16 bytes.
+pub const GENERATION_ID_START: u64 = 0xe_f000;
 
 /// MP floating pointer structure and table: a kernel scans 0xf0000-0xfffff for it (MP 1.4 § 4).
 pub const MPTABLE_START: u64 = 0xf_0000;
@@ -73,6 +76,8 @@ pub const ACPI_POWER_PORT: u16 = 0x600;
 /// First I/O port of the PCI configuration mechanism.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 
+/// GSI of the generic event device, which tells of a new VM generation ID. On a PC it is COM2's.
+pub const GENERATION_GSI: u32 = 3;
 /// GSI of COM1, as on a PC.
 pub const COM1_GSI: u32 = 4;
 /// GSI of the first virtio device; each has one of its own, up to [`VIRTIO_GSI_LAST`].
