@@ -142,6 +142,7 @@ fn usage_error(error: &ConfigError) -> u8 {
         | ConfigError::Sandbox
         | ConfigError::Cpus(_)
         | ConfigError::Disk { .. }
+        | ConfigError::Net(_)
         | ConfigError::Memory(..) => USAGE,
     }
 }

@@ -19,6 +19,8 @@ pub enum ThreadKind {
     Block,
     /// Serves the entropy device's queue.
     Rng,
+    /// Serves a network device's queues.
+    Net,
 }
 
 /// Starts threads. Each one runs the hook before anything else, on itself: that is where a sandbox confines it.

@@ -11,8 +11,9 @@ use super::run::Plan;
 use super::snapshot_at::SnapshotAt;
 use crate::boot;
 use crate::config::OnReboot;
-use crate::host::kvm;
+use crate::host::{kvm, tap};
 use crate::sandbox::{Paths, Role, Sandbox, SandboxError};
+use crate::vmm::prepare::MACHINE_ID;
 use crate::{console, error_chain};
 
 /// The sandbox that `plan` asks for. What the host's kernel lacks of it is said, or an error if it is required.
@@ -78,6 +79,10 @@ pub(super) fn paths(plan: &Plan, pty: Option<PathBuf>) -> Paths {
                 &mut paths.read
             };
             list.push(disk.path.clone());
+        }
+        if !config.nets.is_empty() {
+            paths.write.push(tap::DEVICE.into());
+            paths.read.push(MACHINE_ID.into());
         }
         if config.disks.iter().any(|disk| disk.ephemeral) {
             paths.write.push(std::env::temp_dir());

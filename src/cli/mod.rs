@@ -32,8 +32,8 @@ use serde::de::value::StrDeserializer;
 use serde::de::{DeserializeOwned, IntoDeserializer};
 
 use crate::config::{
-    BootProtocol, ConfigError, ConsoleKind, ConsoleTarget, DiskConfig, OnReboot, SandboxMode, Span,
-    VmConfig,
+    BootProtocol, ConfigError, ConsoleKind, ConsoleTarget, DiskConfig, NetConfig, OnReboot,
+    SandboxMode, Span, VmConfig,
 };
 
 const EXAMPLES: &str = "\
@@ -167,6 +167,18 @@ pub struct VmArgs {
     )]
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
+    /// Network device, which the guest finds as eth0, enp0s0 or the like; without it there is no network:
+    /// tap=NAME|fd=N[,mac=M], as in --net tap=tap0 or --net tap=tap0,mac=02:00:00:00:00:01; may be given again
+    ///
+    /// tap: a TAP interface of this host, which exists (ip tuntap add tap0 mode tap user $USER) and is up. fd: the same, opened by
+    /// the caller with IFF_NO_PI and IFF_VNET_HDR. mac: the guest's address; without it, one that stays the same as long as host,
+    /// kernel, disks and interface do
+    #[allow(
+        rustdoc::broken_intra_doc_links,
+        reason = "in help, brackets are what may be left out"
+    )]
+    #[arg(long, value_name = "NET")]
+    pub net: Vec<NetConfig>,
     /// Let the host merge equal pages of this guest and of all others that allow it, where its KSM runs (pages_to_scan and
     /// sleep_millisecs in /sys/kernel/mm/ksm say how fast): two guests share their kernel's text if it is not placed at random
     /// (nokaslr). What is merged is no longer in huge pages, and a guest can find out by timing what others have in memory, so
@@ -206,7 +218,7 @@ pub struct VmArgs {
     #[arg(long)]
     pub require_sandbox: bool,
     /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, mergeable, disks,
-    /// rng, console, serial, on_reboot, deadline, boot_protocol, kernel_cache, sandbox, require_sandbox; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
+    /// nets, rng, console, serial, on_reboot, deadline, boot_protocol, kernel_cache, sandbox, require_sandbox; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
     /// "memory": "512M", "disks": [{"path": "root.img", "ro": true, "id": "root"}]}
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -225,6 +237,11 @@ impl VmArgs {
                 base.disks
             } else {
                 self.disk
+            },
+            nets: if self.net.is_empty() {
+                base.nets
+            } else {
+                self.net
             },
             mergeable: self.mergeable || base.mergeable,
             rng: self.rng || base.rng,

@@ -36,11 +36,12 @@ pub unsafe fn close_inherited_files(args: impl Iterator<Item = impl AsRef<OsStr>
     }
 }
 
-/// The file descriptors that an argument names: N in `/dev/fd/N` or `/proc/self/fd/N`, wherever in it that is.
+/// The file descriptors that an argument names: N in `/dev/fd/N`, `/proc/self/fd/N` or `fd=N`, wherever in it that is.
 fn named_files(arg: &OsStr) -> Vec<u32> {
     let text = String::from_utf8_lossy(arg.as_bytes());
-    text.split("/fd/")
-        .skip(1)
+    let (paths, keys) = (text.split("/fd/").skip(1), text.split("fd=").skip(1));
+    paths
+        .chain(keys)
         .filter_map(|rest| {
             let end = rest.find(|c: char| !c.is_ascii_digit());
             rest.get(..end.unwrap_or(rest.len()))?.parse().ok()
@@ -199,6 +200,7 @@ mod tests {
             ("/dev/fd/63", &[63][..]),
             ("path=/proc/self/fd/3,ro", &[3]),
             ("file=/dev/fd/4", &[4]),
+            ("mac=02:00:00:00:00:01,fd=7", &[7]),
             ("/dev/fd/", &[]),
             ("/dev/fd/99999999999", &[]),
             ("/fd", &[]),

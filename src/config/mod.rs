@@ -3,6 +3,7 @@
 mod boot;
 mod console;
 mod disk;
+mod net;
 mod units;
 
 use std::fs::File;
@@ -15,6 +16,7 @@ use serde_json::Value;
 pub use boot::BootProtocol;
 pub use console::{ConsoleTarget, ConsoleTargetError};
 pub use disk::{DiskConfig, DiskFormat};
+pub use net::{MacAddress, NetConfig};
 pub use units::{MemorySize, Span};
 
 /// Default parameters for every console. Each saves boot time, except `panic=-1`, which resets after a panic instead of
@@ -102,6 +104,9 @@ pub enum ConfigError {
     /// A required sandbox that refuses nothing.
     #[error("the sandbox is required, so it has to be strict")]
     Sandbox,
+    /// An invalid network device.
+    #[error("network: {0}")]
+    Net(String),
     /// An invalid memory size.
     #[error("{0} of memory is not possible: a VM has 16M to 4T, in whole pages of 4 KiB{1}")]
     Memory(MemorySize, &'static str),
@@ -172,6 +177,8 @@ pub struct VmConfig {
     pub mergeable: bool,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// Network devices, in the order in which the guest finds them.
+    pub nets: Vec<NetConfig>,
     /// Whether there is a virtio entropy device.
     pub rng: bool,
     /// Whether the guest is told of a restore by a VM generation ID.
@@ -205,6 +212,7 @@ impl Default for VmConfig {
             memory: MemorySize { bytes: 256 << 20 },
             mergeable: false,
             disks: Vec::new(),
+            nets: Vec::new(),
             rng: false,
             generation_id: false,
             console: ConsoleKind::default(),
@@ -267,6 +275,9 @@ impl VmConfig {
                 path: disk.path.clone(),
                 why,
             })?;
+        }
+        for net in &self.nets {
+            net.validate().map_err(ConfigError::Net)?;
         }
         Ok(())
     }

@@ -6,3 +6,4 @@ pub mod kvm;
 pub mod limits;
 pub mod memory;
 pub mod output;
+pub mod tap;

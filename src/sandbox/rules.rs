@@ -71,9 +71,10 @@ const fn only(call: c_long, roles: &'static [Role], when: When) -> Rule {
 const VCPU: Role = Role::Of(ThreadKind::Vcpu);
 const BLOCK: Role = Role::Of(ThreadKind::Block);
 const RNG: Role = Role::Of(ThreadKind::Rng);
+const NET: Role = Role::Of(ThreadKind::Net);
 const CONSOLE: Role = Role::Of(ThreadKind::Console);
 
-const ALL: &[Role] = &[Role::Main, VCPU, BLOCK, RNG, CONSOLE];
+const ALL: &[Role] = &[Role::Main, VCPU, BLOCK, RNG, NET, CONSOLE];
 const MAIN: &[Role] = &[Role::Main];
 const SAVE: &[Role] = &[Role::Save];
 const RESTART: &[Role] = &[Role::Restart];
@@ -131,8 +132,15 @@ const SAVE_IOCTLS: &[u32] = &[
     read::<kvm_xsave>(KVMIO, 0xcf),              // KVM_GET_XSAVE2
 ];
 
-/// To open a disk, and to make a VM.
+/// What the guest's driver accepts.
+const NET_IOCTLS: &[u32] = &[libc::TUNSETOFFLOAD as u32];
+
+/// To open a disk and a network, and to make a VM.
 const RESTART_IOCTLS: &[u32] = &[
+    0x8921, // SIOCGIFMTU
+    libc::TUNSETIFF as u32,
+    libc::TUNGETIFF as u32,
+    libc::TUNSETVNETHDRSZ as u32,
     0x125e, // BLKROGET
     0x1268, // BLKSSZGET
     libc::FIONBIO as u32,
@@ -253,6 +261,11 @@ pub(super) const TABLE: &[Rule] = &[
         &[BLOCK],
         When::OneOf(1, &[IORING_REGISTER_ENABLE_RINGS]),
     ),
+    // Networks.
+    any(libc::SYS_readv, &[NET]),
+    any(libc::SYS_writev, &[NET]),
+    any(libc::SYS_epoll_ctl, &[NET]),
+    only(libc::SYS_ioctl, &[NET], When::OneOf(1, NET_IOCTLS)),
     // The event loop, and what comes at the end.
     any(libc::SYS_epoll_ctl, MAIN),
     any(libc::SYS_eventfd2, MAIN),
@@ -306,6 +319,12 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_statx, RESTART),
     only(libc::SYS_fcntl, RESTART, When::OneOf(1, FILE_FLAGS)),
     any(libc::SYS_flock, RESTART),
+    // To ask for an interface's MTU.
+    only(
+        libc::SYS_socket,
+        RESTART,
+        When::OneOf(0, &[libc::AF_UNIX as u32]),
+    ),
     any(libc::SYS_lseek, RESTART),
     any(libc::SYS_epoll_create1, RESTART),
     any(libc::SYS_uname, RESTART),

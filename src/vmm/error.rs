@@ -14,6 +14,7 @@ use crate::arch::layout;
 use crate::boot::BootError;
 use crate::config::{ConfigError, MemorySize};
 use crate::host::kvm::OpenError;
+use crate::host::tap::TapError;
 
 /// See the module.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +24,7 @@ pub enum VmError {
     Config(#[from] ConfigError),
     /// More devices than the machine has room for.
     #[error(
-        "{0} disks, entropy devices and consoles: the machine has room for {max}",
+        "{0} disks, networks, entropy devices and consoles: the machine has room for {max}",
         max = layout::MAX_VIRTIO_DEVICES
     )]
     TooManyDevices(usize),
@@ -33,6 +34,9 @@ pub enum VmError {
     /// A disk cannot be opened.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A TAP device cannot be used.
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// Guest RAM cannot be made.
     #[error(transparent)]
     Memory(#[from] MemoryError),

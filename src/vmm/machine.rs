@@ -21,6 +21,7 @@ use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
 use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
+use minivmm_devices::virtio::net::Net;
 use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::transport::mmio::{self, MmioTransport};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -44,6 +45,8 @@ pub const COM1: &str = "COM1";
 pub enum VirtioSpec {
     /// A disk, with its place among the disks.
     Disk(usize),
+    /// A network device, with its place among those.
+    Net(usize),
     /// The entropy device.
     Rng,
     /// The console on hvc0.
@@ -55,6 +58,7 @@ impl VirtioSpec {
     pub fn name(self) -> String {
         match self {
             Self::Disk(index) => format!("disk {index}"),
+            Self::Net(index) => format!("net {index}"),
             Self::Rng => "rng".into(),
             Self::Console => "console".into(),
         }
@@ -65,6 +69,8 @@ impl VirtioSpec {
 pub struct Backends<'a> {
     /// The disks in their order.
     pub disks: vec::IntoIter<Block>,
+    /// The network devices in theirs.
+    pub nets: vec::IntoIter<Net>,
     /// The console on hvc0.
     pub console: Option<Console>,
     /// Starts the devices' threads.
@@ -75,6 +81,7 @@ pub struct Backends<'a> {
 pub fn virtio_devices(config: &VmConfig) -> Vec<VirtioSpec> {
     (0..config.disks.len())
         .map(VirtioSpec::Disk)
+        .chain((0..config.nets.len()).map(VirtioSpec::Net))
         .chain(config.rng.then_some(VirtioSpec::Rng))
         .chain((config.console == ConsoleKind::Virtio).then_some(VirtioSpec::Console))
         .collect()
@@ -262,6 +269,10 @@ impl Machine {
                 VirtioSpec::Disk(..) => {
                     let disk = backends.disks.next();
                     disk.map(|disk| (disk.memory_bound(), Box::new(disk) as _))
+                }
+                VirtioSpec::Net(..) => {
+                    let net = backends.nets.next();
+                    net.map(|net| (Net::MEMORY_BOUND, Box::new(net) as _))
                 }
                 VirtioSpec::Rng => {
                     let rng = Rng::new(backends.threads).map_err(host("a device's thread"))?;

@@ -1,5 +1,7 @@
 //! What comes first of a VM: its files opened, its memory made, its kernel loaded, KVM asked.
 
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -11,6 +13,7 @@ use minivmm_devices::block::{Disk, DiskMode, DiskOptions};
 use minivmm_devices::platform::control::Restored;
 use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
+use minivmm_devices::virtio::net::{Link, Net, NetOptions};
 use vm_memory::GuestMemoryMmap;
 
 use super::error::{VmError, host, refused};
@@ -18,8 +21,9 @@ use super::snapshot::load::Snapshot;
 use super::{machine, memory};
 use crate::arch::layout;
 use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
-use crate::config::{DiskConfig, MemorySize, VmConfig};
+use crate::config::{DiskConfig, MemorySize, NetConfig, VmConfig};
 use crate::host::kvm;
+use crate::host::tap::Tap;
 
 /// When a VM's steps were done, as far as they were.
 #[derive(Debug, Clone, Copy, Default)]
@@ -46,6 +50,8 @@ pub struct Prepared {
     pub(super) config: VmConfig,
     /// In the order of the configuration.
     pub(super) disks: Vec<Block>,
+    /// Likewise.
+    pub(super) nets: Vec<Net>,
     pub(super) threads: ThreadStarter,
 }
 
@@ -110,6 +116,7 @@ impl Prepared {
             cmdline: meta.cmdline.clone(),
             config: config.clone(),
             disks: Vec::new(),
+            nets: open_nets(config, threads)?,
             threads: threads.clone(),
         })
     }
@@ -129,6 +136,7 @@ impl Prepared {
         let disks = config.disks.iter();
         let disks = disks.map(|disk| open_disk(disk, config.cpus, threads));
         let disks = disks.collect::<Result<_, _>>()?;
+        let nets = open_nets(config, threads)?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {
             memory::warn_without_ksm();
@@ -175,6 +183,7 @@ impl Prepared {
             cmdline,
             config: config.clone(),
             disks,
+            nets,
             threads: threads.clone(),
         })
     }
@@ -204,6 +213,36 @@ fn open_disk(disk: &DiskConfig, cpus: u8, threads: &ThreadStarter) -> Result<Blo
     let queues = disk.queues.unwrap_or(cpus.into());
     let engine = disk.engine.unwrap_or_default();
     Block::new(opened, id, queues, engine, threads).map_err(host("a device's thread"))
+}
+
+/// Where a host's own ID is (machine-id(5)).
+pub const MACHINE_ID: &str = "/etc/machine-id";
+
+/// Opens what network devices need of the host.
+fn open_nets(config: &VmConfig, threads: &ThreadStarter) -> Result<Vec<Net>, VmError> {
+    if config.nets.is_empty() {
+        return Ok(Vec::new());
+    }
+    // The same for as long as the VM has its place, its kernel and its disks.
+    let mut vm = fs::read(MACHINE_ID).unwrap_or_default();
+    let disks = config.disks.iter().map(|disk| &disk.path);
+    for path in [&config.kernel].into_iter().chain(disks) {
+        vm.extend(path.as_os_str().as_bytes());
+    }
+    let open = |(index, net): (usize, &NetConfig)| {
+        let tap = match (&net.tap, net.fd) {
+            (Some(name), _) => Tap::open(name)?,
+            (None, fd) => Tap::from_inherited(fd.unwrap_or(-1))?,
+        };
+        let options = NetOptions {
+            mac: net.mac_address(&vm, index),
+            mtu: tap.mtu,
+        };
+        Link::packets(tap.fd, tap.set_offloads)
+            .and_then(|link| Net::new(link, options, threads))
+            .map_err(host("a network device"))
+    };
+    config.nets.iter().enumerate().map(open).collect()
 }
 
 /// Asks KVM which CPUID it can give a guest, on a thread of its own; what is returned waits for the answer. KVM executes some 30

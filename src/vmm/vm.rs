@@ -122,6 +122,7 @@ impl Vm {
         }
         let backends = Backends {
             disks: std::mem::take(&mut parts.disks).into_iter(),
+            nets: std::mem::take(&mut parts.nets).into_iter(),
             console: hvc0,
             threads: &parts.threads,
         };

@@ -9,6 +9,7 @@ use virtio_bindings::virtio_mmio::*;
 use super::blk::Block;
 use super::console;
 use super::device::{StopMode, VirtioDevice};
+use super::net;
 use super::rng::Rng;
 use super::testing::*;
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
@@ -21,8 +22,9 @@ mod hostile;
 mod registers;
 mod rings;
 
-pub(super) const KINDS: [&str; 6] = [
+pub(super) const KINDS: [&str; 7] = [
     "rng",
+    "net",
     "console",
     "block",
     "block, sync",
@@ -33,6 +35,7 @@ pub(super) const KINDS: [&str; 6] = [
 pub(super) fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
         "rng" => Box::new(Rng::new(&ThreadStarter::default()).unwrap()),
+        "net" => net::tests::fed(),
         "console" => Box::new(console::tests::fed()),
         _ => {
             let file = tempfile::NamedTempFile::new().unwrap();

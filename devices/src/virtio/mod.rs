@@ -13,6 +13,7 @@
 pub mod blk;
 pub mod console;
 pub mod device;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod transport;

@@ -3,7 +3,7 @@
 //! The rings' indices and the notification rules are crate virtio-queue's. Chains are walked here, because its iterator
 //! ends a broken chain as it ends a whole one.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 pub use virtio_queue::QueueState;
@@ -134,6 +134,8 @@ pub struct Virtqueue {
     index: u16,
     queue: Queue,
     indirect: bool,
+    /// Chains completed since [`Virtqueue::needs_interrupt`] was last asked.
+    completed: u16,
 }
 
 impl Virtqueue {
@@ -150,6 +152,7 @@ impl Virtqueue {
             index,
             queue,
             indirect,
+            completed: 0,
         })
     }
 
@@ -233,18 +236,43 @@ impl Virtqueue {
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {
-        Ok(self.queue.add_used(mem, head, written)?)
+        self.complete_together(mem, &[(head, written)])
+    }
+
+    /// The same for chains that the driver must see all at once: each a head and the bytes written.
+    pub fn complete_together(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        chains: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let (ring, size) = (self.queue.used_ring(), self.queue.size());
+        let mut next = self.queue.next_used();
+        for (head, written) in chains {
+            // § 2.7.8: id and len, 32 bits each, behind flags and index.
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            let at = GuestAddress(ring + 4 + 8 * u64::from(next % size));
+            mem.write_obj(element.to_le(), at)?;
+            next = next.wrapping_add(1);
+            self.completed = self.completed.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        Ok(mem.store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)?)
     }
 
     /// Whether the driver wants to hear of what was completed since this was last asked (§ 2.7.7).
     pub fn needs_interrupt(&mut self, mem: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        // The crate puts the memory barrier between the used index and what is read here.
-        let needed = self.queue.needs_notification(mem)?;
+        let completed = std::mem::take(&mut self.completed);
+        let ring = self.queue.avail_ring();
+        // The driver must not miss what was completed before it wrote what is read here.
+        fence(Ordering::SeqCst);
+        let read = |at| mem.load::<u16>(GuestAddress(at), Ordering::Relaxed);
         if self.queue.event_idx_enabled() {
-            return Ok(needed);
+            // Behind flags, index and entries (§ 2.7.6).
+            let event = u16::from_le(read(ring + 4 + 2 * u64::from(self.queue.size()))?);
+            let ahead = self.queue.next_used().wrapping_sub(event).wrapping_sub(1);
+            return Ok(ahead < completed);
         }
-        let flags: u16 = mem.load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        Ok(u32::from(u16::from_le(read(ring)?)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Asks the driver for no notifications (§ 2.7.10): the device looks by itself for now.
@@ -391,8 +419,18 @@ impl<'m> Buffers<'m> {
 
     /// Copies `data` to the start, as much as there is room for; says how much that was.
     pub fn write_front(&self, data: &[u8]) -> usize {
+        self.write_at(0, data)
+    }
+
+    /// Copies `data` to the bytes from `offset` on, as much as there is room for; says how much that was.
+    pub fn write_at(&self, mut offset: usize, data: &[u8]) -> usize {
         let mut written = 0;
         for slice in &self.slices {
+            let skipped = offset.min(slice.len());
+            offset -= skipped;
+            let Ok(slice) = slice.offset(skipped) else {
+                break;
+            };
             let rest = data.get(written..).unwrap_or_default();
             let count = rest.len().min(slice.len());
             slice.copy_from(rest.get(..count).unwrap_or_default());

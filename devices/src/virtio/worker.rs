@@ -244,6 +244,19 @@ impl WorkerContext {
         self.signal.stop.load(Ordering::Acquire) == CANCEL || self.interrupt.is_reset_needed()
     }
 
+    /// From now on, one of the further descriptors wakes the worker for these events alone, each time that they occur; if they
+    /// have occurred already, at once.
+    pub fn watch(&self, fd: RawFd, events: EventSet) -> Result<(), QueueError> {
+        let event = EpollEvent::new(events | EventSet::EDGE_TRIGGERED, 0);
+        let done = self.signal.epoll.ctl(ControlOperation::Modify, fd, event);
+        done.map_err(QueueError::Host)
+    }
+
+    /// Tells the driver of a change in the configuration space.
+    pub fn config_changed(&self) {
+        self.interrupt.config_changed();
+    }
+
     /// Waits for a notification, a further descriptor, or until the worker must stop. A notification that came since the
     /// last wait is not lost.
     pub fn wait(&self) -> Result<(), QueueError> {
@@ -280,6 +293,11 @@ impl<'m> QueueContext<'m> {
         self.ask_for_notification()
     }
 
+    /// Its number.
+    pub fn index(&self) -> u16 {
+        self.queue.index()
+    }
+
     /// Entries of the queue: more requests than that cannot be in flight.
     pub fn size(&self) -> u16 {
         self.queue.size()
@@ -295,11 +313,21 @@ impl<'m> QueueContext<'m> {
         self.queue.pop(&self.worker.mem, chain)
     }
 
+    /// Puts back the request that was taken last of those that are not completed: it is the next again.
+    pub fn put_back(&mut self) {
+        self.queue.put_back();
+    }
+
     /// Gives a request back. The driver hears of it now and then by itself, and for certain by `report`.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.queue.complete(&self.worker.mem, head, written)?;
-        self.unreported += 1;
-        if self.unreported == BATCH {
+        self.complete_together(&[(head, written)])
+    }
+
+    /// The same for requests that the driver must see all at once.
+    pub fn complete_together(&mut self, requests: &[(u16, u32)]) -> Result<(), QueueError> {
+        self.queue.complete_together(&self.worker.mem, requests)?;
+        self.unreported += requests.len() as u32;
+        if self.unreported >= BATCH {
             return self.report();
         }
         Ok(())

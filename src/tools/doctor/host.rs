@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::check::Check;
-use super::{limits, sandbox};
+use super::{limits, network, sandbox};
 use crate::host::cpu::Cpu;
 use crate::host::kvm::{self, Modules};
 
@@ -54,6 +54,7 @@ pub fn check_host() -> Vec<Check> {
     let mut checks = check_kvm(open_kvm(&cpu, modules), &cpu, modules);
     checks.extend(sandbox::check_sandbox());
     checks.extend(limits::check_limits());
+    checks.push(network::check_network());
     checks
 }
 

@@ -6,6 +6,7 @@ mod host;
 mod initrd;
 mod kernel;
 mod limits;
+mod network;
 mod sandbox;
 mod scan;
 

@@ -197,11 +197,11 @@ fn a_busy_queue_gets_an_ioeventfd_once() {
                 assert_eq!(of_queue.count(), expected, "{kind}: queue {queue}");
             }
         }
-        let Some((queue, event)) = registered.lock().unwrap().pop() else {
+        let registered = std::mem::take(&mut *registered.lock().unwrap());
+        let Some((_, event)) = registered.into_iter().find(|(queue, _)| *queue == 0) else {
             return;
         };
         // From now on the hypervisor notifies, after a reset as well.
-        assert_eq!(queue, 0, "{kind}");
         for _ in 0..2 {
             driver.chain(0, &driver.any_chain());
             driver.offer(0);

@@ -1,0 +1,384 @@
+//! What carries a network device's frames: a descriptor that is handed in, with one of two ways to mark where a frame ends.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use vm_memory::VolatileSlice;
+
+use super::{HEADER_LEN, OFFLOADS};
+use crate::virtio::queue::Buffers;
+
+/// Longest frame in bytes: the longest IP packet behind an Ethernet header with a VLAN tag.
+pub(super) const MAX_FRAME: usize = 65535 + 18;
+
+/// Shortest frame: an Ethernet header.
+const MIN_FRAME: usize = 14;
+
+/// iovecs that the kernel takes in one call (UIO_MAXIOV).
+pub(super) const MAX_IOVECS: usize = 1024;
+
+/// Most bytes of a link: its iovecs, and a frame that was sent in part.
+pub(super) const MEMORY_BOUND: usize = MAX_IOVECS * size_of::<libc::iovec>() + (128 << 10);
+
+/// Tells a packet device which of the features in [`OFFLOADS`] the driver has accepted.
+pub type SetOffloads = fn(BorrowedFd<'_>, u64) -> io::Result<()>;
+
+/// The way to the network. It goes up when it is made and down, for good, when its other end is gone.
+pub struct Link {
+    fd: OwnedFd,
+    kind: Kind,
+    is_up: Arc<AtomicBool>,
+    iovecs: Iovecs,
+    /// What lives as long as the link.
+    _owner: Option<Box<dyn Send>>,
+}
+
+enum Kind {
+    Packets(Option<SetOffloads>),
+    Stream(Stream),
+}
+
+/// Where a stream stands. It outlives a reset of the device: the other end does not start its frames anew.
+#[derive(Default)]
+struct Stream {
+    /// The next frame's length, of which so many bytes have come.
+    word: [u8; 4],
+    word_len: usize,
+    /// Length of the frame that comes now; 0 while it is not known.
+    frame: usize,
+    /// Bytes to be thrown away first.
+    skip: usize,
+    /// What the other end has not taken of the frame that was sent last.
+    unsent: Vec<u8>,
+}
+
+/// Room for iovecs, which mean nothing between two calls of the kernel.
+#[derive(Default)]
+struct Iovecs(Vec<libc::iovec>);
+
+#[allow(unsafe_code, reason = "iovecs are raw pointers")]
+// SAFETY: nothing follows the pointers but the call for which they were written.
+unsafe impl Send for Iovecs {}
+
+/// What became of a frame that was to be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// It is gone, if only because no network can carry it.
+    Done,
+    /// Nothing of it is sent: there is no room.
+    Blocked,
+}
+
+impl Link {
+    /// A packet device: each read and write is one frame behind `struct virtio_net_hdr_v1`, as a TAP device has it with IFF_VNET_HDR.
+    /// Without `set_offloads`, it knows neither partial checksums nor segments.
+    pub fn packets(fd: OwnedFd, set_offloads: Option<SetOffloads>) -> io::Result<Self> {
+        Self::new(fd, Kind::Packets(set_offloads), None)
+    }
+
+    /// A stream socket: each frame follows its length, 32 bits with the most significant byte first, as passt and QEMU have it.
+    /// `owner` is dropped after the socket.
+    pub fn stream(fd: OwnedFd, owner: Option<Box<dyn Send>>) -> io::Result<Self> {
+        Self::new(fd, Kind::Stream(Stream::default()), owner)
+    }
+
+    fn new(fd: OwnedFd, kind: Kind, owner: Option<Box<dyn Send>>) -> io::Result<Self> {
+        fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+        Ok(Self {
+            fd,
+            kind,
+            is_up: Arc::new(AtomicBool::new(true)),
+            iovecs: Iovecs::default(),
+            _owner: owner,
+        })
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    /// Whether it is up, for the device.
+    pub(super) fn is_up(&self) -> &Arc<AtomicBool> {
+        &self.is_up
+    }
+
+    /// Features that it makes possible.
+    pub(super) fn features(&self) -> u64 {
+        match self.kind {
+            Kind::Packets(Some(_)) => OFFLOADS,
+            _ => 0,
+        }
+    }
+
+    /// The driver has accepted these features.
+    pub(super) fn set_offloads(&self, features: u64) -> io::Result<()> {
+        match self.kind {
+            Kind::Packets(Some(set)) => set(self.fd.as_fd(), features),
+            _ => Ok(()),
+        }
+    }
+
+    /// The other end is gone. `true` if that is new.
+    pub(super) fn went_down(&self, why: &io::Error) -> bool {
+        let is_new = self.is_up.swap(false, Ordering::AcqRel);
+        if is_new {
+            log::warn!("a network device has lost its link: {why}");
+        }
+        is_new
+    }
+
+    /// The length of a stream's frame that comes now, or `longest` of a packet device; `None` if nothing has come.
+    pub(super) fn frame_len(&mut self, longest: usize) -> io::Result<Option<usize>> {
+        if !self.is_up.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let Kind::Stream(stream) = &mut self.kind else {
+            return Ok(Some(longest));
+        };
+        let mut waste = [0; 4096];
+        while stream.skip > 0 {
+            let len = stream.skip.min(waste.len());
+            let part = VolatileSlice::from(waste.get_mut(..len).unwrap_or_default());
+            match read(&self.fd, &mut self.iovecs, [part].into_iter())? {
+                Some(count) => stream.skip -= count,
+                None => return Ok(None),
+            }
+        }
+        while stream.frame == 0 {
+            let rest = stream
+                .word
+                .get_mut(stream.word_len..)
+                .unwrap_or_default()
+                .into();
+            match read(&self.fd, &mut self.iovecs, [rest].into_iter())? {
+                Some(count) => stream.add_to_word(count)?,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(stream.frame))
+    }
+
+    /// Receives what has come of the frame into `buffers`, which have room for `frame` bytes behind a header, and of which `done`
+    /// bytes of the frame are there already. Gives the bytes behind the header that are there now; `None` if nothing has come.
+    ///
+    /// A packet device's frame for which there is no room is lost, and 0.
+    pub(super) fn receive<'m>(
+        &mut self,
+        buffers: impl Iterator<Item = VolatileSlice<'m>> + Clone,
+        done: usize,
+    ) -> io::Result<Option<usize>> {
+        match &mut self.kind {
+            Kind::Packets(_) => {
+                let buffers = buffers.take(MAX_IOVECS - 1);
+                let room: usize = buffers.clone().map(|slice| slice.len()).sum();
+                // The kernel does not say that it has cut a frame, but fills this then.
+                let mut too_much = [0];
+                let slices = window(buffers, 0, room);
+                let slices = slices.chain([VolatileSlice::from(&mut too_much[..])]);
+                let count = read(&self.fd, &mut self.iovecs, slices)?;
+                Ok(count.map(|count| {
+                    if count > room {
+                        0
+                    } else {
+                        count.saturating_sub(HEADER_LEN)
+                    }
+                }))
+            }
+            Kind::Stream(stream) => {
+                let left = stream.frame.saturating_sub(done);
+                let slices = window(buffers, HEADER_LEN + done, left);
+                // With the next frame's length.
+                let slices = slices.chain([VolatileSlice::from(&mut stream.word[..])]);
+                let Some(count) = read(&self.fd, &mut self.iovecs, slices)? else {
+                    return Ok(None);
+                };
+                let of_frame = count.min(left);
+                if of_frame == left {
+                    stream.frame = 0;
+                    stream.word_len = 0;
+                    stream.add_to_word(count - of_frame)?;
+                }
+                Ok(Some(done + of_frame))
+            }
+        }
+    }
+
+    /// Whether `done` bytes are the whole of the frame that came.
+    pub(super) fn is_whole(&self, frame: usize, done: usize) -> bool {
+        matches!(self.kind, Kind::Packets(_)) || frame == done
+    }
+
+    /// Whether [`Link::frame_len`] is what is coming, so that a frame that has no room can be skipped.
+    pub(super) fn knows_length(&self) -> bool {
+        matches!(self.kind, Kind::Stream(_))
+    }
+
+    /// Throws away what is still to come of the frame, of which `done` bytes have come.
+    pub(super) fn skip_frame(&mut self, done: usize) {
+        if let Kind::Stream(stream) = &mut self.kind {
+            stream.skip += stream.frame.saturating_sub(done);
+            stream.frame = 0;
+            stream.word_len = 0;
+        }
+    }
+
+    /// Sends a frame behind its header.
+    pub(super) fn send(&mut self, packet: &Buffers<'_>) -> io::Result<Sent> {
+        let len = usize::try_from(packet.len()).unwrap_or(usize::MAX);
+        let lengths = HEADER_LEN + MIN_FRAME..=HEADER_LEN + MAX_FRAME;
+        if !self.is_up.load(Ordering::Relaxed)
+            || !lengths.contains(&len)
+            || packet.slices().len() >= MAX_IOVECS
+        {
+            return Ok(Sent::Done);
+        }
+        let slices = packet.slices().iter().copied();
+        let stream = match &mut self.kind {
+            Kind::Packets(_) => {
+                let result = write(&self.fd, &mut self.iovecs, slices);
+                return match result {
+                    Ok(None) => Ok(Sent::Blocked),
+                    Err(e) if is_gone(&e) => Err(e),
+                    Ok(Some(_)) => Ok(Sent::Done),
+                    // A header that says nothing sensible, or an interface that is down.
+                    Err(e) => {
+                        log::debug!("a frame is lost: {e}");
+                        Ok(Sent::Done)
+                    }
+                };
+            }
+            Kind::Stream(stream) => stream,
+        };
+        if !stream.unsent.is_empty() {
+            return Ok(Sent::Blocked);
+        }
+        let frame = len - HEADER_LEN;
+        let mut word = (frame as u32).to_be_bytes();
+        let slices = window(slices, HEADER_LEN, frame);
+        let all = [VolatileSlice::from(&mut word[..])]
+            .into_iter()
+            .chain(slices);
+        let Some(count) = write(&self.fd, &mut self.iovecs, all.clone())? else {
+            return Ok(Sent::Blocked);
+        };
+        for slice in window(all, count, frame + 4 - count) {
+            let start = stream.unsent.len();
+            stream.unsent.resize(start + slice.len(), 0);
+            slice.copy_to(stream.unsent.get_mut(start..).unwrap_or_default());
+        }
+        Ok(Sent::Done)
+    }
+
+    /// Sends what is left of the frame that was sent last; `false` if something still is.
+    pub(super) fn flush(&mut self) -> io::Result<bool> {
+        let Kind::Stream(stream) = &mut self.kind else {
+            return Ok(true);
+        };
+        if !self.is_up.load(Ordering::Relaxed) {
+            stream.unsent.clear();
+        }
+        while !stream.unsent.is_empty() {
+            let rest = [VolatileSlice::from(&mut stream.unsent[..])];
+            match write(&self.fd, &mut self.iovecs, rest.into_iter())? {
+                Some(count) => drop(stream.unsent.drain(..count)),
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Stream {
+    fn add_to_word(&mut self, count: usize) -> io::Result<()> {
+        self.word_len += count;
+        if self.word_len == self.word.len() {
+            let frame = u32::from_be_bytes(self.word) as usize;
+            if !(1..=MAX_FRAME).contains(&frame) {
+                let why = format!("its other end announces a frame of {frame} bytes");
+                return Err(io::Error::new(ErrorKind::InvalidData, why));
+            }
+            (self.frame, self.word_len) = (frame, 0);
+        }
+        Ok(())
+    }
+}
+
+/// Whether a packet device no longer exists, from drivers/net/tun.c.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBADFD)
+}
+
+/// `len` bytes of these slices from `skip` on.
+fn window<'a: 'b, 'b>(
+    slices: impl Iterator<Item = VolatileSlice<'a>> + Clone,
+    mut skip: usize,
+    mut len: usize,
+) -> impl Iterator<Item = VolatileSlice<'b>> + Clone {
+    slices.filter_map(move |slice| {
+        let cut = skip.min(slice.len());
+        skip -= cut;
+        let count = len.min(slice.len() - cut);
+        len -= count;
+        let part = slice.subslice(cut, count).ok();
+        part.filter(|part| !part.is_empty())
+    })
+}
+
+/// Reads at least one byte; `None` if there is none yet.
+fn read<'a>(
+    fd: &OwnedFd,
+    iovecs: &mut Iovecs,
+    slices: impl Iterator<Item = VolatileSlice<'a>>,
+) -> io::Result<Option<usize>> {
+    match transfer(libc::readv, fd, iovecs, slices)? {
+        Some(0) => Err(io::Error::new(
+            ErrorKind::UnexpectedEof,
+            "its other end is closed",
+        )),
+        count => Ok(count),
+    }
+}
+
+/// Writes at least one byte; `None` if there is no room yet.
+fn write<'a>(
+    fd: &OwnedFd,
+    iovecs: &mut Iovecs,
+    slices: impl Iterator<Item = VolatileSlice<'a>>,
+) -> io::Result<Option<usize>> {
+    transfer(libc::writev, fd, iovecs, slices)
+}
+
+#[allow(
+    unsafe_code,
+    reason = "the safe interfaces to vectored I/O want slices, which guest memory must not be made into: the guest \
+              writes it at any time"
+)]
+fn transfer<'a>(
+    call: unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int) -> libc::ssize_t,
+    fd: &OwnedFd,
+    Iovecs(iovecs): &mut Iovecs,
+    slices: impl Iterator<Item = VolatileSlice<'a>>,
+) -> io::Result<Option<usize>> {
+    iovecs.clear();
+    iovecs.extend(slices.take(MAX_IOVECS).map(|slice| libc::iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
+    }));
+    loop {
+        // SAFETY: the iovecs are those of slices that outlive the call: pieces of a live mapping, or of memory that is
+        // borrowed by one of them alone. The file descriptor is open as long as `fd` is there.
+        let result = unsafe { call(fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
+        if let Ok(count) = usize::try_from(result) {
+            return Ok(Some(count));
+        }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            ErrorKind::Interrupted => {}
+            ErrorKind::WouldBlock => return Ok(None),
+            _ => return Err(error),
+        }
+    }
+}

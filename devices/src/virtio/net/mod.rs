@@ -1,0 +1,223 @@
+//! The network device (§ 5.1): the front end of a [`Link`].
+
+mod link;
+mod serve;
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_LINK_UP,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+pub use link::{Link, SetOffloads};
+
+use super::device::{Interrupt, Resources, StopMode, VirtioDevice, read_config_bytes};
+use super::queue::Virtqueue;
+use super::worker::{self, QueueWorker};
+use crate::state::{Record, SaveState, StateError, from_record, to_record};
+use crate::thread::{ThreadKind, ThreadStarter};
+
+/// Device ID (§ 5).
+pub const DEVICE_TYPE: u32 = 1;
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
+
+/// `receiveq1` and `transmitq1` (§ 5.1.2).
+const QUEUE_SIZES: [u16; 2] = [256; 2];
+const RECEIVE: u16 = 0;
+
+/// Length of `struct virtio_net_hdr_v1` (§ 5.1.6), in front of each frame.
+const HEADER_LEN: usize = 12;
+/// Where `num_buffers` is in it, 16 bits.
+const NUM_BUFFERS: usize = 10;
+
+/// Least MTU that a driver is told of: Linux refuses to use a device with less (ETH_MIN_MTU).
+const MIN_MTU: u16 = 68;
+
+/// What a packet device may do for both sides: partial checksums, and segments of TCP longer than the MTU.
+pub const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_GUEST_TSO6
+    | 1 << VIRTIO_NET_F_GUEST_ECN
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_ECN;
+
+/// What the driver reads in the configuration space, and must find again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetOptions {
+    /// The interface's address.
+    pub mac: [u8; 6],
+    /// Longest packet that the link carries, if that is known.
+    pub mtu: Option<u16>,
+}
+
+/// The device.
+pub struct Net {
+    options: NetOptions,
+    features: u64,
+    is_up: Arc<AtomicBool>,
+    after_restore: AfterRestore,
+    notifiers: [EventFd; 2],
+    workers: [QueueWorker; 1],
+}
+
+/// After a restore the driver sees the link go down and up again: its network may be another one, and even where it is the same,
+/// switches have to learn where it is now. What asks for an address by DHCP asks again; connections live on.
+#[derive(Default)]
+struct AfterRestore {
+    shows_down: AtomicBool,
+    interrupt: Option<Interrupt>,
+}
+
+impl Net {
+    /// Most bytes that it takes beside guest RAM.
+    pub const MEMORY_BOUND: usize =
+        worker::MEMORY_BOUND + serve::memory_bound(QUEUE_SIZES[0]) + link::MEMORY_BOUND;
+
+    /// A device with its thread.
+    pub fn new(mut link: Link, options: NetOptions, threads: &ThreadStarter) -> io::Result<Self> {
+        let mtu = options.mtu.filter(|mtu| *mtu >= MIN_MTU);
+        let features = 1 << VIRTIO_NET_F_MAC
+            | 1 << VIRTIO_NET_F_STATUS
+            | 1 << VIRTIO_NET_F_MRG_RXBUF
+            | mtu.map_or(0, |_| 1 << VIRTIO_NET_F_MTU)
+            | link.features();
+        let is_up = Arc::clone(link.is_up());
+        let notifiers = [EventFd::new(EFD_CLOEXEC)?, EventFd::new(EFD_CLOEXEC)?];
+        let [receive, transmit] = &notifiers;
+        let own = vec![(0, receive.try_clone()?), (1, transmit.try_clone()?)];
+        let descriptors = [link.fd()];
+        let (kind, name) = (ThreadKind::Net, "virtio-net".into());
+        let worker = QueueWorker::new(
+            threads,
+            kind,
+            name,
+            own,
+            &descriptors,
+            move |worker, queues| serve::serve(&mut link, options.mtu, worker, queues),
+        )?;
+        Ok(Self {
+            options: NetOptions { mtu, ..options },
+            features,
+            is_up,
+            after_restore: AfterRestore::default(),
+            notifiers,
+            workers: [worker],
+        })
+    }
+
+    fn status(&self) -> u16 {
+        let AfterRestore {
+            shows_down,
+            interrupt,
+        } = &self.after_restore;
+        if let Some(interrupt) = interrupt
+            && shows_down.swap(false, Ordering::Relaxed)
+        {
+            // It goes up as soon as the driver knows that it was down.
+            interrupt.config_changed();
+            return 0;
+        }
+        if self.is_up.load(Ordering::Acquire) {
+            VIRTIO_NET_S_LINK_UP as u16
+        } else {
+            0
+        }
+    }
+}
+
+/// Where the configuration space has the status, 16 bits.
+const STATUS: u64 = 6;
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// `struct virtio_net_config` (§ 5.1.4).
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let end = offset.saturating_add(data.len() as u64);
+        let reads_status = offset < STATUS + 2 && end > STATUS;
+        let status = if reads_status { self.status() } else { 0 };
+        let mut space = [0; 12];
+        let (mac, rest) = space.split_at_mut(6);
+        mac.copy_from_slice(&self.options.mac);
+        // status, max_virtqueue_pairs, mtu
+        let fields = [status, 1, self.options.mtu.unwrap_or(0)];
+        for (place, field) in rest.chunks_exact_mut(2).zip(fields) {
+            place.copy_from_slice(&field.to_le_bytes());
+        }
+        read_config_bytes(&space, offset, data);
+    }
+
+    fn start(&mut self, resources: Resources) -> io::Result<()> {
+        self.after_restore.interrupt = Some(resources.interrupt.clone());
+        if self.after_restore.shows_down.load(Ordering::Relaxed) {
+            resources.interrupt.config_changed();
+        }
+        QueueWorker::start_all(&mut self.workers, resources);
+        Ok(())
+    }
+
+    fn notify(&mut self, queue: u16) {
+        QueueWorker::notify(&self.workers, queue);
+    }
+
+    fn notifiers(&self) -> &[EventFd] {
+        &self.notifiers
+    }
+
+    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
+        QueueWorker::stop_all(&mut self.workers, mode, wait)
+    }
+}
+
+impl SaveState for Net {
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Self {
+            options,
+            // The transport's to check.
+            features: _,
+            is_up: _,
+            after_restore: _,
+            notifiers: _,
+            workers: _,
+        } = self;
+        to_record(STATE_VERSION, options)
+    }
+
+    /// The address is the one that the driver knows, whatever the new VM's would be.
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        let saved: NetOptions = from_record(STATE_VERSION, record)?;
+        if saved.mtu > self.options.mtu {
+            let mtu = |mtu: Option<u16>| mtu.map_or("unknown".into(), |mtu| mtu.to_string());
+            let (was, is) = (mtu(saved.mtu), mtu(self.options.mtu));
+            let why = format!("was {was}; here it is {is}");
+            return Err(StateError::value("the network's MTU", why));
+        }
+        self.options = saved;
+        self.after_restore.shows_down = AtomicBool::new(true);
+        Ok(())
+    }
+}

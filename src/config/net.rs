@@ -1,0 +1,176 @@
+//! A network device: the value of `--net`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// How a network device is written on the command line.
+const NET_SYNTAX: &str = "tap=NAME|fd=N[,mac=M]";
+
+/// A network device. Written as its help says.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetConfig {
+    /// A TAP interface of the host.
+    pub tap: Option<String>,
+    /// An open descriptor of one, which the process has inherited.
+    pub fd: Option<i32>,
+    /// The guest's address; without it, one that follows from the VM.
+    pub mac: Option<MacAddress>,
+}
+
+impl NetConfig {
+    pub(super) fn validate(&self) -> Result<(), String> {
+        match (&self.tap, self.fd) {
+            (Some(name), None) if !name.is_empty() => Ok(()),
+            (None, Some(fd)) if fd > 2 => Ok(()),
+            (None, Some(fd)) => Err(format!("fd={fd}: file descriptors from 3 on are inherited")),
+            (Some(_), Some(_)) => Err("tap and fd exclude each other".into()),
+            _ => Err(format!("no network: write {NET_SYNTAX}")),
+        }
+    }
+
+    /// The guest's address: the one that is configured, or one that stays the same for this device, the place `index` of a VM that
+    /// `vm` tells from others.
+    pub fn mac_address(&self, vm: &[u8], index: usize) -> [u8; 6] {
+        if let Some(MacAddress(mac)) = self.mac {
+            return mac;
+        }
+        let words = format!("{:?} {:?} {index}", self.tap, self.fd);
+        // FNV-1a: https://www.rfc-editor.org/rfc/rfc9923
+        let hash = vm.iter().chain(words.as_bytes());
+        let hash = hash.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+        });
+        let [a, b, c, d, e, ..] = hash.to_le_bytes();
+        // Locally administered, of one interface (IEEE 802 § 8.2.2).
+        [0x02, a, b, c, d, e]
+    }
+}
+
+impl FromStr for NetConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut config = Self::default();
+        let mut seen = Vec::new();
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            match key {
+                "tap" => config.tap = Some(value.into()),
+                "fd" => {
+                    let fd = value.parse().map_err(|e| format!("'{part}': {e}"))?;
+                    config.fd = Some(fd);
+                }
+                "mac" => config.mac = Some(value.parse()?),
+                _ => return Err(format!("'{part}' is not known; write {NET_SYNTAX}")),
+            }
+            if seen.contains(&key) {
+                return Err(format!("'{part}': {key} comes twice"));
+            }
+            seen.push(key);
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// The address of one network interface. Written as six bytes in hexadecimal, with colons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MacAddress([u8; 6]);
+
+impl FromStr for MacAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong =
+            || format!("'{text}' is no MAC address of one interface, as 02:00:00:00:00:01 is");
+        let mut mac = [0; 6];
+        let mut bytes = text.split(':');
+        for place in &mut mac {
+            let digits = bytes.next().filter(|digits| {
+                digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
+            });
+            let byte = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+            *place = byte.ok_or_else(wrong)?;
+        }
+        let [first, ..] = mac;
+        if bytes.next().is_some() || first & 1 != 0 || mac == [0; 6] {
+            return Err(wrong());
+        }
+        Ok(Self(mac))
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(mac: MacAddress) -> Self {
+        mac.to_string()
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_is_written_as_its_help_says() {
+        let net = |text: &str| text.parse::<NetConfig>();
+        let tap = net("tap=tap0,mac=02:00:00:00:0A:01").unwrap();
+        assert_eq!(tap.tap.as_deref(), Some("tap0"));
+        assert_eq!(tap.mac.unwrap().to_string(), "02:00:00:00:0a:01");
+        assert_eq!(net("fd=3").unwrap().fd, Some(3));
+        for (text, word) in [
+            ("", "tap=NAME"),
+            ("tap", "no network"),
+            ("tap=", "no network"),
+            ("mac=02:00:00:00:00:01", "no network"),
+            ("tap=a,fd=4", "exclude"),
+            ("fd=2", "from 3 on"),
+            ("fd=-1", "from 3 on"),
+            ("fd=x", "'fd=x'"),
+            ("tap=a,tap=b", "twice"),
+            ("tap=a,queues=2", "'queues=2' is not known"),
+            ("tap=a,mac=01:00:00:00:00:01", "one interface"),
+            ("tap=a,mac=00:00:00:00:00:00", "one interface"),
+            ("tap=a,mac=02:00:00:00:00", "one interface"),
+            ("tap=a,mac=02:00:00:00:00:01:02", "one interface"),
+            ("tap=a,mac=+2:00:00:00:00:01", "one interface"),
+        ] {
+            let error = net(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn addresses_follow_from_the_vm() {
+        let net: NetConfig = "tap=tap0".parse().unwrap();
+        let mac = net.mac_address(b"vm", 0);
+        assert_eq!(mac, net.mac_address(b"vm", 0));
+        assert_eq!(mac[0], 2, "locally administered, unicast");
+        let other: NetConfig = "tap=tap1".parse().unwrap();
+        for other in [
+            net.mac_address(b"vm", 1),
+            net.mac_address(b"wm", 0),
+            other.mac_address(b"vm", 0),
+        ] {
+            assert_ne!(mac, other);
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Ring 3: Linux guests on a network, through TAP devices of the machine that runs them. Like tests/linux.rs, it is run by
+//! `make test`; it makes interfaces, and so needs root, which the lab has.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::linux::{boot_command, kernel};
+use common::{project, run};
+
+/// A TAP interface, gone with the test.
+struct Tap(&'static str);
+
+impl Tap {
+    /// With the address 10.9.0.1.
+    fn new(name: &'static str, mtu: u32) -> Self {
+        let script = format!(
+            "ip tuntap add {name} mode tap && ip link set {name} mtu {mtu} up && ip addr add 10.9.0.1/24 dev {name}"
+        );
+        let made = Command::new("sh").args(["-c", &script]).status().unwrap();
+        assert!(made.success(), "{script}");
+        Self(name)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        // One that a test has removed is gone.
+        let delete = ["link", "delete", self.0];
+        _ = Command::new("ip").args(delete).output();
+    }
+}
+
+/// minivmm with this network, whose guest runs a case of tests/guest/net.
+fn guest(net: &str, case: &str) -> Command {
+    let initramfs = project("build/net.cpio");
+    let args = ["--net", net, "--initrd", initramfs.to_str().unwrap()];
+    boot_command(&kernel("cloud", "bzImage"), &args, &format!("net {case}"))
+}
+
+#[test]
+fn tcp_goes_both_ways_through_a_tap() {
+    let _tap = Tap::new("mvtap0", 1500);
+    let listener = TcpListener::bind("10.9.0.1:5000").unwrap();
+    let host = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut data = Vec::new();
+        stream.read_to_end(&mut data).unwrap();
+        stream.write_all(&data).unwrap();
+        drop(stream);
+        let until = Instant::now() + PATIENCE;
+        let mut stream = loop {
+            match TcpStream::connect("10.9.0.2:6000") {
+                Ok(stream) => break stream,
+                Err(e) => assert!(Instant::now() < until, "{e}"),
+            }
+            thread::sleep(Duration::from_millis(100));
+        };
+        let mut again = Vec::new();
+        stream.read_to_end(&mut again).unwrap();
+        (data, again)
+    });
+    let ended = run(&mut guest("tap=mvtap0,mac=02:00:00:00:00:09", "tcp"));
+    ended.assert_code(0).assert_printed(&[
+        "mac 02:00:00:00:00:09 mtu 1500",
+        "3 packets received",
+        "echoed",
+    ]);
+    let (data, again) = host.join().unwrap();
+    assert_eq!(data.len(), 2 << 20);
+    assert!(data == again);
+    // Segments longer than the MTU: the offloads are in use in both directions.
+    let out = ended.out();
+    let line = out.lines().find(|line| line.starts_with("per packet:"));
+    let sizes: Vec<u32> = line
+        .unwrap()
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    assert!(
+        sizes.len() == 2 && sizes.iter().all(|size| *size > 1514),
+        "{sizes:?}"
+    );
+}
+
+#[test]
+fn the_guest_sees_the_mtu_and_that_the_interface_is_gone() {
+    let tap = Tap::new("mvtap1", 9000);
+    let mut command = guest("tap=mvtap1", "link");
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut text = String::new();
+    while !text.contains("carrier 1") {
+        assert_ne!(out.read_line(&mut text).unwrap(), 0, "{text}");
+    }
+    drop(tap);
+    stdin.write_all(b"gone\n").unwrap();
+    out.read_to_string(&mut text).unwrap();
+    let output = common::wait(child, PATIENCE);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{text}{err}");
+    for word in ["mtu 9000", "carrier-lost", "unreachable"] {
+        assert!(text.contains(word), "no {word}: {text}{err}");
+    }
+    let warning = "warning: a network device has lost its link";
+    assert!(err.contains(warning), "{err}");
+}
