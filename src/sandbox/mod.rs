@@ -2,7 +2,7 @@
 //!
 //! Each thread confines itself before it does anything for a guest, and the main thread just before the guest's first instruction,
 //! when everything is open. A guest that takes over a thread finds there: no new privileges, no capabilities, no files to
-//! open (Landlock), and no system calls but those in [`rules`]' table. A call that is not there raises SIGSYS; what that does
+//! open (Landlock), and no system calls but those in the table of rules.rs. A call that is not there raises SIGSYS; what that does
 //! is the program's business, and [`Call`] puts it in words.
 
 mod filesystem;

@@ -52,7 +52,7 @@ pub enum Kind {
     Clock = 2,
     /// [`crate::arch::state::VcpuState`], encoded.
     Vcpu = 3,
-    /// [`super::record::DeviceRecord`]s, as JSON.
+    /// The records of all devices ([`minivmm_devices::state`]), as JSON.
     Devices = 4,
     /// Guest RAM.
     Ram = 5,

@@ -1,6 +1,6 @@
 //! Snapshots: a paused VM in one file, and VMs that start from it.
 //!
-//! The file has a header of 4 KiB, sections, and guest RAM at a multiple of 2 MiB, in which pages of zeros are holes. [`file`]
+//! The file has a header of 4 KiB, sections, and guest RAM at a multiple of 2 MiB, in which pages of zeros are holes. [`mod@file`]
 //! knows that layout, [`record`] what is in the sections. [`save`] writes a file, [`load`] reads one.
 
 pub mod error;
