@@ -58,8 +58,11 @@ fn main() {
             let (args, snapshot_at) = (cli.vm, cli.snapshot_at);
             let deadline = args.deadline;
             let plan = || {
+                let mut config = args.into_config().map_err(|e| usage_error(&e))?;
+                // The guest is to learn of each restore.
+                config.generation_id |= snapshot_at.is_some();
                 Ok(Plan {
-                    config: args.into_config().map_err(|e| usage_error(&e))?,
+                    config,
                     snapshot: None,
                     snapshot_at,
                 })
