@@ -7,7 +7,7 @@ use std::sync::Arc;
 use minivmm_devices::thread::ThreadStarter;
 
 use super::exit_status::VMM_FAILED;
-use super::run::Plan;
+use super::plan::Plan;
 use super::snapshot_at::SnapshotAt;
 use crate::boot;
 use crate::config::OnReboot;

@@ -7,6 +7,7 @@ pub mod exit_status;
 mod guest;
 mod guest_log;
 pub mod log;
+pub mod plan;
 pub mod process;
 mod release;
 mod restore;

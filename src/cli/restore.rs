@@ -10,7 +10,8 @@ use clap::{Args, ValueEnum};
 use minivmm_devices::platform::control::MAX_ARGUMENT;
 
 use super::log::LogArgs;
-use super::run::{Plan, RunError};
+use super::plan::Plan;
+use super::run::RunError;
 use super::snapshot_at::SnapshotAt;
 use crate::config::{ConsoleTarget, OnReboot, Span, VmConfig};
 use crate::vmm::error::{VmError, host};

@@ -7,13 +7,14 @@ use minivmm_devices::thread::ThreadStarter;
 
 use super::confine;
 use super::guest_log::{MarkLog, SleepCheck};
+use super::plan::Plan;
 use super::process;
 use super::release;
-use super::snapshot_at::{Saver, SnapshotAt};
+use super::snapshot_at::Saver;
 use super::watch::{DRAIN_TIMEOUT, Watch};
 use crate::NOTICE;
 use crate::boot::BootError;
-use crate::config::{ConfigError, ConsoleTarget, OnReboot, VmConfig};
+use crate::config::{ConfigError, ConsoleTarget, OnReboot};
 use crate::console::{
     self, Console, ConsoleError, ConsoleInput, InputOutcome, RawTerminal, Signals,
 };
@@ -27,9 +28,8 @@ use crate::vmm::error::{VmError, host};
 use crate::vmm::event_loop::EventLoop;
 use crate::vmm::memory::MemoryError;
 use crate::vmm::outcome::Outcome;
-use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
+use crate::vmm::prepare::{BuildTimes, Prepared};
 use crate::vmm::snapshot::error::SnapshotError;
-use crate::vmm::snapshot::load::Snapshot;
 use crate::vmm::vcpu::VcpuError;
 use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
 
@@ -91,17 +91,6 @@ fn start_watch(
 ) -> Result<Watch, RunError> {
     Watch::start(Arc::clone(signals), deadline, console)
         .map_err(|source| VmError::from(VcpuError::Thread { index: 0, source }).into())
-}
-
-/// What is to be run.
-#[derive(Default)]
-pub struct Plan {
-    /// The VM.
-    pub config: VmConfig,
-    /// What it goes on from; without it, it boots.
-    pub snapshot: Option<(Arc<Snapshot>, Identity)>,
-    /// Whether it is to be saved.
-    pub snapshot_at: Option<SnapshotAt>,
 }
 
 /// Builds the VM of `plan` and runs it to its end, again after every reset if the configuration wants it.
