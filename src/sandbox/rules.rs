@@ -298,6 +298,10 @@ pub(super) const TABLE: &[Rule] = &[
     only(libc::SYS_ioctl, SAVE, When::OneOf(1, SAVE_IOCTLS)),
     only(libc::SYS_fcntl, SAVE, When::OneOf(1, FILE_FLAGS)),
     any(libc::SYS_openat, SAVE),
+    // As musl makes them.
+    any(libc::SYS_open, SAVE),
+    any(libc::SYS_stat, SAVE),
+    any(libc::SYS_lstat, SAVE),
     any(libc::SYS_newfstatat, SAVE),
     any(libc::SYS_statx, SAVE),
     any(libc::SYS_lseek, SAVE),
