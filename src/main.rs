@@ -14,13 +14,13 @@ use minivmm::cli::log::{TimedStderr, start_log};
 use minivmm::cli::plan::Plan;
 use minivmm::cli::run::RunError;
 use minivmm::cli::watch::Watch;
-use minivmm::cli::{Cli, Command, DoctorArgs, process, run, snapshot};
+use minivmm::cli::{Cli, Command, DoctorArgs, fork, process, run, snapshot};
 use minivmm::config::{ConfigError, Span};
 use minivmm::host::json_file::JsonFile;
 use minivmm::observe::timeline::{Point, Timeline};
 use minivmm::tools::error::ToolError;
 use minivmm::tools::{bench, compare, doctor};
-use minivmm::vmm::error::VmError;
+use minivmm::vmm::error::{VmError, host};
 use minivmm::{Escaping, console, error_chain};
 
 /// musl's own takes memory from the kernel and gives it back in small pieces: some 60 system calls for a command line.
@@ -50,6 +50,12 @@ fn main() {
             Ok(()) => 0,
             Err(e) => failure(&e, ""),
         },
+        Some(Command::Fork(args)) => {
+            let forked = console::Signals::block()
+                .map_err(|e| host("signal handling")(e).into())
+                .and_then(|signals| fork::run(args, &signals));
+            forked.unwrap_or_else(|e: RunError| failure(&e, ""))
+        }
         Some(Command::Restore(mut args)) => {
             let (deadline, timeline) = (args.deadline, args.timeline.take());
             let plan = || args.into_plan().map_err(|e| failure(&e, ""));

@@ -257,3 +257,59 @@ fn info_and_verify_tell_what_is_there() {
     damaged.assert_code(125);
     assert!(damaged.stderr.contains("the guest's memory is wrong"));
 }
+
+#[test]
+fn forks_run_side_by_side_and_say_how_they_ended() {
+    let dir = Dir::new();
+    let path = dir.save("marks", "w", &[]);
+    let json = dir.path("report.json");
+    let mut command = minivmm(&["fork"]);
+    command.arg(&path).args(["-n", "30", "-j", "3", "--json"]);
+    let ended = run(command.arg(&json));
+    ended.assert_code(0);
+    let out = ended.out();
+    let mut lines: Vec<&str> = out.lines().collect();
+    lines.sort_unstable();
+    let mut wanted: Vec<String> = (0..30).map(|index| format!("{index}: bc")).collect();
+    wanted.sort_unstable();
+    assert_eq!(lines, wanted);
+    let report: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    assert_eq!(report.as_array().unwrap().len(), 30);
+    assert_eq!(
+        (&report[29]["index"], &report[29]["status"]),
+        (&29.into(), &0.into())
+    );
+
+    // A file for each, and a status that is not 0.
+    let path = dir.save("timer", "", &[]);
+    let output = dir.path("consoles");
+    fs::create_dir(&output).unwrap();
+    let mut command = minivmm(&["fork"]);
+    command.arg(&path).args(["-n", "4", "--output"]);
+    let ended = run(command.arg(&output));
+    ended.assert_code(1);
+    assert!(ended.stderr.contains("4 of 4 VMs"), "{}", ended.stderr);
+    for index in 0..4 {
+        let text = fs::read_to_string(output.join(index.to_string())).unwrap();
+        assert_eq!(text, "t", "{index}");
+    }
+}
+
+#[test]
+fn a_signal_or_a_deadline_ends_all_forks() {
+    let dir = Dir::new();
+    let path = dir.save("marks", "m", &[]);
+    let mut command = minivmm(&["fork"]);
+    command.arg(&path).args(["-n", "100", "-j", "4"]);
+    let child = command.spawn().unwrap();
+    thread::sleep(Duration::from_millis(300));
+    common::signal(&child, "INT");
+    let output = wait(child, Duration::from_secs(60));
+    assert_eq!(output.status.code(), Some(130));
+    let mut command = minivmm(&["fork"]);
+    command
+        .arg(&path)
+        .args(["-n", "3", "-j", "3", "--deadline", "100ms"]);
+    run(&mut command).assert_code(1);
+}

@@ -4,8 +4,10 @@ mod bench;
 mod compare;
 mod confine;
 pub mod exit_status;
+pub mod fork;
 mod guest;
 mod guest_log;
+mod line_output;
 pub mod log;
 pub mod plan;
 pub mod process;
@@ -18,6 +20,7 @@ pub mod watch;
 
 pub use bench::BenchArgs;
 pub use compare::CompareArgs;
+pub use fork::ForkArgs;
 pub use guest::GuestArgs;
 pub use log::LogArgs;
 pub use restore::RestoreArgs;
@@ -104,6 +107,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Go on with a VM from its snapshot
     Restore(Box<RestoreArgs>),
+    /// Go on with many VMs from one snapshot; status 0 only if all of them end with 0
+    Fork(ForkArgs),
     /// Say what is in a snapshot, or check it
     Snapshot(SnapshotArgs),
     /// Run one command on one root file system in container runtimes and in a virtual machine, and measure it
@@ -129,6 +134,7 @@ impl Cli {
     pub fn log_level(&self) -> LevelFilter {
         match &self.command {
             Some(Command::Restore(args)) => args.log.level(),
+            Some(Command::Fork(args)) => args.log.level(),
             _ => self.log.level(),
         }
     }

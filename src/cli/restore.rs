@@ -13,7 +13,7 @@ use super::log::LogArgs;
 use super::plan::Plan;
 use super::run::RunError;
 use super::snapshot_at::SnapshotAt;
-use crate::config::{ConsoleTarget, OnReboot, Span, VmConfig};
+use crate::config::{ConsoleTarget, OnReboot, SandboxMode, Span, VmConfig};
 use crate::vmm::error::{VmError, host};
 use crate::vmm::prepare::Identity;
 use crate::vmm::snapshot::load::Snapshot;
@@ -38,19 +38,12 @@ Example:
   minivmm --kernel bzImage --initrd rootfs.cpio --snapshot-at 7=ready.snap,exit
   minivmm restore ready.snap --argument job-17";
 
-#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
+/// A snapshot, and how its VMs go on.
 #[derive(Debug, Args)]
-#[command(after_help = HELP)]
-pub struct RestoreArgs {
+pub(super) struct SnapshotSource {
     /// Snapshot, written by --snapshot-at
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only), none
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    serial: ConsoleTarget,
-    /// End with status 124 after this time, as in 500ms, 10s or 2min
-    #[arg(long, value_name = "TIME")]
-    pub deadline: Option<Span>,
     /// Whether the guest's clocks go on where they stood, or as if they had run since
     #[arg(long, value_enum, default_value = "continue")]
     clock: ClockMode,
@@ -60,6 +53,21 @@ pub struct RestoreArgs {
     /// The same, from a file of at most 64 KiB
     #[arg(long, value_name = "FILE")]
     argument_file: Option<PathBuf>,
+}
+
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub struct RestoreArgs {
+    /// What it goes on from.
+    #[command(flatten)]
+    source: SnapshotSource,
+    /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only), none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: ConsoleTarget,
+    /// End with status 124 after this time, as in 500ms, 10s or 2min
+    #[arg(long, value_name = "TIME")]
+    pub deadline: Option<Span>,
     /// Save the VM when its guest writes this boot mark, as without restore; to another file than the one it comes from
     #[arg(long, value_name = "MARK=FILE[,exit]")]
     snapshot_at: Option<SnapshotAt>,
@@ -74,6 +82,21 @@ pub struct RestoreArgs {
 impl RestoreArgs {
     /// Reads the snapshot and says what is to be run.
     pub fn into_plan(self) -> Result<Plan, RunError> {
+        let plan = self.source.into_plan(self.serial, self.deadline)?;
+        Ok(Plan {
+            snapshot_at: self.snapshot_at,
+            ..plan
+        })
+    }
+}
+
+impl SnapshotSource {
+    /// Reads the snapshot and says what is to be run.
+    pub(super) fn into_plan(
+        self,
+        serial: ConsoleTarget,
+        deadline: Option<Span>,
+    ) -> Result<Plan, RunError> {
         let argument = match (self.argument, self.argument_file) {
             (Some(text), _) => text.into_bytes(),
             (None, Some(path)) => {
@@ -99,16 +122,17 @@ impl RestoreArgs {
         }
         // What the file says of other files and of what comes after is not followed: it may be anybody's.
         let config = VmConfig {
-            serial: self.serial,
-            deadline: self.deadline,
+            serial,
+            deadline,
             on_reboot: OnReboot::Exit,
+            sandbox: SandboxMode::default(),
             ..snapshot.meta().config.clone()
         };
         let identity = Identity { index: 0, argument };
         Ok(Plan {
             config,
             snapshot: Some((Arc::new(snapshot), identity)),
-            snapshot_at: self.snapshot_at,
+            snapshot_at: None,
         })
     }
 }

@@ -99,6 +99,25 @@ impl Control {
         self.state().end.clone()
     }
 
+    /// Waits until the VM has ended, at most for `limit`.
+    pub fn await_end(&self, limit: Option<Duration>) {
+        let until = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let mut state = self.state();
+        while state.end.is_none() {
+            let Some(until) = until else {
+                let waited = self.changed.wait(state);
+                state = waited.unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// What a vCPU has to do.
     pub fn request(&self) -> Request {
         match self.request.load(Ordering::Acquire) {

@@ -1,0 +1,325 @@
+//! `fork`: VMs that go on side by side from one snapshot, in one process that has read it once.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput};
+use minivmm_devices::thread::ThreadStarter;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::Serialize;
+
+use super::confine;
+use super::exit_status::{VMM_FAILED, exit_status, of_signal};
+use super::line_output::LineOutput;
+use super::log::LogArgs;
+use super::plan::Plan;
+use super::process;
+use super::restore::SnapshotSource;
+use super::run::RunError;
+use crate::config::{ConsoleTarget, Span};
+use crate::console::{Console, Signals};
+use crate::error_chain;
+use crate::host::json_file::JsonFile;
+use crate::vmm::control::Control;
+use crate::vmm::ending;
+use crate::vmm::error::host;
+use crate::vmm::outcome::Outcome;
+use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
+use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
+
+/// How often the main thread looks whether all have ended, beside signals.
+const PERIOD: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 20_000_000,
+};
+
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    /// What they go on from.
+    #[command(flatten)]
+    source: SnapshotSource,
+    /// How many VMs
+    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    count: u32,
+    /// How many at the same time [default: one per processor of the host]
+    #[arg(short, long, value_name = "J", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    jobs: Option<u32>,
+    /// End each with status 124 after this time, as in 500ms, 10s or 2min
+    #[arg(long, value_name = "TIME")]
+    deadline: Option<Span>,
+    /// Write the console of each to a file of its own in this directory, named by its index, and not to stdout, in lines with the
+    /// index in front
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Write each VM's exit status and times to FILE
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// How much to say on stderr.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// What became of one VM.
+#[derive(Debug, Serialize)]
+struct CloneReport {
+    index: u32,
+    status: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    /// From the start of its making to the start of its vCPUs.
+    started_us: u64,
+    /// From there to its end.
+    ran_us: u64,
+}
+
+/// What all VMs have in common.
+struct Fork {
+    plan: Plan,
+    count: u32,
+    next: AtomicU32,
+    deadline: Option<Duration>,
+    threads: ThreadStarter,
+    output: Output,
+    running: Mutex<Running>,
+}
+
+/// Where consoles go.
+enum Output {
+    /// To stdout, by lines.
+    Lines(Console),
+    /// To a file each, in this directory.
+    Files(PathBuf),
+}
+
+/// What ends a VM, and what has to know of room for output.
+type Handles = (Arc<Control>, [Weak<Mutex<dyn ConsoleDevice>>; 2]);
+
+/// The VMs that run.
+#[derive(Default)]
+struct Running {
+    /// What ends all of them, once it has come.
+    stop: Option<Outcome>,
+    clones: BTreeMap<u32, Handles>,
+}
+
+/// Runs the VMs, and gives the process's exit status.
+pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
+    let json = args.json.map(JsonFile::open).transpose();
+    let json = json.map_err(|e| host("the report")(io::Error::other(e)))?;
+    let plan = args.source.into_plan(ConsoleTarget::None, None)?;
+    if let Some((snapshot, _)) = &plan.snapshot {
+        process::name_file_on_bus_error(snapshot.path());
+    }
+    // The threads that make VMs need all that a VM is made of; those that a guest reaches are confined.
+    let sandbox = confine::sandbox(&plan)?;
+    let threads = confine::threads(&sandbox);
+    let output = match args.output {
+        Some(dir) => Output::Files(dir),
+        None => Output::Lines(Console::open(&ConsoleTarget::Stdio, &threads)?.0),
+    };
+    let jobs = match args.jobs {
+        Some(jobs) => jobs,
+        None => thread::available_parallelism().map_or(1, |n| n.get() as u32),
+    };
+    let fork = Arc::new(Fork {
+        plan,
+        count: args.count,
+        next: AtomicU32::new(0),
+        deadline: args.deadline.map(|span| span.0),
+        threads,
+        output,
+        running: Mutex::default(),
+    });
+    fork.connect_output();
+    let (sender, reports) = mpsc::channel();
+    for number in 0..jobs.min(args.count) {
+        let (fork, sender) = (Arc::clone(&fork), sender.clone());
+        thread::Builder::new()
+            .name(format!("fork{number}"))
+            .spawn(move || fork.work(&sender))
+            .map_err(host("a thread"))?;
+    }
+    drop(sender);
+    let reports = fork.supervise(signals, &reports);
+    if let Output::Lines(console) = &fork.output {
+        console.finish(&|| signals.stop_requested().is_some());
+    }
+    let failed = reports.iter().filter(|report| report.status != 0).count();
+    if failed > 0 {
+        log::warn!("{failed} of {} VMs did not end with status 0", args.count);
+    }
+    let stop = fork.running().stop.clone();
+    if let Some(json) = json {
+        json.write(&reports)
+            .map_err(|e| host("the report")(io::Error::other(e)))?;
+    }
+    Ok(match stop {
+        Some(Outcome::Signal(signal)) => of_signal(signal),
+        _ => u8::from(failed > 0 || reports.len() != args.count as usize),
+    })
+}
+
+impl Fork {
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells all devices when there is room for output again.
+    fn connect_output(self: &Arc<Self>) {
+        let Output::Lines(console) = &self.output else {
+            return;
+        };
+        let fork = Arc::downgrade(self);
+        console.on_output_ready(Arc::new(move || {
+            let Some(fork) = fork.upgrade() else { return };
+            let devices: Vec<_> = fork
+                .running()
+                .clones
+                .values()
+                .flat_map(|(_, devices)| devices.clone())
+                .collect();
+            tell_of_room(&devices);
+        }));
+    }
+
+    /// Collects reports until all have come; a signal ends all VMs.
+    fn supervise(
+        &self,
+        signals: &Signals,
+        reports: &mpsc::Receiver<CloneReport>,
+    ) -> Vec<CloneReport> {
+        let mut all = Vec::new();
+        loop {
+            match reports.try_recv() {
+                Ok(report) => {
+                    all.push(report);
+                    continue;
+                }
+                Err(mpsc::TryRecvError::Disconnected) => break,
+                Err(mpsc::TryRecvError::Empty) => {}
+            }
+            // It fails for EINTR, or for want of memory: then it is tried again.
+            let _ = poll(&mut [PollFd::new(signals, PollFlags::IN)], Some(&PERIOD));
+            if let Some(signal) = signals.stop_requested() {
+                let mut running = self.running();
+                let stop = running.stop.get_or_insert(Outcome::Signal(signal)).clone();
+                for (control, _) in running.clones.values() {
+                    control.end(stop.clone());
+                }
+            }
+        }
+        all.sort_by_key(|report| report.index);
+        all
+    }
+
+    /// Runs one VM after the other.
+    fn work(&self, reports: &mpsc::Sender<CloneReport>) {
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.count || self.running().stop.is_some() {
+                return;
+            }
+            let mut times = [0; 2];
+            let (status, error) = match self.clone_vm(index, &mut times) {
+                Ok(outcome) => (exit_status(&outcome), None),
+                Err(e) => {
+                    let error = error_chain(&e);
+                    log::error!("VM {index}: {error}");
+                    (VMM_FAILED, Some(error))
+                }
+            };
+            let [started_us, ran_us] = times;
+            let report = CloneReport {
+                index,
+                status,
+                error,
+                started_us,
+                ran_us,
+            };
+            if reports.send(report).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn clone_vm(&self, index: u32, times: &mut [u64; 2]) -> Result<Outcome, RunError> {
+        let begin = Instant::now();
+        let (console, own) = match &self.output {
+            Output::Files(dir) => {
+                let target = ConsoleTarget::File(dir.join(index.to_string()));
+                let console = Console::open(&target, &self.threads)?.0;
+                (console.clone(), Some(console))
+            }
+            Output::Lines(console) => (console.clone(), None),
+        };
+        let sink = || -> Box<dyn ConsoleOutput> {
+            match own {
+                Some(_) => console.sink(),
+                None => Box::new(LineOutput::new(index, console.sink())),
+            }
+        };
+        let Some((snapshot, identity)) = &self.plan.snapshot else {
+            return Ok(Outcome::Quit);
+        };
+        let identity = Identity {
+            index,
+            ..identity.clone()
+        };
+        let mut build = BuildTimes::default();
+        let config = &self.plan.config;
+        let parts = Prepared::restore(snapshot, config, identity, &self.threads, &mut build)?;
+        let ends = ConsoleEnds {
+            serial: sink(),
+            virtio: sink(),
+            size: None,
+        };
+        let mut vm = Vm::build(parts, ends, Observers::default(), &mut build)?;
+        let senders = vm
+            .senders()
+            .map(|device: SharedConsole| Arc::downgrade(&device));
+        if let Some(console) = &own {
+            let senders = senders.clone();
+            console.on_output_ready(Arc::new(move || tell_of_room(&senders)));
+        }
+        {
+            let mut running = self.running();
+            if let Some(stop) = running.stop.clone() {
+                vm.control().end(stop);
+            }
+            let control = Arc::clone(vm.control());
+            running.clones.insert(index, (control, senders));
+        }
+        times[0] = begin.elapsed().as_micros() as u64;
+        let started: Result<(), RunError> = vm.start(|| Ok(()), None);
+        if started.is_ok() {
+            vm.control().await_end(self.deadline);
+        }
+        vm.control().end(Outcome::Deadline);
+        let end = vm.join();
+        self.running().clones.remove(&index);
+        times[1] = (begin.elapsed().as_micros() as u64).saturating_sub(times[0]);
+        started?;
+        let (outcome, _) = ending::decide(&vm, &end, false);
+        drop(vm);
+        if let Some(console) = own {
+            console.finish(&|| self.running().stop.is_some());
+        }
+        Ok(outcome)
+    }
+}
+
+/// Tells devices that there is room for output again.
+fn tell_of_room(devices: &[Weak<Mutex<dyn ConsoleDevice>>]) {
+    for device in devices.iter().filter_map(Weak::upgrade) {
+        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        device.on_tx_space();
+    }
+}
