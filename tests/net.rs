@@ -7,10 +7,11 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::limit::{watch, within};
 use common::linux::{boot_command, kernel};
-use common::{project, run};
+use common::{PATIENCE, project, run};
 
 /// A TAP interface, gone with the test.
 struct Tap(&'static str);
@@ -52,14 +53,13 @@ fn tcp_goes_both_ways_through_a_tap() {
         stream.read_to_end(&mut data).unwrap();
         stream.write_all(&data).unwrap();
         drop(stream);
-        let until = Instant::now() + PATIENCE;
-        let mut stream = loop {
-            match TcpStream::connect("10.9.0.2:6000") {
-                Ok(stream) => break stream,
-                Err(e) => assert!(Instant::now() < until, "{e}"),
-            }
-            thread::sleep(Duration::from_millis(100));
+        let connect = || {
+            TcpStream::connect("10.9.0.2:6000").ok().or_else(|| {
+                thread::sleep(Duration::from_millis(100));
+                None
+            })
         };
+        let mut stream = within(PATIENCE, connect).expect("the guest listens");
         let mut again = Vec::new();
         stream.read_to_end(&mut again).unwrap();
         (data, again)
@@ -95,6 +95,7 @@ fn the_guest_sees_the_mtu_and_that_the_interface_is_gone() {
     let mut stdin = child.stdin.take().unwrap();
     let mut out = BufReader::new(child.stdout.take().unwrap());
     let mut text = String::new();
+    let _watch = watch(&child);
     while !text.contains("carrier 1") {
         assert_ne!(out.read_line(&mut text).unwrap(), 0, "{text}");
     }
