@@ -6,10 +6,28 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+};
 use vm_memory::VolatileSlice;
 
-use super::{HEADER_LEN, OFFLOADS};
 use crate::virtio::queue::Buffers;
+
+/// Length of `struct virtio_net_hdr_v1` (§ 5.1.6), in front of each frame.
+pub(super) const HEADER_LEN: usize = 12;
+/// Where `num_buffers` is in it, 16 bits.
+pub(super) const NUM_BUFFERS: usize = 10;
+
+/// What a packet device may do for both sides: partial checksums, and segments of TCP longer than the MTU.
+pub const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_GUEST_TSO6
+    | 1 << VIRTIO_NET_F_GUEST_ECN
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_ECN;
 
 /// Longest frame in bytes: the longest IP packet behind an Ethernet header with a VLAN tag.
 pub(super) const MAX_FRAME: usize = 65535 + 18;

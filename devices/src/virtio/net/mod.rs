@@ -12,14 +12,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
     VIRTIO_NET_S_LINK_UP,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-pub use link::{Link, SetOffloads};
+pub use link::{Link, OFFLOADS, SetOffloads};
 
 use super::device::{Interrupt, Resources, StopMode, VirtioDevice, read_config_bytes};
 use super::queue::Virtqueue;
@@ -35,25 +33,9 @@ const STATE_VERSION: u32 = 1;
 
 /// `receiveq1` and `transmitq1` (§ 5.1.2).
 const QUEUE_SIZES: [u16; 2] = [256; 2];
-const RECEIVE: u16 = 0;
-
-/// Length of `struct virtio_net_hdr_v1` (§ 5.1.6), in front of each frame.
-const HEADER_LEN: usize = 12;
-/// Where `num_buffers` is in it, 16 bits.
-const NUM_BUFFERS: usize = 10;
 
 /// Least MTU that a driver is told of: Linux refuses to use a device with less (ETH_MIN_MTU).
 const MIN_MTU: u16 = 68;
-
-/// What a packet device may do for both sides: partial checksums, and segments of TCP longer than the MTU.
-pub const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
-    | 1 << VIRTIO_NET_F_GUEST_CSUM
-    | 1 << VIRTIO_NET_F_GUEST_TSO4
-    | 1 << VIRTIO_NET_F_GUEST_TSO6
-    | 1 << VIRTIO_NET_F_GUEST_ECN
-    | 1 << VIRTIO_NET_F_HOST_TSO4
-    | 1 << VIRTIO_NET_F_HOST_TSO6
-    | 1 << VIRTIO_NET_F_HOST_ECN;
 
 /// What the driver reads in the configuration space, and must find again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,10 +9,12 @@ use virtio_bindings::virtio_net::{
 use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::EventSet;
 
-use super::link::{Link, MAX_FRAME, MAX_IOVECS, Sent};
-use super::{HEADER_LEN, NUM_BUFFERS, RECEIVE};
+use super::link::{HEADER_LEN, Link, MAX_FRAME, MAX_IOVECS, NUM_BUFFERS, Sent};
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::worker::{QueueContext, WorkerContext};
+
+/// `receiveq1` (§ 5.1.2).
+pub(super) const RECEIVE: u16 = 0;
 
 /// Frames that one queue moves before it is the other's turn.
 const BURST: u32 = 64;
