@@ -6,6 +6,7 @@ use std::thread;
 
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_INT_CONFIG};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS};
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6};
 
 use super::link::{HEADER_LEN, MAX_FRAME, NUM_BUFFERS};
 use super::serve::RECEIVE;
@@ -13,7 +14,6 @@ use super::*;
 use crate::bus::BusDevice;
 use crate::state::Suspend;
 use crate::virtio::testing::{DATA, Driver, HIGH, WRITE, wait};
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6};
 
 const OPTIONS: NetOptions = NetOptions {
     mac: [2, 0, 0, 0, 0, 7],
