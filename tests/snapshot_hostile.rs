@@ -231,6 +231,12 @@ fn sections_that_contradict_each_other_are_refused() {
         ("\"memory\":\"16M\"", "\"memory\":\"17M\"", "for a VM of"),
         ("\"memory\":\"16M\"", "\"memory\":\"1M\"", "memory"),
         ("\"config\":", "\"confix\":", "description"),
+        // Of whose network?
+        (
+            "\"disks\":[],\"nets\":[],\"rng\":false",
+            "\"nets\":[{\"tap\":\"t\"}]",
+            "it has networks",
+        ),
     ] {
         assert_refused(replace(META, from, to), true, why);
     }

@@ -116,7 +116,7 @@ impl Prepared {
             cmdline: meta.cmdline.clone(),
             config: config.clone(),
             disks: Vec::new(),
-            nets: open_nets(config, threads)?,
+            nets: Vec::new(),
             threads: threads.clone(),
         })
     }

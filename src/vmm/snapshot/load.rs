@@ -103,6 +103,12 @@ impl Snapshot {
                 "disks, which this minivmm cannot restore".to_owned(),
             ));
         }
+        if !config.nets.is_empty() {
+            // What a file names as a TAP device may be anybody's network.
+            return Err(FormatError::Mismatch(
+                "networks, which this minivmm cannot restore".to_owned(),
+            ));
+        }
         let vcpus = sections.all(Kind::Vcpu).map(VcpuState::decode);
         let vcpus: Vec<_> = vcpus
             .collect::<Result<_, _>>()

@@ -69,6 +69,9 @@ impl Target {
         if !config.disks.is_empty() {
             return Err(SnapshotError::Unsupported("a VM with disks".into()));
         }
+        if !config.nets.is_empty() {
+            return Err(SnapshotError::Unsupported("a VM with networks".into()));
+        }
         if source.is_some_and(|source| source.is_file(path)) {
             return Err(SnapshotError::OwnSource(path.to_owned()));
         }
