@@ -18,6 +18,19 @@ pub fn has_virtualization() -> bool {
     ecx(1) & 1 << 5 != 0 || ecx(0x8000_0001) & 1 << 2 != 0
 }
 
+/// Whether this host is a virtual machine that QEMU emulates in software (TCG), by the hypervisor's signature (CPUID leaf 0x40000000).
+/// On a processor without a hypervisor that leaf has something else.
+pub fn is_emulated_by_qemu() -> bool {
+    #[allow(
+        unsafe_code,
+        unused_unsafe,
+        reason = "a safe function only in newer versions of Rust"
+    )]
+    // SAFETY: every x86-64 processor has the instruction.
+    let leaf = unsafe { __cpuid(0x4000_0000) };
+    [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes) == [*b"TCGT", *b"CGTC", *b"GTCG"]
+}
+
 /// The first processor of /proc/cpuinfo.
 #[derive(Debug, Clone, Default)]
 pub struct Cpu {

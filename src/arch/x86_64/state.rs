@@ -13,6 +13,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::msrs::{IA32_TSC, IA32_TSC_DEADLINE, saved_msrs};
 use super::vcpu::{StateError, refused};
+use crate::host::cpu;
 
 /// Bytes of XSAVE state that every KVM has; KVM_CAP_XSAVE2 says where there is more.
 const XSAVE_MIN: usize = size_of::<kvm_xsave>();
@@ -27,11 +28,15 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 const CR4_VMXE: u64 = 1 << 13;
 const EFER_SVME: u64 = 1 << 12;
 
+/// Type of a segment that is a TSS not in use (SDM vol. 3 § 3.5).
+const AVAILABLE_TSS: u8 = 9;
+
 /// What this host's KVM can do for a vCPU's state.
 #[derive(Debug, Clone)]
 pub struct StateSupport {
     xsave_len: usize,
     tsc_control: bool,
+    emulated_by_qemu: bool,
 }
 
 impl StateSupport {
@@ -41,6 +46,7 @@ impl StateSupport {
         Self {
             xsave_len: xsave2.max(XSAVE_MIN),
             tsc_control: kvm.check_extension(Cap::TscControl),
+            emulated_by_qemu: cpu::is_emulated_by_qemu(),
         }
     }
 }
@@ -142,7 +148,14 @@ impl VcpuState {
         fd.set_mp_state(*mp_state)
             .map_err(refused("KVM_SET_MP_STATE"))?;
         fd.set_regs(regs).map_err(refused("KVM_SET_REGS"))?;
-        fd.set_sregs(sregs).map_err(refused("KVM_SET_SREGS"))?;
+        let mut sregs = *sregs;
+        if support.emulated_by_qemu {
+            // KVM on AMD reports TR as a busy TSS whatever the processor has (svm_get_segment). Where the processor is QEMU's, a guest
+            // goes on with that, and QEMU takes I/O permissions only from a TSS that is not busy (check_io): all port accesses outside
+            // of ring 0 would fault. A processor of silicon looks at the type only when TR is loaded.
+            sregs.tr.type_ = AVAILABLE_TSS;
+        }
+        fd.set_sregs(&sregs).map_err(refused("KVM_SET_SREGS"))?;
         restore_xsave(fd, &self.xsave, support.xsave_len)?;
         // A host without XSAVE has none, and refuses even that.
         if xcrs.nr_xcrs != 0 {
