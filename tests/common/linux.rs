@@ -2,6 +2,10 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tempfile::TempDir;
 
 use super::terminal::{Session, Terminal};
 use super::{Ended, minivmm, run};
@@ -132,4 +136,67 @@ impl Debian {
         self.terminal.type_in("systemctl poweroff\r");
         assert_eq!(self.session.status(), 0, "{}", self.terminal.text());
     }
+}
+
+/// A guest that was saved when it had booted, and is to go on with a command.
+pub(crate) struct Saved(TempDir);
+
+impl Saved {
+    /// With the demo initramfs.
+    #[track_caller]
+    pub(crate) fn new(kernel: &str, args: &[&str], command: &str) -> Self {
+        let saved = Self(tempfile::tempdir().unwrap());
+        let at = format!("7={},exit", saved.snapshot().display());
+        let args = [&["--snapshot-at", &at], args].concat();
+        boot(kernel, &args, &format!("guestctl snapshot 7 {command}")).assert_code(0);
+        saved
+    }
+
+    pub(crate) fn snapshot(&self) -> PathBuf {
+        self.path("snapshot")
+    }
+
+    /// A file beside it.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub(crate) fn restore(&self, args: &[&str]) -> Ended {
+        run(minivmm(&["restore"]).arg(self.snapshot()).args(args))
+    }
+}
+
+/// Saves a guest and restores it twice: each gets its argument, has the time of the host and random numbers of its own, sleeps on
+/// each of its vCPUs and ends with its status.
+#[track_caller]
+pub(crate) fn expect_restored(kernel: &str, args: &[&str]) {
+    const COMMAND: &str = "sh -c 'echo argument $MINIVMM_ARGUMENT; echo time $(date +%s);
+        echo random $(head -c 16 /dev/urandom | sha256sum); cpu=0;
+        while [ $cpu -lt $(nproc) ]; do taskset $((1 << cpu)) sleep 1; cpu=$((cpu+1)); done; echo slept; exit 7'";
+    /// In seconds: the guest says whole ones, and its clock has a frequency of its own.
+    const TOLERANCE: u64 = 2;
+    let now = || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        now.unwrap().as_secs()
+    };
+    let saved = Saved::new(kernel, args, &COMMAND.replace('\n', ""));
+    // A guest whose clock has only gone on is late now.
+    thread::sleep(Duration::from_secs(3 * TOLERANCE));
+    let restore = |argument, clock| {
+        let before = now();
+        let ended = saved.restore(&["--argument", argument, "--clock", clock]);
+        let allowed = before - TOLERANCE..=now() + TOLERANCE;
+        ended.assert_code(7);
+        ended.assert_printed(&[&format!("argument {argument}\r\n"), "slept\r\n"]);
+        let out = ended.out();
+        let value = |name: &str| {
+            let line = out.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name:?} in: {out}"))
+                .to_owned()
+        };
+        let time = value("time ").parse().unwrap();
+        assert!(allowed.contains(&time), "{time}, not in {allowed:?}");
+        value("random ")
+    };
+    assert_ne!(restore("one", "continue"), restore("two", "realtime"));
 }
