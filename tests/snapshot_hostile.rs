@@ -278,3 +278,71 @@ fn state_that_kvm_or_a_device_refuses_is_an_error_that_names_it() {
         assert!(ended.stderr.contains(why), "{why}: {}", ended.stderr);
     }
 }
+
+type Change<'a> = &'a dyn Fn(&mut Vec<u8>);
+
+#[test]
+fn what_is_said_of_disks_is_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let path = dir.path().join("good");
+    let at = format!("7={},exit", path.display());
+    let disk = format!("path={},ephemeral", image.display());
+    let args = ["--snapshot-at", &at, "--disk", &disk];
+    run(&mut boot_tiny("disk", "", &args)).assert_code(0);
+    let good = fs::read(&path).unwrap();
+    let restore = |change: Change<'_>| {
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        sign(&mut bytes);
+        fs::write(&path, &bytes).unwrap();
+        run(minivmm(&["restore"]).arg(&path))
+    };
+    restore(&|_| {}).assert_code(0);
+    let overlay = entry(&good, count(&good) - 1);
+    let overlay_at = number(&good, overlay.start + 8) as usize;
+    let run_at = |field: usize, value: u64| {
+        move |bytes: &mut Vec<u8>| put(overlay_at + field * 8, value.to_le_bytes())(bytes)
+    };
+    let meta = section(&good, META);
+    let meta = std::str::from_utf8(&good[meta]).unwrap();
+    let (files, _) = meta.rsplit_once(",\"cmdline\"").unwrap();
+    let files = &files[files.rfind("\"disks\"").unwrap()..];
+    let lost = |bytes: &mut Vec<u8>| {
+        bytes[16] -= 1;
+        bytes.truncate(overlay_at);
+    };
+    let twice = |bytes: &mut Vec<u8>| {
+        let mut more = bytes[overlay.clone()].to_vec();
+        more[8..16].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
+        bytes[overlay.end..overlay.end + 32].copy_from_slice(&more);
+        bytes.extend_from_within(overlay_at..);
+        bytes[16] += 1;
+    };
+    let in_meta = |from: &'static str, to: &'static str| {
+        move |bytes: &mut Vec<u8>| replace(META, from, to)(bytes)
+    };
+    let changes: [(Change<'_>, &str); 9] = [
+        (&run_at(0, u64::MAX), "pieces"),
+        (&run_at(1, u64::MAX), "out of place"),
+        (&run_at(1, 256), "out of place"),
+        (&run_at(2, 1 << 52), "out of place"),
+        (&lost, "1 files and the writes of 0 disks"),
+        (&twice, "1 files and the writes of 2 disks"),
+        (
+            &in_meta("\"ro\":false,\"ephemeral\":true", "\"ephemeral\":false"),
+            "of which 0 are ephemeral",
+        ),
+        (
+            &|bytes| replace(META, files, "\"disks\":[]")(bytes),
+            "0 files and the writes of 1 disks",
+        ),
+        (&in_meta("\"len\":1048576", "\"len\":1048575"), "it had"),
+    ];
+    for (change, why) in changes {
+        let ended = restore(change);
+        ended.assert_code(125);
+        assert!(ended.stderr.contains(why), "{why}: {}", ended.stderr);
+    }
+}

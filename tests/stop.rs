@@ -66,6 +66,7 @@ fn on_a_hung_disk(
     mode: Mode,
     engine: &str,
     deadline: &str,
+    args: &[&str],
 ) -> Option<(Child, Fuse)> {
     let disk = Fuse::mount()?;
     let access = if cmdline[1..].starts_with('r') {
@@ -75,6 +76,7 @@ fn on_a_hung_disk(
     };
     let option = format!("path={}{access},engine={engine}", disk.disk().display());
     let mut child = hog(cmdline, &option, deadline)
+        .args(args)
         .stdin(Stdio::piped())
         .spawn()
         .unwrap();
@@ -95,14 +97,14 @@ fn a_hung_disk_cannot_keep_a_vm() {
     for engine in ENGINES {
         // Not a write that the server has taken: the host's kernel lets no process go before that is answered.
         for mode in [Mode::Holds, Mode::Deaf] {
-            let Some((child, disk)) = on_a_hung_disk("hr", mode, engine, PATIENT) else {
+            let Some((child, disk)) = on_a_hung_disk("hr", mode, engine, PATIENT, &[]) else {
                 return;
             };
             signal(&child, "TERM");
             let status = end_of(child, disk).status.code();
             assert_eq!(status, Some(143), "{engine} {mode:?}");
         }
-        let Some((child, disk)) = on_a_hung_disk("hr", Mode::Holds, engine, "2s") else {
+        let Some((child, disk)) = on_a_hung_disk("hr", Mode::Holds, engine, "2s", &[]) else {
             return;
         };
         assert_eq!(end_of(child, disk).status.code(), Some(124), "{engine}");
@@ -112,11 +114,12 @@ fn a_hung_disk_cannot_keep_a_vm() {
 #[test]
 fn guest_status_is_kept_when_a_hung_disk_is_stopped() {
     for engine in ENGINES {
-        let Some((child, disk)) = on_a_hung_disk("rri", Mode::Holds, engine, "2s") else {
+        let Some((child, disk)) = on_a_hung_disk("rri", Mode::Holds, engine, "2s", &[]) else {
             return;
         };
         assert_eq!(end_of(child, disk).status.code(), Some(0), "{engine}");
-        let Some((mut child, disk)) = on_a_hung_disk("rri", Mode::Holds, engine, PATIENT) else {
+        let Some((mut child, disk)) = on_a_hung_disk("rri", Mode::Holds, engine, PATIENT, &[])
+        else {
             return;
         };
         let mut said = String::new();
@@ -131,7 +134,8 @@ fn guest_status_is_kept_when_a_hung_disk_is_stopped() {
 #[test]
 fn a_reset_waits_for_the_disk_and_the_vcpu_does_not() {
     for engine in ENGINES {
-        let Some((mut child, disk)) = on_a_hung_disk("pri", Mode::Holds, engine, PATIENT) else {
+        let Some((mut child, disk)) = on_a_hung_disk("pri", Mode::Holds, engine, PATIENT, &[])
+        else {
             return;
         };
         expect(&mut child, "P");
@@ -139,5 +143,26 @@ fn a_reset_waits_for_the_disk_and_the_vcpu_does_not() {
         assert_eq!(child.try_wait().unwrap(), None, "{engine}");
         disk.set(Mode::Fails);
         assert_eq!(end_of(child, disk).status.code(), Some(0), "{engine}");
+    }
+}
+
+#[test]
+fn a_vm_that_a_hung_disk_keeps_from_being_saved_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = format!("7={},exit", dir.path().join("snapshot").display());
+    for engine in ENGINES {
+        let args = ["--snapshot-at", &at];
+        let Some((mut child, disk)) = on_a_hung_disk("mri", Mode::Holds, engine, PATIENT, &args)
+        else {
+            return;
+        };
+        expect(&mut child, "M");
+        signal(&child, "TERM");
+        let output = end_of(child, disk);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(143), "{engine}: {stderr}");
+        let why = "the VM was not saved: cannot save the devices: disk 0: the host has not completed its requests";
+        assert!(stderr.contains(why), "{engine}: {stderr}");
+        assert_eq!(dir.path().read_dir().unwrap().count(), 0);
     }
 }

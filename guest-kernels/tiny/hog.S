@@ -1,7 +1,7 @@
 # Queues 256 requests, each of the 63.5 MiB that the device takes at most, to the disk in the first virtio-mmio window, and
 # writes an S to the console. What then, the first letter of the command line says: 'h' halts, 'r' resets the disk and ends at once with 0, 'p' resets it, writes a P,
-# waits for the reset's end, looks that nothing more is done, and ends with 0. The second letter says what the requests do: 'r' read, 'w' write.
-# With an 'i' for the third it waits for a byte of input before the reset. With an 'l' or 's' it writes an R and waits before it
+# waits for the reset's end, looks that nothing more is done, and ends with 0, 'm' writes mark 7 and an M and halts. The second letter says what the requests do: 'r' read, 'w' write.
+# With an 'i' for the third it waits for a byte of input before that. With an 'l' or 's' it writes an R and waits before it
 # tells the device; with an 's' each request has 512 pieces of a byte.
 .include "tiny.inc"
 .set VIRTIO,      0xd0000000
@@ -77,7 +77,12 @@ _start:
     cmpb $'i', 2(%rbx)
     jne  5f
     call wait_for_input
-5:  movl $0, 0x70(%rdi)         # Status: the reset
+5:  cmpb $'m', (%rbx)
+    jne  8f
+    outb 7, MARK_PORT
+    outb 'M', COM1
+    jmp  halt
+8:  movl $0, 0x70(%rdi)         # Status: the reset
     cmpb $'p', (%rbx)
     jne  done
     outb 'P', COM1

@@ -29,7 +29,7 @@ use crate::error_chain;
 use crate::host::json_file::JsonFile;
 use crate::vmm::control::Control;
 use crate::vmm::ending;
-use crate::vmm::error::host;
+use crate::vmm::error::{VmError, host};
 use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
 use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
@@ -116,6 +116,7 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
     let json = json.map_err(|e| host("the report")(io::Error::other(e)))?;
     let plan = args.source.into_plan(ConsoleTarget::None, None)?;
     if let Some((snapshot, _)) = &plan.snapshot {
+        snapshot.check_fork().map_err(VmError::from)?;
         process::name_file_on_bus_error(snapshot.path());
     }
     // The threads that make VMs need all that a VM is made of; those that a guest reaches are confined.

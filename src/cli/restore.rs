@@ -13,7 +13,7 @@ use super::log::LogArgs;
 use super::plan::Plan;
 use super::run::RunError;
 use super::snapshot_at::SnapshotAt;
-use crate::config::{ConsoleTarget, OnReboot, SandboxMode, Span, VmConfig};
+use crate::config::{ConsoleTarget, DiskConfig, OnReboot, SandboxMode, Span, VmConfig};
 use crate::vmm::error::{VmError, host};
 use crate::vmm::prepare::Identity;
 use crate::vmm::snapshot::load::Snapshot;
@@ -53,6 +53,19 @@ pub(super) struct SnapshotSource {
     /// The same, from a file of at most 64 KiB
     #[arg(long, value_name = "FILE")]
     argument_file: Option<PathBuf>,
+    /// Use FILE as the disk with this serial number, or with this number if it has none, whatever the snapshot says of it; it must hold what the disk held
+    #[arg(long = "disk", value_name = "id=ID,path=FILE", value_parser = parse_disk)]
+    disks: Vec<(String, PathBuf)>,
+}
+
+/// Of what a disk can be given, its name and its file.
+fn parse_disk(text: &str) -> Result<(String, PathBuf), String> {
+    let mut disk: DiskConfig = text.parse()?;
+    let (id, path) = (disk.id.take(), std::mem::take(&mut disk.path));
+    match id {
+        Some(id) if disk == DiskConfig::default() => Ok((id, path)),
+        _ => Err("write id=ID,path=FILE: all else is as the snapshot says".into()),
+    }
 }
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
@@ -109,6 +122,9 @@ impl SnapshotSource {
             return Err(host("the guest's argument")(error).into());
         }
         let mut snapshot = Snapshot::open(&self.file).map_err(VmError::from)?;
+        for (id, path) in &self.disks {
+            snapshot.use_for_disk(id, path).map_err(VmError::from)?;
+        }
         if self.clock == ClockMode::Realtime {
             let taken = UNIX_EPOCH + Duration::from_nanos(snapshot.meta().taken_at_ns);
             let since = SystemTime::now().duration_since(taken).unwrap_or_default();
@@ -120,7 +136,7 @@ impl SnapshotSource {
             }
             snapshot.advance_clocks(since.as_nanos().try_into().unwrap_or(0));
         }
-        // What the file says of other files and of what comes after is not followed: it may be anybody's.
+        // What the file says of the console's file and of what comes after is not followed: it may be anybody's.
         let config = VmConfig {
             serial,
             deadline,

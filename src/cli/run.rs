@@ -1,7 +1,7 @@
 //! Runs a VM: ties it to the console, the signals, the deadline and the timeline.
 
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use minivmm_devices::thread::ThreadStarter;
 
@@ -33,6 +33,9 @@ use crate::vmm::snapshot::error::SnapshotError;
 use crate::vmm::vcpu::VcpuError;
 use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
 
+/// How often devices that the host could not let be paused are asked whether they go on.
+const RESUME_PERIOD: Duration = Duration::from_millis(10);
+
 /// What is to be logged when a VM has ended and its console is done.
 type FinalLog = Vec<(log::Level, String)>;
 
@@ -62,6 +65,9 @@ fn hint(error: &VmError) -> String {
         }
         VmError::Boot(BootError::InitrdTooBig { .. }) => {
             " (--memory says how much memory it has)".into()
+        }
+        VmError::Snapshot(SnapshotError::Disk { id, .. }) => {
+            format!(" (--disk id={id},path=FILE names the file to use)")
         }
         VmError::Config(error) => config_hint(error).into(),
         _ => String::new(),
@@ -351,11 +357,16 @@ impl Run<'_> {
         let control = vm.control();
         // A restarted VM may find input that was read from no edge of its own.
         self.pump(vm);
+        // Whether no device waits for the host since it could not be paused.
+        let mut resumed = true;
         let mut sleep_check = log::log_enabled!(log::Level::Info).then(SleepCheck::new);
         loop {
             let next = sleep_check.as_ref().map(|check| check.next);
-            let ready = events.wait(self.deadline.into_iter().chain(next).min())?;
+            let again = (!resumed).then(|| Instant::now() + RESUME_PERIOD);
+            let next = self.deadline.into_iter().chain(next).chain(again).min();
+            let ready = events.wait(next)?;
             let now = Instant::now();
+            resumed = resumed || vm.resume_devices();
             if self.deadline.is_some_and(|deadline| deadline <= now) {
                 control.end(Outcome::Deadline);
                 return Ok(());
@@ -378,7 +389,7 @@ impl Run<'_> {
                     Source::BootMark => mark_log.emit(),
                     Source::Held => {
                         if let Some(saver) = self.saver.take() {
-                            saver.save(vm, self.signals);
+                            resumed = saver.save(vm, self.signals);
                         }
                     }
                     Source::Input => {}

@@ -89,6 +89,9 @@ fn info(file: &Path, out: &mut dyn Write) -> Result<(), SnapshotCommandError> {
     line("file", format!("{}, {} on disk", kib(size), kib(on_disk)))?;
     line("kernel", meta.config.kernel.display().to_string())?;
     line("command line", meta.cmdline.clone())?;
+    for disk in snapshot.disks() {
+        line("disk", format!("{}: {}", disk.id(), disk.path().display()))?;
+    }
     line("host", format!("{}, {}", meta.processor, meta.host.kernel))?;
     if snapshot.is_from_this_host() {
         line("this host", "the same, in the same boot".to_owned())?;

@@ -87,8 +87,9 @@ impl Saver {
         Ok((self.at.mark, self.held.try_clone()?))
     }
 
-    /// Saves the VM, which is held, and lets it go on or ends it. When it cannot be saved, it goes on.
-    pub(super) fn save(self, vm: &Vm, signals: &Signals) {
+    /// Saves the VM, which is held, and lets it go on or ends it. When it cannot be saved, it goes on. Gives what
+    /// [`Vm::resume_devices`] does.
+    pub(super) fn save(self, vm: &Vm, signals: &Signals) -> bool {
         let Self { at, mut target, .. } = self;
         let stop = || signals.stop_requested().is_some();
         let written = if vm.pause() {
@@ -96,6 +97,7 @@ impl Saver {
         } else {
             Err(SnapshotError::NotPaused)
         };
+        let resumed = vm.resume_devices();
         // The guest's memory is copied: the disk need not be waited for.
         if !at.exit {
             vm.control().release();
@@ -112,6 +114,7 @@ impl Saver {
                 vm.control().release();
             }
         }
+        resumed
     }
 }
 

@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex};
 use std::vec;
 
+use minivmm_devices::block::Disk;
 use minivmm_devices::bus::{BusDevice, BusError};
 use minivmm_devices::event::EventSink;
 use minivmm_devices::platform::control::{self, BootMarkPort, ExitPort};
@@ -146,6 +147,8 @@ pub struct Machine {
     pub acpi: Vec<AcpiDevice>,
     /// The devices that have state, by the names that they have on the buses.
     pub state: Devices,
+    /// The disks in their order.
+    pub disks: Vec<Arc<Disk>>,
     /// Where a restored guest reads who it is.
     pub boot_mark: Arc<Mutex<BootMarkPort>>,
     /// Most bytes that each virtio device takes beside guest RAM, whatever its driver does. Other devices keep a few registers.
@@ -164,6 +167,7 @@ impl Machine {
             buses: Arc::default(),
             acpi: Vec::new(),
             state: Devices::default(),
+            disks: Vec::new(),
             boot_mark: Arc::new(Mutex::new(BootMarkPort::new(events.clone()))),
             memory_bounds: Vec::new(),
             next_slot: 0,
@@ -268,7 +272,10 @@ impl Machine {
             let device: Option<(usize, Box<dyn VirtioDevice>)> = match spec {
                 VirtioSpec::Disk(..) => {
                     let disk = backends.disks.next();
-                    disk.map(|disk| (disk.memory_bound(), Box::new(disk) as _))
+                    disk.map(|disk| {
+                        self.disks.push(Arc::clone(disk.disk()));
+                        (disk.memory_bound(), Box::new(disk) as _)
+                    })
                 }
                 VirtioSpec::Net(..) => {
                     let net = backends.nets.next();
@@ -324,6 +331,7 @@ impl Machine {
     /// Takes the devices away, for whoever stops them: the machine has none from here on.
     pub fn take_devices(&mut self) -> Arc<Buses> {
         self.state = Devices::default();
+        self.disks.clear();
         std::mem::take(&mut self.buses)
     }
 

@@ -83,7 +83,14 @@ impl Prepared {
         threads: &ThreadStarter,
         times: &mut BuildTimes,
     ) -> Result<Self, VmError> {
+        machine::check_capacity(config)?;
         let kvm = Arc::new(kvm::open()?);
+        let disks = config.disks.iter().zip(snapshot.disks());
+        let disks = disks.map(|(disk, saved)| {
+            let open = |options| Ok(saved.open(options)?);
+            open_disk(disk, open, config.cpus, threads)
+        });
+        let disks = disks.collect::<Result<_, _>>()?;
         let mem = memory::map_file(config.memory.bytes, snapshot.file(), snapshot.ram_offset())?;
         if config.mergeable {
             memory::enable_ksm(&mem)?;
@@ -115,7 +122,7 @@ impl Prepared {
             kernel: meta.kernel.clone(),
             cmdline: meta.cmdline.clone(),
             config: config.clone(),
-            disks: Vec::new(),
+            disks,
             nets: Vec::new(),
             threads: threads.clone(),
         })
@@ -134,7 +141,10 @@ impl Prepared {
         let supported = ask_for_cpuid(&kvm);
         let cmdline = boot::suit_cmdline(&machine::cmdline_with_devices(config));
         let disks = config.disks.iter();
-        let disks = disks.map(|disk| open_disk(disk, config.cpus, threads));
+        let disks = disks.map(|disk| {
+            let open = |options| Ok(Disk::open(&disk.path, options)?);
+            open_disk(disk, open, config.cpus, threads)
+        });
         let disks = disks.collect::<Result<_, _>>()?;
         let nets = open_nets(config, threads)?;
         let mem = memory::create(config.memory.bytes)?;
@@ -197,7 +207,12 @@ fn map_slots(fd: &VmFd, mem: &GuestMemoryMmap) -> Result<(), VmError> {
 }
 
 /// Opens what a disk needs of the host.
-fn open_disk(disk: &DiskConfig, cpus: u8, threads: &ThreadStarter) -> Result<Block, VmError> {
+fn open_disk(
+    disk: &DiskConfig,
+    open: impl FnOnce(DiskOptions) -> Result<Disk, VmError>,
+    cpus: u8,
+    threads: &ThreadStarter,
+) -> Result<Block, VmError> {
     let mode = match (disk.read_only, disk.ephemeral) {
         (true, _) => DiskMode::ReadOnly,
         (false, true) => DiskMode::Ephemeral,
@@ -208,7 +223,7 @@ fn open_disk(disk: &DiskConfig, cpus: u8, threads: &ThreadStarter) -> Result<Blo
         force_raw: disk.format.is_some(),
         block_size: disk.sector,
     };
-    let opened = Disk::open(&disk.path, options)?;
+    let opened = open(options)?;
     let id = disk.id.as_deref().unwrap_or_default();
     let queues = disk.queues.unwrap_or(cpus.into());
     let engine = disk.engine.unwrap_or_default();

@@ -13,7 +13,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Cap;
@@ -43,8 +42,6 @@ use crate::config::{ConsoleKind, VmConfig};
 
 /// How long vCPUs may take to stand still: an exit's handling is bounded by far less.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
-/// How often devices are asked whether the host lets them go on.
-const RESUME_PERIOD: Duration = Duration::from_millis(5);
 
 /// A console device, in the hands of its bus and of the console's owner.
 pub type SharedConsole = Arc<Mutex<dyn ConsoleDevice>>;
@@ -156,7 +153,8 @@ impl Vm {
             parts,
         };
         if let Origin::Snapshot(..) = vm.parts.origin {
-            vm.resume_devices();
+            // They hold no request of the host's.
+            let _ = vm.resume_devices();
         }
         Ok(vm)
     }
@@ -220,11 +218,11 @@ impl Vm {
         self.control.resume();
     }
 
-    /// Has paused or restored devices go on, which may have to wait for the host.
-    pub(super) fn resume_devices(&self) {
-        while !self.machine.state.resume() && self.control.how_it_ended().is_none() {
-            thread::sleep(RESUME_PERIOD);
-        }
+    /// Has paused or restored devices go on. `false` says that the host has not completed a request for which a pause was given up:
+    /// this is to be called again in a moment, and the VM can go on meanwhile.
+    #[must_use]
+    pub fn resume_devices(&self) -> bool {
+        self.machine.state.resume()
     }
 
     /// The running vCPUs.

@@ -194,14 +194,19 @@ impl Disk {
     }
 
     /// Writes what an ephemeral disk holds to `out` at `at`, where there are zeroes or nothing so far; says how many bytes long that
-    /// is. Other disks hold nothing. To be called while the VM is paused.
-    pub fn save_overlay(&self, out: &File, at: u64) -> io::Result<u64> {
+    /// is. Other disks hold nothing. It is an error once `cancelled` says so. To be called while the VM is paused.
+    pub fn save_overlay(
+        &self,
+        out: &File,
+        at: u64,
+        cancelled: &dyn Fn() -> bool,
+    ) -> io::Result<u64> {
         let Some(overlay) = &self.overlay else {
             return Ok(0);
         };
         let len = self.sectors * SECTOR_SIZE;
         let place = |offset, len| overlay.place(&self.file, offset, len);
-        saved::save(&overlay.changed(), len, place, out, at)
+        saved::save(&overlay.changed(), len, place, (out, at), cancelled)
     }
 
     /// Gives an ephemeral disk what was saved, `len` bytes at `offset` of `file`. It stays there, and is only read.

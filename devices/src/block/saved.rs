@@ -14,6 +14,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::transfer::{Cancelled, go_on};
+
 /// The unit of copying, in bytes. File systems write whole pages, so that next to nothing has to be copied.
 pub(super) const CLUSTER: u64 = 4096;
 /// Most runs: it bounds what a table makes this process allocate.
@@ -71,8 +73,8 @@ pub(super) fn save<'a>(
     runs: &[Run],
     len: u64,
     place: impl Fn(u64, u64) -> (&'a File, u64, u64),
-    out: &File,
-    at: u64,
+    (out, at): (&File, u64),
+    cancelled: Cancelled<'_>,
 ) -> io::Result<u64> {
     let count = runs.len() as u64;
     if count > MAX_RUNS {
@@ -93,6 +95,7 @@ pub(super) fn save<'a>(
         // The disk's last cluster may be shorter.
         let (mut offset, end) = (start, len.min(run.end() * CLUSTER));
         while offset < end {
+            go_on(cancelled)?;
             let (file, from, some) = place(offset, PIECE.min(end - offset));
             let piece = buffer.get_mut(..some as usize).unwrap_or_default();
             file.read_exact_at(piece, from)?;
@@ -232,7 +235,7 @@ mod tests {
                 let (start, end) = (sector * 512, LEN.min((sector + sectors) * 512));
                 match what {
                     0 => {
-                        let len = disk.save_overlay(&snapshot, at).unwrap();
+                        let len = disk.save_overlay(&snapshot, at, &|| false).unwrap();
                         prop_assert!(len.is_multiple_of(CLUSTER));
                         disk = self::disk(&base);
                         disk.restore_overlay(snapshot.clone(), at, len).unwrap();
@@ -272,7 +275,7 @@ mod tests {
             let mut disk = disk(&base);
             if disk.restore_overlay(file, 512, len).is_ok() {
                 prop_assert!(read(&disk) == vec![0; LEN as usize]);
-                disk.save_overlay(&tempfile::tempfile().unwrap(), 0).unwrap();
+                disk.save_overlay(&tempfile::tempfile().unwrap(), 0, &|| false).unwrap();
             }
         }
     }
@@ -302,7 +305,7 @@ mod tests {
         }
         let mut plain = Disk::open(base.path(), DiskMode::ReadOnly).unwrap();
         let file = Arc::new(tempfile::tempfile().unwrap());
-        assert_eq!(plain.save_overlay(&file, 0).unwrap(), 0);
+        assert_eq!(plain.save_overlay(&file, 0, &|| false).unwrap(), 0);
         assert!(plain.restore_overlay(file, 0, 8).is_err());
     }
 }

@@ -129,6 +129,28 @@ pub enum SnapshotError {
     /// The devices cannot be paused or saved.
     #[error("cannot save the devices")]
     Devices(#[source] minivmm_devices::state::StateError),
+    /// The user names a file for a disk that is not there.
+    #[error("the snapshot's VM has no disk {id}; it has {}", if known.is_empty() { "none".into() } else { known.join(", ") })]
+    NoDisk {
+        /// What the user called it.
+        id: String,
+        /// What its disks are called.
+        known: Vec<String>,
+    },
+    /// A disk cannot be what it was.
+    #[error("cannot use {} as disk {id} of the snapshot's VM", path.display())]
+    Disk {
+        /// Its serial number or its number.
+        id: String,
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong with that.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A disk that only one VM can write to.
+    #[error("the snapshot's VM writes to the disk {}: VMs that go on side by side can only share what is read-only or ephemeral", .0.display())]
+    SharedDisk(PathBuf),
     /// The file was changed while a VM ran from it.
     #[error("the snapshot {} was changed while a VM ran from it", .0.display())]
     Changed(PathBuf),

@@ -85,26 +85,8 @@ pub struct Bulk {
     pub offset: u64,
     /// Bytes.
     pub len: u64,
-    /// See [`SparseChecksum`].
+    /// Over its pages that are not all zeros: see `sparse.rs`.
     pub crc: u32,
-}
-
-/// The checksum of a [`Bulk`] section: over each page of 4 KiB that has a byte other than zero, its number and its bytes. Whether a
-/// page of zeros is a hole makes no difference.
-#[derive(Default)]
-pub struct SparseChecksum(crc32fast::Hasher);
-
-impl SparseChecksum {
-    /// Adds page `number` of the section. Pages are added in order, those of zeros left out.
-    pub fn add(&mut self, number: u64, page: &[u8]) {
-        self.0.update(&number.to_le_bytes());
-        self.0.update(page);
-    }
-
-    /// The checksum.
-    pub fn finish(self) -> u32 {
-        self.0.finalize()
-    }
 }
 
 /// Where the RAM of a file with these sections begins, and what is before it.

@@ -2,26 +2,22 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_bindings::{CpuId, kvm_clock_data};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use zerocopy::FromBytes;
 
+use super::disks::SavedDisk;
 use super::error::{FormatError, SnapshotError};
-use super::file::{Bulk, Kind, PAGE_SIZE, Sections, SparseChecksum};
+use super::file::{Bulk, Kind, Sections};
 use super::host::HostFingerprint;
 use super::record::Meta;
+use super::sparse::{checksum, next_data};
 use crate::arch::cpuid;
 use crate::arch::state::VcpuState;
 use crate::vmm::memory::end_of_ram;
-
-/// Bytes that are read at once when RAM is checked.
-const PIECE: u64 = 1 << 20;
 
 /// A snapshot, ready for any number of VMs.
 pub struct Snapshot {
@@ -33,8 +29,10 @@ pub struct Snapshot {
     clock: kvm_clock_data,
     vcpus: Vec<VcpuState>,
     devices: Vec<u8>,
+    disks: Vec<SavedDisk>,
     minor: u16,
     ram: Bulk,
+    overlays: Vec<Bulk>,
 }
 
 /// What tells a file from another one, or from itself after a change.
@@ -98,17 +96,14 @@ impl Snapshot {
                 "a kernel outside of the memory".to_owned(),
             ));
         }
-        if !config.disks.is_empty() || !sections.overlays.is_empty() {
-            return Err(FormatError::Mismatch(
-                "disks, which this minivmm cannot restore".to_owned(),
-            ));
-        }
         if !config.nets.is_empty() {
             // What a file names as a TAP device may be anybody's network.
             return Err(FormatError::Mismatch(
                 "networks, which this minivmm cannot restore".to_owned(),
             ));
         }
+        let file = Arc::new(file);
+        let disks = SavedDisk::all(&file, &config.disks, &meta.disks, &sections.overlays)?;
         let vcpus = sections.all(Kind::Vcpu).map(VcpuState::decode);
         let vcpus: Vec<_> = vcpus
             .collect::<Result<_, _>>()
@@ -125,7 +120,7 @@ impl Snapshot {
             .clock;
         Ok(Self {
             path: path.to_owned(),
-            file: Arc::new(file),
+            file,
             stamp,
             same_host: meta.host.is_same(&HostFingerprint::read()),
             clock: kvm_clock_data {
@@ -134,8 +129,10 @@ impl Snapshot {
             },
             vcpus,
             devices: sections.one(Kind::Devices)?.to_vec(),
+            disks,
             minor: sections.minor,
             ram: sections.ram,
+            overlays: sections.overlays,
             meta,
         })
     }
@@ -148,34 +145,48 @@ impl Snapshot {
         }
     }
 
-    /// Reads all of the RAM and compares it with its checksum.
+    /// Has a restored VM use this file for a disk, which is named by its serial number or its number.
+    pub fn use_for_disk(&mut self, id: &str, path: &Path) -> Result<(), SnapshotError> {
+        let named = self.disks.iter().position(|disk| disk.id() == id);
+        let named = named.or_else(|| id.parse().ok());
+        match named.and_then(|index| self.disks.get_mut(index)) {
+            Some(disk) => disk.use_file(path),
+            None => {
+                let known = self.disks.iter().map(|disk| disk.id().to_owned());
+                return Err(SnapshotError::NoDisk {
+                    id: id.to_owned(),
+                    known: known.collect(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a VM of which there can be only one.
+    pub fn check_fork(&self) -> Result<(), SnapshotError> {
+        match self.disks.iter().find(|disk| disk.is_written()) {
+            Some(disk) => Err(SnapshotError::SharedDisk(disk.path().to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads all of the RAM and of what was written to ephemeral disks, and compares it with its checksums.
     pub fn verify(&self) -> Result<(), SnapshotError> {
         let failed = |source| SnapshotError::Format {
             path: self.path.clone(),
             source,
         };
-        let mut sum = SparseChecksum::default();
-        let mut piece = vec![0; PIECE as usize];
-        let mut at = 0;
-        let read_error = |e: io::Error| failed(FormatError::Read(e));
-        while let Some(data) = next_data(&self.file, self.ram, at).map_err(read_error)? {
-            let len = (self.ram.len - data).min(PIECE);
-            let bytes = piece.get_mut(..len as usize).unwrap_or_default();
-            let read = self.file.read_exact_at(bytes, self.ram.offset + data);
-            read.map_err(|e| match e.kind() {
+        let ram = (&self.ram, FormatError::RamChecksum);
+        let overlays = self.overlays.iter();
+        let overlays = overlays.map(|bulk| (bulk, FormatError::Checksum(Kind::Overlay as u32)));
+        for (bulk, damaged) in std::iter::once(ram).chain(overlays) {
+            let sum = checksum(&self.file, *bulk).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => failed(FormatError::Truncated),
                 _ => failed(FormatError::Read(e)),
             })?;
-            let pages = bytes.chunks(PAGE_SIZE as usize);
-            for (number, page) in (data / PAGE_SIZE..).zip(pages) {
-                if !is_zero(page) {
-                    sum.add(number, page);
-                }
+            if sum != bulk.crc {
+                return Err(failed(damaged));
             }
-            at = data + len;
-        }
-        if sum.finish() != self.ram.crc {
-            return Err(failed(FormatError::RamChecksum));
         }
         Ok(())
     }
@@ -261,31 +272,13 @@ impl Snapshot {
         &self.vcpus
     }
 
+    /// The disks in their order.
+    pub fn disks(&self) -> &[SavedDisk] {
+        &self.disks
+    }
+
     /// The devices.
     pub fn devices(&self) -> &[u8] {
         &self.devices
-    }
-}
-
-/// Whether all bytes are zero.
-pub(super) fn is_zero(page: &[u8]) -> bool {
-    // By the line, which is compiled to vector instructions.
-    page.chunks(64)
-        .all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
-/// See [`Snapshot::next_data`]. Where the file system knows no holes, all is data.
-fn next_data(file: &File, ram: Bulk, at: u64) -> io::Result<Option<u64>> {
-    if at >= ram.len {
-        return Ok(None);
-    }
-    match seek(file.as_fd(), SeekFrom::Data(ram.offset + at)) {
-        Ok(data) => {
-            let data = data.saturating_sub(ram.offset) / PAGE_SIZE * PAGE_SIZE;
-            Ok((data < ram.len).then_some(data.max(at)))
-        }
-        Err(Errno::NXIO) => Ok(None),
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(at)),
-        Err(e) => Err(e.into()),
     }
 }

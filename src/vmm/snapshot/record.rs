@@ -1,5 +1,6 @@
 //! What a snapshot says of its VM.
 
+use minivmm_devices::block::DiskIdentity;
 use serde::{Deserialize, Serialize};
 
 use super::host::HostFingerprint;
@@ -19,6 +20,8 @@ pub struct Meta {
     pub generation: u64,
     /// The VM. Its paths are only told, never opened.
     pub config: VmConfig,
+    /// The files of its disks, in their order.
+    pub disks: Vec<DiskIdentity>,
     /// The kernel's command line.
     pub cmdline: String,
     /// Where the kernel is in RAM, and what was loaded.

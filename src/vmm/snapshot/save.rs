@@ -1,5 +1,6 @@
 //! Writing a snapshot of a paused VM.
 
+use std::env;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
@@ -14,11 +15,13 @@ use tempfile::NamedTempFile;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use zerocopy::IntoBytes;
 
+use super::disks::{identities, write_overlays};
 use super::error::SnapshotError;
-use super::file::{Bulk, Front, Kind, PAGE_SIZE, SparseChecksum};
+use super::file::{Bulk, Front, Kind, PAGE_SIZE};
 use super::host::HostFingerprint;
-use super::load::{Snapshot, is_zero};
+use super::load::Snapshot;
 use super::record::Meta;
+use super::sparse::{SparseChecksum, is_zero};
 use crate::arch::state::{StateSupport, VcpuState};
 use crate::config::VmConfig;
 use crate::host::cpu::Cpu;
@@ -39,6 +42,8 @@ pub struct Target {
     path: PathBuf,
     file: Unpublished,
     pagemap: Option<File>,
+    /// Where relative paths of disks begin.
+    dir: PathBuf,
     host: HostFingerprint,
     processor: String,
 }
@@ -66,8 +71,8 @@ impl Target {
         config: &VmConfig,
         source: Option<&Snapshot>,
     ) -> Result<Self, SnapshotError> {
-        if !config.disks.is_empty() {
-            return Err(SnapshotError::Unsupported("a VM with disks".into()));
+        if !config.nets.is_empty() {
+            return Err(SnapshotError::Unsupported("a VM with networks".into()));
         }
         if !config.nets.is_empty() {
             return Err(SnapshotError::Unsupported("a VM with networks".into()));
@@ -84,13 +89,14 @@ impl Target {
             file,
             // Without it, all of the RAM is read.
             pagemap: File::open("/proc/self/pagemap").ok(),
+            dir: env::current_dir().unwrap_or_default(),
             host: HostFingerprint::read(),
             processor: Cpu::read().model,
         })
     }
 
     /// Writes the state of `vm`, which is held at boot mark `mark`. `stop` says that it is no longer wanted. Nothing of the VM is
-    /// needed afterwards.
+    /// needed afterwards: its devices go on with [`Vm::resume_devices`].
     pub fn write(
         &mut self,
         vm: &Vm,
@@ -98,12 +104,10 @@ impl Target {
         stop: &dyn Fn() -> bool,
     ) -> Result<(), SnapshotError> {
         let devices = &vm.machine().state;
-        let result = devices
+        devices
             .pause(DRAIN_LIMIT)
             .map_err(SnapshotError::Devices)
-            .and_then(|()| self.write_paused(vm, mark, stop));
-        vm.resume_devices();
-        result
+            .and_then(|()| self.write_paused(vm, mark, stop))
     }
 
     fn write_paused(
@@ -115,7 +119,7 @@ impl Target {
         // Completions have sent their interrupts, so the local APICs are final.
         let devices = vm.machine().state.save().map_err(SnapshotError::Devices)?;
         let vcpus = save_vcpus(vm)?;
-        let parts = vm.parts();
+        let (parts, disks) = (vm.parts(), &vm.machine().disks);
         let clock = parts.fd.get_clock();
         let clock = clock.map_err(|source| SnapshotError::Kvm {
             step: "KVM_GET_CLOCK",
@@ -131,6 +135,7 @@ impl Target {
                 Origin::Snapshot(snapshot, _) => snapshot.meta().generation,
             },
             config: vm.config().clone(),
+            disks: identities(disks, &self.dir).map_err(|e| self.failed(e))?,
             cmdline: vm.cmdline().to_owned(),
             kernel: vm.kernel().clone(),
             host: self.host.clone(),
@@ -152,7 +157,9 @@ impl Target {
         let ram_offset = sections(&meta)?.ram_offset;
         let (ram, used) = self.write_ram(vm, ram_offset, stop)?;
         meta.ram_used = used;
-        let front = sections(&meta)?.finish(ram, &[]);
+        let overlays = write_overlays(disks, self.file.file(), ram.offset + ram.len, stop);
+        let overlays = overlays.map_err(|e| self.failed(e))?;
+        let front = sections(&meta)?.finish(ram, &overlays);
         self.file
             .file()
             .write_all_at(&front, 0)
