@@ -17,9 +17,6 @@ use minivmm::cli::process::end_in_good_order;
 use minivmm::config::SandboxMode;
 use minivmm::sandbox::{Paths, Role, Sandbox};
 use minivmm_devices::thread::ThreadKind;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch, apply_filter,
-};
 
 /// Names a mode, a thread and a call to [`the_call`].
 const CALL: &str = "MINIVMM_TEST_CALL";
@@ -205,17 +202,44 @@ fn a_refused_call_is_named_and_ends_the_process() {
 
 /// Has the kernel of `command` answer that it does not know `calls`.
 fn without(command: &mut Command, calls: &[i64]) {
-    let rules = calls
-        .iter()
-        .map(|call| (*call, Vec::<SeccompRule>::new()))
-        .collect();
-    let unknown = SeccompAction::Errno(libc::ENOSYS as u32);
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, unknown, TargetArch::x86_64);
-    let program = BpfProgram::try_from(filter.unwrap()).unwrap();
+    let instruction = |code, jf, k| libc::sock_filter { code, jt: 0, jf, k };
+    let (load, equal, answer) = (
+        libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
+        libc::BPF_JMP | libc::BPF_JEQ,
+        libc::BPF_RET,
+    );
+    // The number of the call is the first field.
+    let mut program = vec![instruction(load as u16, 0, 0)];
+    for call in calls {
+        program.push(instruction(equal as u16, 1, *call as u32));
+        let unknown = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+        program.push(instruction(answer as u16, 0, unknown));
+    }
+    program.push(instruction(answer as u16, 0, libc::SECCOMP_RET_ALLOW));
+    let install = move || {
+        let program = libc::sock_fprog {
+            len: program.len() as u16,
+            filter: program.as_ptr().cast_mut(),
+        };
+        // SAFETY: the kernel copies the program, which is alive.
+        #[allow(unsafe_code, reason = "a filter of the child alone")]
+        let result = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+            libc::prctl(
+                libc::PR_SET_SECCOMP,
+                libc::SECCOMP_MODE_FILTER,
+                &raw const program,
+            )
+        };
+        match result {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
     #[allow(unsafe_code, reason = "a filter of the child alone")]
     // SAFETY: installing a filter makes two system calls and allocates nothing.
     unsafe {
-        command.pre_exec(move || apply_filter(&program).map_err(std::io::Error::other))
+        command.pre_exec(install)
     };
 }
 

@@ -115,6 +115,7 @@ pub fn run(
 
     let sandbox = confine::sandbox(plan)?;
     let threads = confine::threads(&sandbox);
+    watch.confine(&threads);
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
     let prepared = prepare(plan, &threads, timeline)?;
     let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
@@ -255,6 +256,7 @@ impl Run<'_> {
             emit(final_log);
             log::info!("the guest reset the machine: booting again");
             watch = start_watch(self.signals, self.deadline, Some(self.console.clone()))?;
+            watch.confine(self.threads);
             prepared = prepare(self.plan, self.threads, self.timeline)?;
         }
     }

@@ -12,6 +12,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use minivmm_devices::THREAD_STACK;
+use minivmm_devices::thread::{ThreadKind, ThreadStarter};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::exit_status::exit_status;
@@ -46,6 +47,8 @@ struct Shared {
 
 struct Orders {
     deadline: Option<Instant>,
+    /// What makes the thread one for a vCPU.
+    threads: Option<ThreadStarter>,
     /// What the thread does once there is a vCPU, and what ends that VM.
     job: Option<(Job, Arc<Control>)>,
     over: bool,
@@ -62,6 +65,7 @@ impl Watch {
             changed: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             orders: Mutex::new(Orders {
                 deadline,
+                threads: None,
                 job: None,
                 over: false,
             }),
@@ -91,7 +95,14 @@ impl Watch {
         }
     }
 
-    /// Ends the watch: the thread does this instead. Whoever calls it looks at signals and deadline from now on.
+    /// Confines the thread, as one of a vCPU: while the VM is made, so that its start need not wait for that. A thread of `threads`
+    /// can all that a watch needs.
+    pub(super) fn confine(&self, threads: &ThreadStarter) {
+        let threads = threads.clone();
+        self.remote.give(|orders| orders.threads = Some(threads));
+    }
+
+    /// Ends the watch: the thread, which has been told to confine itself, does this instead. Whoever calls it looks at signals and deadline from now on.
     pub fn hand_over(self, job: Job, control: Arc<Control>) -> JoinHandle<Option<Vcpu>> {
         self.remote.give(|orders| orders.job = Some((job, control)));
         self.thread
@@ -121,6 +132,11 @@ impl Shared {
         let mut end: Option<(Outcome, Instant)> = None;
         loop {
             let mut orders = self.orders();
+            if let Some(threads) = orders.threads.take() {
+                drop(orders);
+                threads.adopt(ThreadKind::Vcpu);
+                continue;
+            }
             if let Some((job, control)) = orders.job.take() {
                 drop(orders);
                 // The end may have come before.

@@ -22,6 +22,12 @@ pub struct Paths {
     pub write: Vec<PathBuf>,
 }
 
+impl Paths {
+    pub(super) fn is_empty(&self) -> bool {
+        self.read.is_empty() && self.write.is_empty()
+    }
+}
+
 /// What a thread restricts itself with.
 pub(super) struct Filesystem(OwnedFd);
 

@@ -6,6 +6,7 @@
 //! is the program's business, and [`Call`] puts it in words.
 
 mod filesystem;
+mod filter;
 mod privileges;
 mod refusal;
 mod rules;
@@ -63,7 +64,7 @@ pub struct Sandbox {
     /// What the main thread needs to open files again as a privileged user could.
     kept: CapabilitySet,
     has_seccomp: bool,
-    /// For all threads but the main one: no file at all.
+    /// No file at all: for the main thread only if it needs none.
     no_files: Option<Filesystem>,
     supervisor: Option<Supervisor>,
     main_confined: Once,
@@ -127,10 +128,14 @@ impl Sandbox {
     fn confine_process(&self, paths: impl FnOnce() -> Paths) -> Result<(), SandboxError> {
         let mut filesystem = None;
         if self.mode == SandboxMode::Strict {
-            filesystem = Filesystem::new(&paths())?;
+            let paths = paths();
+            if !paths.is_empty() {
+                filesystem = Filesystem::new(&paths)?;
+            }
             privileges::become_undumpable().map_err(refused("PR_SET_DUMPABLE"))?;
         }
-        self.confine_as(self.main, filesystem.as_ref(), self.kept)
+        let filesystem = filesystem.as_ref().or(self.no_files.as_ref());
+        self.confine_as(self.main, filesystem, self.kept)
     }
 
     fn confine_as(

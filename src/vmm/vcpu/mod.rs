@@ -73,7 +73,7 @@ pub enum VcpuError {
 /// What a vCPU's thread does: it runs the vCPU until the VM ends, and gives it back.
 pub type Job = Box<dyn FnOnce() -> Vcpu + Send>;
 
-/// A thread that takes a job.
+/// A thread that takes a job, and has been told to confine itself.
 pub type TakeJob = Box<dyn FnOnce(Job) -> JoinHandle<Option<Vcpu>>>;
 
 /// A vCPU that does not run.
@@ -153,13 +153,7 @@ impl Vcpu {
             self
         };
         let thread = match thread {
-            Some(take) => {
-                let threads = threads.clone();
-                take(Box::new(move || {
-                    threads.adopt(ThreadKind::Vcpu);
-                    job()
-                }))
-            }
+            Some(take) => take(Box::new(job)),
             None => threads
                 .spawn(
                     ThreadKind::Vcpu,
