@@ -36,6 +36,8 @@ fn main() {
         process::close_inherited_files(env::args_os());
     }
     process::end_in_good_order();
+    #[cfg(target_env = "gnu")]
+    process::share_one_heap();
     let cli = Cli::try_parse().unwrap_or_else(|e| wrong_command_line(&e));
     start_log(cli.log_level());
     let status = match cli.command {

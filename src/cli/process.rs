@@ -66,6 +66,17 @@ pub fn end_in_good_order() {
     handle(libc::SIGSYS, on_refused_call);
 }
 
+/// Has all threads share one heap. glibc's further ones ask /proc/sys/vm/overcommit_memory before they shrink, and a confined
+/// thread opens no files.
+#[cfg(target_env = "gnu")]
+#[allow(unsafe_code, reason = "no safe interface sets it")]
+pub fn share_one_heap() {
+    // SAFETY: it sets a number.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
 #[allow(
