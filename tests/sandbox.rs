@@ -127,7 +127,9 @@ fn the_call() {
     let result = unsafe {
         match call {
             "socket" => libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0).into(),
-            "openat" => libc::open(c"/etc/passwd".as_ptr(), libc::O_RDONLY).into(),
+            "openat" => {
+                libc::openat(libc::AT_FDCWD, c"/etc/passwd".as_ptr(), libc::O_RDONLY).into()
+            }
             "ptrace" => libc::ptrace(libc::PTRACE_DETACH, 0, none, none),
             "kill" => libc::kill(parent, 0).into(),
             "mmap" => libc::mmap(

@@ -365,8 +365,10 @@ mod tests {
             run.marker.unwrap(),
             run.end.unwrap(),
         );
-        assert!(first + Duration::from_millis(100) <= marker, "{run:?}");
-        assert!(marker + Duration::from_millis(50) <= end, "{run:?}");
+        // Each is seen late on a busy machine, but none after the next.
+        assert!(first < marker && marker < end, "{run:?}");
+        assert!(marker >= Duration::from_millis(100), "{run:?}");
+        assert!(end >= Duration::from_millis(150), "{run:?}");
         assert_eq!(run.status.unwrap().code(), Some(3));
         assert_eq!(
             (&run.stdout[..], &run.stderr[..]),
