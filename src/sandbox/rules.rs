@@ -323,6 +323,9 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_statx, RESTART),
     only(libc::SYS_fcntl, RESTART, When::OneOf(1, FILE_FLAGS)),
     any(libc::SYS_flock, RESTART),
+    // The cache of kernels, whose directory is there, and must be the user's own.
+    any(libc::SYS_mkdir, RESTART),
+    any(libc::SYS_geteuid, RESTART),
     // To ask for an interface's MTU.
     only(
         libc::SYS_socket,
