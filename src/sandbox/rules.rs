@@ -146,8 +146,6 @@ const RESTART_IOCTLS: &[u32] = &[
     libc::FIONBIO as u32,
     none(KVMIO, 0x00),                                 // KVM_GET_API_VERSION
     none(KVMIO, 0x01),                                 // KVM_CREATE_VM
-    none(KVMIO, 0x03),                                 // KVM_CHECK_EXTENSION
-    none(KVMIO, 0x04),                                 // KVM_GET_VCPU_MMAP_SIZE
     none(KVMIO, 0x41),                                 // KVM_CREATE_VCPU
     none(KVMIO, 0x47),                                 // KVM_SET_TSS_ADDR
     read_write::<kvm_cpuid2>(KVMIO, 0x05),             // KVM_GET_SUPPORTED_CPUID
@@ -317,11 +315,7 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_unlinkat, SAVE),
     any(libc::SYS_unlink, SAVE),
     any(libc::SYS_uname, SAVE),
-    // Another boot.
-    any(libc::SYS_openat, RESTART),
-    any(libc::SYS_newfstatat, RESTART),
-    any(libc::SYS_statx, RESTART),
-    only(libc::SYS_fcntl, RESTART, When::OneOf(1, FILE_FLAGS)),
+    // Another boot, which may do all of the above as well.
     any(libc::SYS_flock, RESTART),
     // The cache of kernels, whose directory is there, and must be the user's own.
     any(libc::SYS_mkdir, RESTART),
@@ -332,9 +326,7 @@ pub(super) const TABLE: &[Rule] = &[
         RESTART,
         When::OneOf(0, &[libc::AF_UNIX as u32]),
     ),
-    any(libc::SYS_lseek, RESTART),
     any(libc::SYS_epoll_create1, RESTART),
-    any(libc::SYS_uname, RESTART),
     only(libc::SYS_ioctl, RESTART, When::OneOf(1, RESTART_IOCTLS)),
     // New threads confine themselves.
     only(
