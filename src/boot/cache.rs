@@ -8,7 +8,7 @@
 //! The directory is opened once and all accesses are relative to that descriptor. The owner of a parent directory gains nothing
 //! by renaming it or by replacing it with a symbolic link.
 
-use std::fs::{DirBuilder, File, FileTimes, Metadata, OpenOptions};
+use std::fs::{DirBuilder, File, FileTimes, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -16,10 +16,10 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
-use rustix::process::geteuid;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::input::FileIdentity;
+use crate::host::ownership::is_ours;
 
 /// Limits of the cache: number of files, and bytes on disk. The oldest entries are evicted first.
 const MAX_FILES: usize = 8;
@@ -175,11 +175,6 @@ fn is_own_name(name: &[u8]) -> bool {
             count == 7 && parts.all(is_hex)
         }
     }
-}
-
-/// Whether this user owns the file or directory and no other may write to it.
-fn is_ours(metadata: &Metadata) -> bool {
-    metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0
 }
 
 /// The time that an entry for this file bears, in seconds since 1970.

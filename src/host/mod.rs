@@ -6,4 +6,5 @@ pub mod kvm;
 pub mod limits;
 pub mod memory;
 pub mod output;
+pub mod ownership;
 pub mod tap;

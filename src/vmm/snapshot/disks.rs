@@ -3,17 +3,16 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use minivmm_devices::block::{Disk, DiskIdentity, DiskOptions};
-use rustix::process::geteuid;
 
 use super::error::{FormatError, SnapshotError};
 use super::file::Bulk;
 use super::sparse::checksum;
 use crate::config::DiskConfig;
+use crate::host::ownership::is_ours;
 
 /// A disk as it was when its VM was saved.
 pub struct SavedDisk {
@@ -47,7 +46,7 @@ impl SavedDisk {
         }
         // Who else could have written the file could have named any other in it.
         let metadata = file.metadata().map_err(FormatError::Read)?;
-        let path_is_trusted = metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
+        let path_is_trusted = is_ours(&metadata);
         let mut overlays = overlays.iter();
         let disks = configs.iter().zip(identities).enumerate();
         let disk = |(index, (config, identity)): (usize, (&DiskConfig, &DiskIdentity))| Self {
