@@ -1,6 +1,8 @@
 //! The character device interface of consoles: [`ConsoleDevice`] is implemented by the device, [`ConsoleOutput`] by the
 //! host's back end.
 
+use std::sync::{Mutex, PoisonError, Weak};
+
 /// The back end of a console's output.
 pub trait ConsoleOutput: Send {
     /// Takes bytes and returns how many it took. Never blocks.
@@ -36,6 +38,14 @@ pub trait ConsoleDevice: Send {
 
     /// The user's terminal was resized.
     fn resize(&mut self, _size: TerminalSize) {}
+}
+
+/// Tells those of the devices that are still there that the back end has room for output.
+pub fn tell_of_tx_space(devices: &[Weak<Mutex<dyn ConsoleDevice>>]) {
+    for device in devices.iter().filter_map(Weak::upgrade) {
+        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        device.on_tx_space();
+    }
 }
 
 /// The size of a terminal in characters.

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput};
+use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, tell_of_tx_space};
 use minivmm_devices::thread::ThreadStarter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
@@ -187,7 +187,7 @@ impl Fork {
                 .values()
                 .flat_map(|(_, devices)| devices.clone())
                 .collect();
-            tell_of_room(&devices);
+            tell_of_tx_space(&devices);
         }));
     }
 
@@ -207,7 +207,7 @@ impl Fork {
                 Err(mpsc::TryRecvError::Disconnected) => break,
                 Err(mpsc::TryRecvError::Empty) => {}
             }
-            // It fails for EINTR, or for want of memory: then it is tried again.
+            // It fails for EINTR, or when memory is short: then it is tried again.
             let _ = poll(&mut [PollFd::new(signals, PollFlags::IN)], Some(&PERIOD));
             if let Some(signal) = signals.stop_requested() {
                 let mut running = self.running();
@@ -288,7 +288,7 @@ impl Fork {
             .map(|device: SharedConsole| Arc::downgrade(&device));
         if let Some(console) = &own {
             let senders = senders.clone();
-            console.on_output_ready(Arc::new(move || tell_of_room(&senders)));
+            console.on_output_ready(Arc::new(move || tell_of_tx_space(&senders)));
         }
         {
             let mut running = self.running();
@@ -314,13 +314,5 @@ impl Fork {
             console.finish(&|| self.running().stop.is_some());
         }
         Ok(outcome)
-    }
-}
-
-/// Tells devices that there is room for output again.
-fn tell_of_room(devices: &[Weak<Mutex<dyn ConsoleDevice>>]) {
-    for device in devices.iter().filter_map(Weak::upgrade) {
-        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-        device.on_tx_space();
     }
 }

@@ -1,8 +1,9 @@
 //! Runs a VM: ties it to the console, the signals, the deadline and the timeline.
 
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use minivmm_devices::chardev::tell_of_tx_space;
 use minivmm_devices::thread::ThreadStarter;
 
 use super::confine;
@@ -31,7 +32,7 @@ use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Prepared};
 use crate::vmm::snapshot::error::SnapshotError;
 use crate::vmm::vcpu::VcpuError;
-use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
+use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
 
 /// How often devices that the host could not let be paused are asked whether they go on.
 const RESUME_PERIOD: Duration = Duration::from_millis(10);
@@ -289,13 +290,11 @@ impl Run<'_> {
         let mut times = BuildTimes::default();
         let mut vm = Vm::build(prepared, ends, observers, &mut times)?;
         self.timeline.note_build(&times);
-        let senders = vm.senders().map(|device| Arc::downgrade(&device));
-        self.console.on_output_ready(Arc::new(move || {
-            for sender in senders.iter().filter_map(Weak::upgrade) {
-                let mut sender = sender.lock().unwrap_or_else(PoisonError::into_inner);
-                sender.on_tx_space();
-            }
-        }));
+        let senders = vm
+            .senders()
+            .map(|device: SharedConsole| Arc::downgrade(&device));
+        self.console
+            .on_output_ready(Arc::new(move || tell_of_tx_space(&senders)));
         transcript.get().on_panic_end = Some(ending::on_panic_end(&vm));
 
         let events = self
