@@ -12,7 +12,7 @@ use crate::error_chain;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::snapshot::error::SnapshotError;
 use crate::vmm::snapshot::load::Snapshot;
-use crate::vmm::snapshot::save::Target;
+use crate::vmm::snapshot::save::{Target, directory};
 use crate::vmm::vm::Vm;
 
 /// When a VM is saved, where to, and whether it ends then. Written `MARK=FILE[,exit]`.
@@ -26,10 +26,7 @@ pub struct SnapshotAt {
 impl SnapshotAt {
     /// The directory that the file will be in.
     pub(super) fn dir(&self) -> PathBuf {
-        match self.path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir.into(),
-            _ => ".".into(),
-        }
+        directory(&self.path).into()
     }
 }
 

@@ -323,14 +323,19 @@ impl RamWriter<'_> {
     }
 }
 
+/// The directory that a snapshot of this name will be in.
+pub fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
+
 /// The directory of a path, and the name in it.
 fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
     let name = path.file_name();
     let name = name.ok_or_else(|| io::Error::other("it is no file's name"))?;
-    match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => Ok((dir, name)),
-        _ => Ok((Path::new("."), name)),
-    }
+    Ok((directory(path), name))
 }
 
 fn create(path: &Path) -> io::Result<Unpublished> {
