@@ -13,7 +13,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -101,20 +101,25 @@ impl Control {
 
     /// Waits until the VM has ended, at most for `limit`.
     pub fn await_end(&self, limit: Option<Duration>) {
-        let until = limit.and_then(|limit| Instant::now().checked_add(limit));
-        let mut state = self.state();
-        while state.end.is_none() {
-            let Some(until) = until else {
-                let waited = self.changed.wait(state);
-                state = waited.unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
+        drop(self.wait_while(limit, |state| state.end.is_none()));
+    }
+
+    /// Waits while this is so, at most for `limit`; gives the state as it is then.
+    fn wait_while(
+        &self,
+        limit: Option<Duration>,
+        mut is_so: impl FnMut(&mut State) -> bool,
+    ) -> MutexGuard<'_, State> {
+        let state = self.state();
+        match limit {
+            Some(limit) => {
+                let waited = self.changed.wait_timeout_while(state, limit, is_so);
+                waited.unwrap_or_else(PoisonError::into_inner).0
             }
-            let waited = self.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            None => {
+                let waited = self.changed.wait_while(state, &mut is_so);
+                waited.unwrap_or_else(PoisonError::into_inner)
+            }
         }
     }
 
@@ -138,20 +143,10 @@ impl Control {
 
     /// Waits until `vcpus` threads stand still. `false` if the VM has ended, or they do not within `limit`.
     pub fn await_pause(&self, vcpus: usize, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        let mut state = self.state();
-        while state.end.is_none() && state.parked < vcpus {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-        state.end.is_none()
+        let state = self.wait_while(Some(limit), |state| {
+            state.end.is_none() && state.parked < vcpus
+        });
+        state.end.is_none() && state.parked >= vcpus
     }
 
     /// The same, from a vCPU's thread: it enters the guest no more, and the pause lasts until [`Control::release`].
