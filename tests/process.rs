@@ -61,7 +61,7 @@ fn inherited_files_are_closed() {
     assert!(!open.iter().any(|file| file == path), "{open:?}");
 }
 
-/// A descriptor is a right of its own: whoever breaks out of a VM could read by it what its user may not even open.
+/// A descriptor is a right of its own: code that breaks out of a VM could read by it what its user may not even open.
 #[test]
 fn a_secret_that_only_root_may_read_is_closed() {
     const NOBODY: &str = "65534";

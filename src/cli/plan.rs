@@ -6,6 +6,7 @@ use super::snapshot_at::SnapshotAt;
 use crate::config::VmConfig;
 use crate::vmm::prepare::Identity;
 use crate::vmm::snapshot::load::Snapshot;
+
 /// What is to be run.
 #[derive(Default)]
 pub struct Plan {

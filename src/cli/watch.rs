@@ -102,7 +102,8 @@ impl Watch {
         self.remote.give(|orders| orders.threads = Some(threads));
     }
 
-    /// Ends the watch: the thread, which has been told to confine itself, does this instead. Whoever calls it looks at signals and deadline from now on.
+    /// Ends the watch: the thread, which has been told to confine itself, does this instead. The caller looks at signals and
+    /// deadline from now on.
     pub fn hand_over(self, job: Job, control: Arc<Control>) -> JoinHandle<Option<Vcpu>> {
         self.remote.give(|orders| orders.job = Some((job, control)));
         self.thread
@@ -173,7 +174,7 @@ impl Shared {
             PollFd::new(signals, PollFlags::IN),
             PollFd::new(&self.changed, PollFlags::IN),
         ];
-        // It fails for EINTR, or for want of memory: then it is tried again.
+        // It fails for EINTR, or when memory is short: then it is tried again.
         let _ = poll(&mut sources, limit.as_ref());
         // Nothing to read is no error: it does not block.
         let _ = rustix::io::read(&self.changed, &mut [0u8; 8]);

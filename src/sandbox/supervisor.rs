@@ -55,7 +55,7 @@ impl Shared {
         loop {
             let fds = std::iter::once(&self.changed).chain(&listeners);
             let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-            // It fails for EINTR, or for want of memory: then it is tried again.
+            // It fails for EINTR, or when memory is short: then it is tried again.
             let _ = poll(&mut fds, None);
             let events: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
             let mut events = events.into_iter();

@@ -68,7 +68,7 @@ pub(crate) fn receive<T>(messages: &Receiver<T>) -> Option<T> {
     .flatten()
 }
 
-/// Kills a child that runs for too long, so that whoever reads its output goes on. Dropped, it lets it run.
+/// Kills a child that runs for too long, so that a reader of its output goes on. Dropped, it lets it run.
 pub(crate) fn watch(child: &Child) -> Sender<()> {
     let pid = child.id();
     let (sender, dropped) = mpsc::channel();

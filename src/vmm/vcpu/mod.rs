@@ -178,7 +178,8 @@ impl Vcpu {
             match control.request() {
                 Request::Run => _ = self.step_or_end(buses, control),
                 Request::Pause => {
-                    // Whoever asked may not have come to it yet. With `immediate_exit`, this completes the last access and goes no further.
+                    // The one that asked may not have set it yet. With `immediate_exit`, this completes the last access and goes no
+                    // further.
                     self.page.set_immediate_exit(true);
                     while !self.step_or_end(buses, control) {}
                     let sleep = Sleep::of(&self.fd).unwrap_or(Sleep::Awake);
