@@ -30,12 +30,12 @@ static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() {
     let started = Instant::now();
+    process::install_fault_handlers();
     #[allow(unsafe_code, reason = "it closes descriptors that nothing here owns")]
     // SAFETY: nothing has been opened yet.
     unsafe {
         process::close_inherited_files(env::args_os());
     }
-    process::end_in_good_order();
     #[cfg(target_env = "gnu")]
     process::share_one_heap();
     let cli = Cli::try_parse().unwrap_or_else(|e| wrong_command_line(&e));

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use common::{PATIENCE, boot_tiny, run, wait};
 use log::LevelFilter;
 use minivmm::cli::log::start_log;
-use minivmm::cli::process::end_in_good_order;
+use minivmm::cli::process::install_fault_handlers;
 use minivmm::config::SandboxMode;
 use minivmm::sandbox::{Paths, Role, Sandbox};
 use minivmm_devices::thread::ThreadKind;
@@ -104,7 +104,7 @@ fn the_call() {
     let [mode, kind, call] = wanted.split(' ').collect::<Vec<_>>()[..] else {
         panic!("{wanted}")
     };
-    end_in_good_order();
+    install_fault_handlers();
     start_log(LevelFilter::Warn);
     let mode = match mode {
         "strict" => SandboxMode::Strict,

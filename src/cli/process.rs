@@ -51,7 +51,7 @@ fn named_files(arg: &OsStr) -> Vec<u32> {
 
 /// A panic, on any thread, and an abort, which is how Rust answers a lack of memory and an overflow of a stack, end the
 /// process with the status of minivmm's own failures. As signals they would have that of a guest whose kernel panicked.
-pub fn end_in_good_order() {
+pub fn install_fault_handlers() {
     std::panic::set_hook(Box::new(|info| {
         console::restore_terminal();
         // Not eprintln, which panics when nobody reads.

@@ -26,7 +26,7 @@ static WANTED: AtomicBool = AtomicBool::new(false);
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes the terminal on stdin raw, and arranges that a fault restores it; [`crate::cli::process::end_in_good_order`] does so
+    /// Makes the terminal on stdin raw, and arranges that a fault restores it; [`crate::cli::process::install_fault_handlers`] does so
     /// for panics and aborts, and [`crate::console::Signals`] has what is sent to end the process. `None` if stdin is no
     /// terminal. In the background the terminal is left alone until the first input or [`reenter_raw`] in the
     /// foreground.

@@ -279,7 +279,7 @@ fn way_out() {
     let Ok(way) = std::env::var("MINIVMM_TEST_WAY_OUT") else {
         return;
     };
-    crate::cli::process::end_in_good_order();
+    crate::cli::process::install_fault_handlers();
     let guard = RawTerminal::enter().unwrap().expect("stdin is a terminal");
     assert!(is_raw());
     assert!(
