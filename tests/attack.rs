@@ -3,24 +3,30 @@
 
 mod common;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use common::skip::skip;
+use common::tap::Tap;
 use common::{Ended, boot_tiny, run};
 use minivmm::sandbox::landlock_version;
+use rustix::process::geteuid;
 use tempfile::NamedTempFile;
 
 /// What the guest ends with when the host's kernel has done, or answered, the call.
 const DONE: i32 = 77;
 
 /// Letters of devices/src/attack.rs.
-const THREADS: [(char, &str); 5] = [
+const THREADS: [(char, &str); 6] = [
     ('v', "vcpu0"),
     ('b', "virtio-blk 0"),
     ('r', "virtio-rng"),
+    ('n', "virtio-net"),
     ('c', "console"),
     ('m', "minivmm"),
 ];
 
 /// Letters of devices/src/attack.rs, and what is called, as the sandbox says it.
-const CALLS: [(char, &str); 16] = [
+const CALLS: [(char, &str); 17] = [
     ('x', "execve ("),
     ('o', "openat ("),
     ('s', "socket ("),
@@ -36,6 +42,7 @@ const CALLS: [(char, &str); 16] = [
     ('g', "tgkill ("),          // of another process
     ('i', "ioctl (16) 0x5412"), // TIOCSTI
     ('w', "fcntl ("),           // F_SETOWN
+    ('d', "fchmod ("),          // to set-user-ID
     ('p', "prctl ("),           // PR_SET_DUMPABLE
 ];
 
@@ -43,9 +50,33 @@ fn attack(call: char, thread: char, args: &[&str]) -> Ended {
     let disk = NamedTempFile::new().unwrap();
     disk.as_file().set_len(4096).unwrap();
     let disk = format!("path={},ro,queues=1", disk.path().display());
-    let given = ["--disk", &disk, "--rng", "-v", "--deadline", "60s"];
+    let _tap = (thread == 'n').then(tap);
+    // The guest starts the first two devices.
+    let first = match thread {
+        'n' => ["--net", "tap=mvattack"],
+        _ => ["--disk", &disk],
+    };
+    let given = [&first[..], &["--rng", "-v", "--deadline", "60s"]].concat();
     let cmdline = format!("{call}{thread}");
     run(&mut boot_tiny("attack", &cmdline, &[&given, args].concat()))
+}
+
+/// What a network device is on, for one VM at a time.
+fn tap() -> (Tap, MutexGuard<'static, ()>) {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    (Tap::new("mvattack", 1500), turn)
+}
+
+/// All threads that there can be here.
+fn threads() -> impl Iterator<Item = (char, &'static str)> {
+    let is_root = geteuid().is_root();
+    if !is_root {
+        skip("only root can make a network interface for the network's thread");
+    }
+    THREADS
+        .into_iter()
+        .filter(move |(thread, _)| is_root || *thread != 'n')
 }
 
 #[track_caller]
@@ -60,7 +91,7 @@ fn assert_refused(ended: &Ended, what: &str, name: &str) {
 
 #[test]
 fn what_a_thread_may_not_do_ends_minivmm() {
-    for (thread, name) in THREADS {
+    for (thread, name) in threads() {
         for (call, what) in CALLS {
             assert_refused(&attack(call, thread, &[]), what, name);
         }
@@ -100,7 +131,7 @@ fn what_saves_a_guest_may_do_no_more_than_it_takes() {
 /// Without a sandbox they may: what is refused above is refused by it.
 #[test]
 fn an_unconfined_thread_may_do_what_its_user_may() {
-    for (thread, name) in THREADS {
+    for (thread, name) in threads() {
         for (call, what) in CALLS {
             let ended = attack(call, thread, &["--sandbox", "off"]);
             assert_eq!(ended.code(), DONE, "{what} in {name}: {}", ended.stderr);

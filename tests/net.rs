@@ -11,30 +11,8 @@ use std::time::Duration;
 
 use common::limit::{watch, within};
 use common::linux::{boot_command, kernel};
+use common::tap::Tap;
 use common::{PATIENCE, project, run};
-
-/// A TAP interface, gone with the test.
-struct Tap(&'static str);
-
-impl Tap {
-    /// With the address 10.9.0.1.
-    fn new(name: &'static str, mtu: u32) -> Self {
-        let script = format!(
-            "ip tuntap add {name} mode tap && ip link set {name} mtu {mtu} up && ip addr add 10.9.0.1/24 dev {name}"
-        );
-        let made = Command::new("sh").args(["-c", &script]).status().unwrap();
-        assert!(made.success(), "{script}");
-        Self(name)
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        // One that a test has removed is gone.
-        let delete = ["link", "delete", self.0];
-        _ = Command::new("ip").args(delete).output();
-    }
-}
 
 /// minivmm with this network, whose guest runs a case of tests/guest/net.
 fn guest(net: &str, case: &str) -> Command {

@@ -54,9 +54,9 @@ fn peak(
 ) -> (Memory, Value) {
     let file = NamedTempFile::new().unwrap();
     let timeline = file.path().to_str().unwrap();
-    let mut command = boot_tiny(guest, cmdline, args);
     // A confined process shows its memory to root alone.
-    command.args(["--timeline", timeline, "--sandbox", "off"]);
+    let own = ["--timeline", timeline, "--sandbox", "off"];
+    let mut command = boot_tiny(guest, cmdline, &[args, &own].concat());
     command.stdin(Stdio::piped());
     let mut child = command.spawn().unwrap();
     settled(&mut child);

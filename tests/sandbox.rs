@@ -253,7 +253,7 @@ fn a_host_that_lacks_a_part_runs_vms_unless_all_is_required() {
         (&[libc::SYS_seccomp], &["seccomp"]),
         (&[landlock, libc::SYS_seccomp], &["seccomp", "Landlock"]),
     ] {
-        let mut command = boot_tiny("hello", "", &["-v"]);
+        let mut command = boot_tiny("hello", "", &["-v", "--sandbox", "strict"]);
         without(&mut command, lacks);
         let ended = run(&mut command);
         ended.assert_code(0);

@@ -18,7 +18,7 @@ const NEWEST: ABI = ABI::V6;
 pub struct Paths {
     /// To be read.
     pub read: Vec<PathBuf>,
-    /// To be read and written; files are made and removed in directories.
+    /// To be read and written; regular files are made and removed in directories.
     pub write: Vec<PathBuf>,
 }
 
@@ -41,8 +41,9 @@ impl Filesystem {
             .scope(Scope::AbstractUnixSocket)?
             .create()?;
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
-        let write = AccessFs::from_all(NEWEST) & !AccessFs::Execute;
-        for (paths, rights) in [(&paths.read, read), (&paths.write, write)] {
+        let new = AccessFs::MakeReg | AccessFs::RemoveFile | AccessFs::Refer;
+        let file = AccessFs::from_file(NEWEST) & !AccessFs::Execute;
+        for (paths, rights) in [(&paths.read, read), (&paths.write, read | new | file)] {
             for path in paths {
                 let Ok(fd) = PathFd::new(path) else { continue };
                 let rights: BitFlags<AccessFs> = if path.is_dir() {

@@ -171,6 +171,9 @@ const THREAD: u32 = (libc::CLONE_VM
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID) as u32;
 
+/// Modes of programs that run as the owner of their file.
+const SET_ID: u32 = libc::S_ISUID | libc::S_ISGID;
+
 /// None that has the kernel send signals, as F_SETOWN does.
 const FILE_FLAGS: &[u32] = &[
     libc::F_SETFD as u32,
@@ -295,9 +298,9 @@ pub(super) const TABLE: &[Rule] = &[
     // A snapshot: its file, and what goes into it.
     only(libc::SYS_ioctl, SAVE, When::OneOf(1, SAVE_IOCTLS)),
     only(libc::SYS_fcntl, SAVE, When::OneOf(1, FILE_FLAGS)),
-    any(libc::SYS_openat, SAVE),
+    only(libc::SYS_openat, SAVE, When::Without(3, SET_ID)),
     // As musl makes them.
-    any(libc::SYS_open, SAVE),
+    only(libc::SYS_open, SAVE, When::Without(2, SET_ID)),
     any(libc::SYS_stat, SAVE),
     any(libc::SYS_lstat, SAVE),
     any(libc::SYS_newfstatat, SAVE),
@@ -308,7 +311,7 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_fallocate, SAVE),
     any(libc::SYS_fsync, SAVE),
     any(libc::SYS_fdatasync, SAVE),
-    any(libc::SYS_fchmod, SAVE),
+    only(libc::SYS_fchmod, SAVE, When::Without(1, SET_ID)),
     any(libc::SYS_linkat, SAVE),
     any(libc::SYS_renameat, SAVE),
     any(libc::SYS_renameat2, SAVE),

@@ -6,8 +6,11 @@ pub(crate) mod fuse;
 pub(crate) mod limit;
 pub(crate) mod linux;
 pub(crate) mod skip;
+pub(crate) mod tap;
 pub(crate) mod terminal;
 
+use std::env;
+use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -38,9 +41,26 @@ pub(crate) fn tiny(name: &str) -> PathBuf {
     dir.join(name)
 }
 
+/// A mode of the sandbox for the VMs of all tests but those that name one.
+const SANDBOX: &str = "MINIVMM_TEST_SANDBOX";
+
 /// minivmm with these arguments.
-pub(crate) fn minivmm<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
+pub(crate) fn minivmm<S: AsRef<OsStr>>(args: &[S]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    let is = |arg: &S, option: &str| arg.as_ref() == option;
+    let named = args
+        .iter()
+        .any(|arg| is(arg, "--sandbox") || is(arg, "--require-sandbox"));
+    // A subcommand comes first.
+    let runs = args
+        .first()
+        .is_some_and(|arg| arg.as_ref().as_encoded_bytes().starts_with(b"--"));
+    if let Ok(mode) = env::var(SANDBOX)
+        && runs
+        && !named
+    {
+        command.args(["--sandbox", &mode]);
+    }
     command
         .args(args)
         .stdin(Stdio::null())
@@ -51,9 +71,16 @@ pub(crate) fn minivmm<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
 
 /// minivmm with a tiny guest.
 pub(crate) fn boot_tiny(guest: &str, cmdline: &str, args: &[&str]) -> Command {
-    let mut command = minivmm(&["--memory", "16M", "--cmdline", cmdline, "--kernel"]);
-    command.arg(tiny(guest)).args(args);
-    command
+    let kernel = tiny(guest);
+    let first = ["--memory", "16M", "--cmdline", cmdline, "--kernel"].map(OsStr::new);
+    let args = args.iter().map(OsStr::new);
+    minivmm(
+        &first
+            .into_iter()
+            .chain([kernel.as_os_str()])
+            .chain(args)
+            .collect::<Vec<_>>(),
+    )
 }
 
 /// What a finished minivmm left.
@@ -166,11 +193,16 @@ pub(crate) fn wait(mut child: Child, patience: Duration) -> Output {
         let stdout = String::from_utf8_lossy(&stdout.join().unwrap()).into_owned();
         panic!("minivmm hung\nstdout: {stdout}\nstderr: {stderr}");
     };
-    Output {
+    let output = Output {
         status,
         stdout: stdout.join().unwrap(),
         stderr: stderr.join().unwrap(),
+    };
+    if env::var_os(SANDBOX).is_some() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!stderr.contains("the sandbox would refuse"), "{stderr}");
     }
+    output
 }
 
 /// Sends a signal to a child.
