@@ -112,6 +112,33 @@ fn a_hung_disk_cannot_keep_a_vm() {
 }
 
 #[test]
+fn a_vm_that_waits_for_a_hung_disk_to_be_saved_can_be_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = format!("7={}", dir.path().join("snapshot").display());
+    let saved = ["--snapshot-at", &at];
+    for engine in ENGINES {
+        let Some((child, disk)) = on_a_hung_disk("mri", Mode::Holds, engine, PATIENT, &saved)
+        else {
+            return;
+        };
+        // Most likely, the guest has written the mark by then.
+        thread::sleep(Duration::from_millis(500));
+        signal(&child, "TERM");
+        let output = end_of(child, disk);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(143), "{engine}: {stderr}");
+        assert!(!stderr.contains("has not completed"), "{engine}: {stderr}");
+        let Some((child, disk)) = on_a_hung_disk("mri", Mode::Holds, engine, "5s", &saved) else {
+            return;
+        };
+        let output = end_of(child, disk);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(124), "{engine}: {stderr}");
+        assert!(!stderr.contains("has not completed"), "{engine}: {stderr}");
+    }
+}
+
+#[test]
 fn guest_status_is_kept_when_a_hung_disk_is_stopped() {
     for engine in ENGINES {
         let Some((child, disk)) = on_a_hung_disk("rri", Mode::Holds, engine, "2s", &[]) else {

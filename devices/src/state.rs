@@ -16,6 +16,8 @@ pub type Record = RawValue;
 
 /// Longest saved state of all devices in bytes: some hundred times what a VM with every device has.
 pub const MAX_STATE: usize = 1 << 20;
+/// How often a pause that takes long asks whether it is still wanted.
+const STOP_PERIOD: Duration = Duration::from_millis(20);
 
 /// Why devices cannot be paused, saved or restored.
 #[derive(Debug, thiserror::Error)]
@@ -164,17 +166,23 @@ impl Devices {
             .map(move |(name, device)| (name.as_str(), lock(device)))
     }
 
-    /// Pauses all devices. If one is not paused within `limit`, the error says which it was, and the caller resumes them. The
-    /// vCPUs stand still; interrupts of the last completions are sent when this returns.
-    pub fn pause(&self, limit: Duration) -> Result<(), StateError> {
+    /// Pauses all devices. If one is not paused within `limit`, or before `stop` says that this is no longer wanted, the error says
+    /// which it was, and the caller resumes them. The vCPUs stand still; interrupts of the last completions are sent when this returns.
+    pub fn pause(&self, limit: Duration, stop: &dyn Fn() -> bool) -> Result<(), StateError> {
         let end = Instant::now() + limit;
         // All are told before one is waited for.
         self.iter().for_each(|(_, mut device)| {
             device.pause(Duration::ZERO);
         });
         for (name, mut device) in self.iter() {
-            if !device.pause(end.saturating_duration_since(Instant::now())) {
-                return Err(StateError::of(name)(StateError::Busy(limit)));
+            loop {
+                let left = end.saturating_duration_since(Instant::now());
+                if device.pause(left.min(STOP_PERIOD)) {
+                    break;
+                }
+                if left.is_zero() || stop() {
+                    return Err(StateError::of(name)(StateError::Busy(limit)));
+                }
             }
         }
         Ok(())
@@ -279,13 +287,15 @@ mod tests {
     fn a_device_that_stays_busy_is_named() {
         let (devices, numbers) = two();
         numbers[1].lock().unwrap().busy = 2;
-        devices.pause(Duration::ZERO).unwrap();
-        numbers[1].lock().unwrap().busy = 3;
-        let error = devices.pause(Duration::from_millis(1)).unwrap_err();
-        assert!(
-            error.to_string().starts_with("two: the host has not"),
-            "{error}"
-        );
+        devices.pause(Duration::ZERO, &|| false).unwrap();
+        numbers[1].lock().unwrap().busy = usize::MAX;
+        for (limit, stop) in [
+            (Duration::from_millis(1), false),
+            (Duration::from_secs(1000), true),
+        ] {
+            let error = devices.pause(limit, &|| stop).unwrap_err().to_string();
+            assert!(error.starts_with("two: the host has not"), "{error}");
+        }
         assert!(!devices.resume());
         assert!(devices.resume());
         assert_eq!(numbers.map(|n| n.lock().unwrap().resumed), [2, 2]);

@@ -390,7 +390,7 @@ impl Run<'_> {
                     Source::BootMark => mark_log.emit(),
                     Source::Held => {
                         if let Some(saver) = self.saver.take() {
-                            resumed = saver.save(vm, self.signals);
+                            resumed = saver.save(vm, self.signals, self.deadline);
                         }
                     }
                     Source::Input => {}

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -84,11 +85,20 @@ impl Saver {
         Ok((self.at.mark, self.held.try_clone()?))
     }
 
-    /// Saves the VM, which is held, and lets it go on or ends it. When it cannot be saved, it goes on. Gives what
-    /// [`Vm::resume_devices`] does.
-    pub(super) fn save(self, vm: &Vm, signals: &Signals) -> bool {
+    /// Saves the VM, which is held, and lets it go on or ends it. When it cannot be saved, it goes on; a signal and the deadline
+    /// end it. Gives what [`Vm::resume_devices`] does.
+    pub(super) fn save(self, vm: &Vm, signals: &Signals, deadline: Option<Instant>) -> bool {
         let Self { at, mut target, .. } = self;
-        let stop = || signals.stop_requested().is_some();
+        let control = vm.control();
+        let stop = || {
+            if let Some(signal) = signals.stop_requested() {
+                control.end(Outcome::Signal(signal));
+            }
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                control.end(Outcome::Deadline);
+            }
+            control.how_it_ended().is_some()
+        };
         let written = if vm.pause() {
             target.write(vm, at.mark, &stop)
         } else {
@@ -97,18 +107,18 @@ impl Saver {
         let resumed = vm.resume_devices();
         // The guest's memory is copied: the disk need not be waited for.
         if !at.exit {
-            vm.control().release();
+            control.release();
         }
         match written.and_then(|()| target.publish()) {
             Ok(path) => {
                 log::info!("saved to {}", path.display());
                 if at.exit {
-                    vm.control().end(Outcome::Saved);
+                    control.end(Outcome::Saved);
                 }
             }
             Err(e) => {
                 log::error!("the VM was not saved: {}", error_chain(&e));
-                vm.control().release();
+                control.release();
             }
         }
         resumed

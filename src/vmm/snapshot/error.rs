@@ -108,6 +108,9 @@ pub enum SnapshotError {
     /// The vCPUs did not stop.
     #[error("the VM did not stop to be saved")]
     NotPaused,
+    /// It was no longer wanted.
+    #[error("it was stopped")]
+    Stopped,
     /// KVM refused to give a vCPU's state.
     #[error("cannot read the state of vCPU {index}")]
     Vcpu {

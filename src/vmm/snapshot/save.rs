@@ -74,9 +74,6 @@ impl Target {
         if !config.nets.is_empty() {
             return Err(SnapshotError::Unsupported("a VM with networks".into()));
         }
-        if !config.nets.is_empty() {
-            return Err(SnapshotError::Unsupported("a VM with networks".into()));
-        }
         if source.is_some_and(|source| source.is_file(path)) {
             return Err(SnapshotError::OwnSource(path.to_owned()));
         }
@@ -104,10 +101,11 @@ impl Target {
         stop: &dyn Fn() -> bool,
     ) -> Result<(), SnapshotError> {
         let devices = &vm.machine().state;
-        devices
-            .pause(DRAIN_LIMIT)
-            .map_err(SnapshotError::Devices)
-            .and_then(|()| self.write_paused(vm, mark, stop))
+        match devices.pause(DRAIN_LIMIT, stop) {
+            Ok(()) => self.write_paused(vm, mark, stop),
+            Err(_) if stop() => Err(SnapshotError::Stopped),
+            Err(e) => Err(SnapshotError::Devices(e)),
+        }
     }
 
     fn write_paused(
