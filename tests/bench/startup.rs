@@ -1,5 +1,5 @@
 //! Start-up, whole processes side by side: what KVM costs at the least (a C program, with either C library), minivmm, QEMU's
-//! microvm, a container.
+//! microvm, a container; and the same of VMs that go on from a snapshot.
 //!
 //! `make bench`, or `cargo bench --bench startup -- [RUNS]`. Every round runs each command once, so that what disturbs the
 //! host disturbs all alike. What is not installed is left out, and said to be.
@@ -28,7 +28,10 @@ const QEMU: &str = "qemu-system-x86_64";
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// One line of the table.
+/// VMs that go on from one snapshot in one process.
+const CLONES: usize = 100;
+
+/// One line of a table.
 struct Row {
     name: &'static str,
     command: Command,
@@ -36,7 +39,7 @@ struct Row {
 }
 
 impl Row {
-    /// A command that has shown that it works: it ends with 0 after this output.
+    /// A command that has shown that it works: it ends with 0 after this output, whose lines may come in any order.
     fn new<S: AsRef<std::ffi::OsStr>>(
         name: &'static str,
         program: impl AsRef<std::ffi::OsStr>,
@@ -46,7 +49,12 @@ impl Row {
         let mut command = Command::new(program);
         command.args(args).stdin(Stdio::null());
         let output = command.output()?;
-        if !output.status.success() || output.stdout != expected.as_bytes() {
+        let text = String::from_utf8_lossy(&output.stdout);
+        let [mut lines, mut expected_lines] =
+            [&text, expected].map(|text| text.lines().collect::<Vec<_>>());
+        lines.sort();
+        expected_lines.sort();
+        if !output.status.success() || lines != expected_lines {
             return Err(format!("{name} does not work: {command:?}: {output:?}").into());
         }
         command
@@ -82,42 +90,26 @@ fn main() -> Outcome<()> {
             .ok_or(format!("{arg} is no number of runs"))?,
         None => RUNS,
     };
-    let mut rows = rows()?;
+    let mut tables = tables()?;
     let host = host(&[QEMU, "runc"]);
     for round in 0..WARM_UPS + runs {
-        for row in &mut rows {
+        for row in tables.iter_mut().flatten() {
             row.run()?;
             if round < WARM_UPS {
                 row.times.clear();
             }
         }
     }
-    let summaries = rows
-        .iter()
-        .map(|row| Summary::new(&row.times).ok_or("nothing was measured"))
-        .collect::<Result<Vec<_>, _>>()?;
 
     println!(
         "Whole processes, from just before posix_spawn(3) to the return of waitpid(2), in ms;"
     );
-    println!("{runs} runs of each in turn, after {WARM_UPS} that are not counted.\n");
-    println!(
-        "{:<28} {:>8} {:>8} {:>8} {:>8} {:>9}",
-        "", "median", "p90", "p99", "min", "x floor"
-    );
-    for (row, times) in rows.iter().zip(&summaries) {
-        println!(
-            "{:<28} {:>8.2} {:>8.2} {:>8.2} {:>8.2} {:>9.2}",
-            row.name,
-            times.median_ms,
-            times.p90_ms,
-            times.p99_ms,
-            times.min_ms,
-            times.median_ms / summaries[0].median_ms
-        );
+    println!("{runs} runs of each in turn, after {WARM_UPS} that are not counted.");
+    for rows in &tables {
+        print(rows)?;
     }
     println!();
-    for row in &rows {
+    for row in tables.iter().flatten() {
         println!("{}: {}", row.name, command_line(&row.command));
     }
     let target = if cfg!(target_env = "musl") {
@@ -132,8 +124,80 @@ fn main() -> Outcome<()> {
     Ok(())
 }
 
-/// All that is to be measured and can be, the lowest floor first.
-fn rows() -> Outcome<Vec<Row>> {
+/// Prints a table, whose first row is the floor.
+fn print(rows: &[Row]) -> Outcome<()> {
+    println!(
+        "\n{:<32} {:>8} {:>8} {:>8} {:>8} {:>9}",
+        "", "median", "p90", "p99", "min", "x floor"
+    );
+    let mut floor = None;
+    for row in rows {
+        let times = Summary::new(&row.times).ok_or("nothing was measured")?;
+        println!(
+            "{:<32} {:>8.2} {:>8.2} {:>8.2} {:>8.2} {:>9.2}",
+            row.name,
+            times.median_ms,
+            times.p90_ms,
+            times.p99_ms,
+            times.min_ms,
+            times.median_ms / *floor.get_or_insert(times.median_ms)
+        );
+    }
+    Ok(())
+}
+
+/// All that is to be measured and can be.
+fn tables() -> Outcome<[Vec<Row>; 3]> {
+    let glibc = build_floor("cc", "floor-glibc", &[])?;
+    // musl-gcc knows no headers but musl's own; KVM's are the kernel's.
+    let kernel_headers = ["/usr/include", "/usr/include/x86_64-linux-gnu"];
+    let idirafter = kernel_headers.map(|dir| ["-idirafter", dir]).concat();
+    let musl = build_floor("musl-gcc", "floor-musl", &idirafter);
+    if let Err(e) = &musl {
+        println!("left out: bare KVM, musl (apt-get install musl-tools): {e}");
+    }
+    let (restored, forked) = snapshot_rows(musl.as_ref().unwrap_or(&glibc))?;
+    Ok([boot_rows(musl.as_deref().ok(), &glibc)?, restored, forked])
+}
+
+/// Saves a VM just before its last byte, with the floor and with minivmm. Gives one that goes on, and many.
+fn snapshot_rows(floor: &Path) -> Outcome<(Vec<Row>, Vec<Row>)> {
+    let minivmm = env!("CARGO_BIN_EXE_minivmm");
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let [saved, snapshot] =
+        ["startup.floor", "startup.snapshot"].map(|name| path_text(dir.join(name)));
+    let (saved, snapshot) = (saved?, snapshot?);
+    let marks = path_text(tiny("marks"))?;
+    Row::new("saving: bare KVM", floor, &["save", &marks, &saved], "ab")?;
+    let at = format!("8={snapshot},exit");
+    let args = ["--memory", "16M", "--kernel", &marks, "--snapshot-at", &at];
+    Row::new("saving", minivmm, &args, "ab")?;
+
+    let args = ["restore", &saved, "1"];
+    let restored = vec![
+        Row::new("floor: bare KVM, restore", floor, &args, "c")?,
+        Row::new("minivmm restore", minivmm, &["restore", &snapshot], "c")?,
+    ];
+    let count = CLONES.to_string();
+    let lines: String = (0..CLONES).map(|index| format!("{index}: c\n")).collect();
+    let fork = ["fork", &snapshot, "-n", &count];
+    let one_by_one = [&fork[..], &["-j", "1"]].concat();
+    let args = ["restore", &saved, &count];
+    let forked = vec![
+        Row::new(
+            "floor: bare KVM, restore 100",
+            floor,
+            &args,
+            &"c".repeat(CLONES),
+        )?,
+        Row::new("minivmm fork -n 100 -j 1", minivmm, &one_by_one, &lines)?,
+        Row::new("minivmm fork -n 100", minivmm, &fork, &lines)?,
+    ];
+    Ok((restored, forked))
+}
+
+/// VMs that boot, the lowest floor first.
+fn boot_rows(musl: Option<&Path>, glibc: &Path) -> Outcome<Vec<Row>> {
     let minivmm = env!("CARGO_BIN_EXE_minivmm");
     let hello = path_text(tiny("hello"))?;
     let disk = path_text(Path::new(env!("CARGO_TARGET_TMPDIR")).join("startup.img"))?;
@@ -141,21 +205,17 @@ fn rows() -> Outcome<Vec<Row>> {
     let disk_option = format!("path={disk}");
 
     let mut rows = Vec::new();
-    let floor = build_floor("cc", "floor-glibc", &[])?;
-    // musl-gcc knows no headers but musl's own; KVM's are the kernel's.
-    let kernel_headers = ["/usr/include", "/usr/include/x86_64-linux-gnu"];
-    let idirafter = kernel_headers.map(|dir| ["-idirafter", dir]).concat();
-    match build_floor("musl-gcc", "floor-musl", &idirafter) {
-        Ok(floor) => rows.push(Row::new("floor: bare KVM, musl", &floor, &[&hello], "!")?),
-        Err(e) => println!("left out: bare KVM, musl (apt-get install musl-tools): {e}"),
+    if let Some(musl) = musl {
+        rows.push(Row::new("floor: bare KVM, musl", musl, &[&hello], "!")?);
     }
-    rows.push(Row::new("floor: bare KVM, glibc", &floor, &[&hello], "!")?);
+    rows.push(Row::new("floor: bare KVM, glibc", glibc, &[&hello], "!")?);
 
     let vm = |name, args: &[&str]| {
         let args = [&["--kernel", &hello, "--memory"], args].concat();
         Row::new(name, minivmm, &args, "!")
     };
     rows.push(vm("minivmm", &["16M"])?);
+    rows.push(vm("minivmm, no sandbox", &["16M", "--sandbox", "off"])?);
     rows.push(vm("minivmm, a disk", &["16M", "--disk", &disk_option])?);
     let reads = path_text(tiny("reads"))?;
     let args = ["--memory", "16M", "--disk", &disk_option];
@@ -186,12 +246,7 @@ fn rows() -> Outcome<Vec<Row>> {
         }
         _ => println!("left out: runc (apt-get install runc busybox-static)"),
     }
-    rows.push(Row::new::<&str>(
-        "a static program, no VM",
-        &floor,
-        &[],
-        "",
-    )?);
+    rows.push(Row::new::<&str>("a static program, no VM", glibc, &[], "")?);
     Ok(rows)
 }
 
