@@ -10,22 +10,26 @@ use super::exit_status::VMM_FAILED;
 use super::plan::Plan;
 use super::snapshot_at::SnapshotAt;
 use crate::boot;
-use crate::config::OnReboot;
+use crate::config::{OnReboot, VmConfig};
 use crate::host::{kvm, tap};
 use crate::sandbox::{Paths, Role, Sandbox, SandboxError};
 use crate::vmm::prepare::MACHINE_ID;
 use crate::{console, error_chain};
 
-/// The sandbox that `plan` asks for. What the host's kernel lacks of it is said, or an error if it is required.
-pub(super) fn sandbox(plan: &Plan) -> Result<Arc<Sandbox>, SandboxError> {
-    let config = &plan.config;
-    let main = if config.on_reboot == OnReboot::Restart {
+/// What the main thread does for `plan`.
+pub(super) fn main_role(plan: &Plan) -> Role {
+    if plan.config.on_reboot == OnReboot::Restart {
         Role::Restart
     } else if plan.snapshot_at.is_some() {
         Role::Save
     } else {
         Role::Main
-    };
+    }
+}
+
+/// The sandbox that `config` asks for, with a main thread that does this. What the host's kernel lacks of it is said, or an error if
+/// it is required.
+pub(super) fn sandbox(config: &VmConfig, main: Role) -> Result<Arc<Sandbox>, SandboxError> {
     let sandbox = Sandbox::new(config.sandbox, main)?;
     for part in sandbox.missing() {
         if config.require_sandbox {

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,33 +12,28 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, tell_of_tx_space};
 use minivmm_devices::thread::ThreadStarter;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use serde::Serialize;
 
 use super::confine;
 use super::exit_status::{VMM_FAILED, exit_status, of_signal};
 use super::line_output::LineOutput;
 use super::log::LogArgs;
-use super::plan::Plan;
 use super::process;
-use super::restore::SnapshotSource;
+use super::restore::{Restorable, SnapshotSource};
 use super::run::RunError;
 use crate::config::{ConsoleTarget, Span};
 use crate::console::{Console, Signals};
 use crate::error_chain;
 use crate::host::json_file::JsonFile;
+use crate::sandbox::Role;
 use crate::vmm::control::Control;
 use crate::vmm::ending;
 use crate::vmm::error::{VmError, host};
 use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
+use crate::vmm::vcpu::thread::VcpuThread;
 use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
-
-/// How often the main thread looks whether all have ended, beside signals.
-const PERIOD: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 20_000_000,
-};
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
@@ -82,13 +77,16 @@ struct CloneReport {
 
 /// What all VMs have in common.
 struct Fork {
-    plan: Plan,
+    source: Restorable,
     count: u32,
     next: AtomicU32,
     deadline: Option<Duration>,
     threads: ThreadStarter,
     output: Output,
     running: Mutex<Running>,
+    reports: Mutex<Vec<CloneReport>>,
+    /// An eventfd that counts the threads that have run their last VM.
+    finished: OwnedFd,
 }
 
 /// Where consoles go.
@@ -114,13 +112,11 @@ struct Running {
 pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
     let json = args.json.map(JsonFile::open).transpose();
     let json = json.map_err(|e| host("the report")(io::Error::other(e)))?;
-    let plan = args.source.into_plan(ConsoleTarget::None, None)?;
-    if let Some((snapshot, _)) = &plan.snapshot {
-        snapshot.check_fork().map_err(VmError::from)?;
-        process::name_file_on_bus_error(snapshot.path());
-    }
+    let source = args.source.open(ConsoleTarget::None, None)?;
+    source.snapshot.check_fork().map_err(VmError::from)?;
+    process::name_file_on_bus_error(source.snapshot.path());
     // The threads that make VMs need all that a VM is made of; those that a guest reaches are confined.
-    let sandbox = confine::sandbox(&plan)?;
+    let sandbox = confine::sandbox(&source.config, Role::Main)?;
     let threads = confine::threads(&sandbox);
     let output = match args.output {
         Some(dir) => Output::Files(dir),
@@ -131,25 +127,32 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
         None => thread::available_parallelism().map_or(1, |n| n.get() as u32),
     };
     let fork = Arc::new(Fork {
-        plan,
+        source,
         count: args.count,
         next: AtomicU32::new(0),
         deadline: args.deadline.map(|span| span.0),
         threads,
         output,
         running: Mutex::default(),
+        reports: Mutex::default(),
+        finished: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
+            .map_err(|e| host("an eventfd")(e.into()))?,
     });
     fork.connect_output();
-    let (sender, reports) = mpsc::channel();
-    for number in 0..jobs.min(args.count) {
-        let (fork, sender) = (Arc::clone(&fork), sender.clone());
+    let jobs = jobs.min(args.count);
+    for number in 0..jobs {
+        let vcpu = VcpuThread::start(&fork.threads).map_err(VmError::from)?;
+        let fork = Arc::clone(&fork);
         thread::Builder::new()
             .name(format!("fork{number}"))
-            .spawn(move || fork.work(&sender))
+            .spawn(move || {
+                fork.work(&vcpu);
+                // It counts no further than there are threads.
+                let _ = rustix::io::write(&fork.finished, &1u64.to_ne_bytes());
+            })
             .map_err(host("a thread"))?;
     }
-    drop(sender);
-    let reports = fork.supervise(signals, &reports);
+    let reports = fork.supervise(signals, jobs);
     if let Output::Lines(console) = &fork.output {
         console.finish(&|| signals.stop_requested().is_some());
     }
@@ -173,6 +176,10 @@ impl Fork {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn reports(&self) -> MutexGuard<'_, Vec<CloneReport>> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Tells all devices when there is room for output again.
     fn connect_output(self: &Arc<Self>) {
         let Output::Lines(console) = &self.output else {
@@ -191,24 +198,20 @@ impl Fork {
         }));
     }
 
-    /// Collects reports until all have come; a signal ends all VMs.
-    fn supervise(
-        &self,
-        signals: &Signals,
-        reports: &mpsc::Receiver<CloneReport>,
-    ) -> Vec<CloneReport> {
-        let mut all = Vec::new();
-        loop {
-            match reports.try_recv() {
-                Ok(report) => {
-                    all.push(report);
-                    continue;
-                }
-                Err(mpsc::TryRecvError::Disconnected) => break,
-                Err(mpsc::TryRecvError::Empty) => {}
-            }
+    /// Waits for all threads that run VMs, and gives what became of these; a signal ends all VMs.
+    fn supervise(&self, signals: &Signals, threads: u32) -> Vec<CloneReport> {
+        let mut left = u64::from(threads);
+        while left > 0 {
+            let mut sources = [
+                PollFd::new(signals, PollFlags::IN),
+                PollFd::new(&self.finished, PollFlags::IN),
+            ];
             // It fails for EINTR, or when memory is short: then it is tried again.
-            let _ = poll(&mut [PollFd::new(signals, PollFlags::IN)], Some(&PERIOD));
+            let _ = poll(&mut sources, None);
+            let mut ended = [0; 8];
+            if rustix::io::read(&self.finished, &mut ended).is_ok() {
+                left = left.saturating_sub(u64::from_ne_bytes(ended));
+            }
             if let Some(signal) = signals.stop_requested() {
                 let mut running = self.running();
                 let stop = running.stop.get_or_insert(Outcome::Signal(signal)).clone();
@@ -217,19 +220,20 @@ impl Fork {
                 }
             }
         }
+        let mut all = std::mem::take(&mut *self.reports());
         all.sort_by_key(|report| report.index);
         all
     }
 
-    /// Runs one VM after the other.
-    fn work(&self, reports: &mpsc::Sender<CloneReport>) {
+    /// Runs one VM after the other, with its boot vCPU on `vcpu`.
+    fn work(&self, vcpu: &VcpuThread) {
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
             if index >= self.count || self.running().stop.is_some() {
                 return;
             }
             let mut times = [0; 2];
-            let (status, error) = match self.clone_vm(index, &mut times) {
+            let (status, error) = match self.clone_vm(index, vcpu, &mut times) {
                 Ok(outcome) => (exit_status(&outcome), None),
                 Err(e) => {
                     let error = error_chain(&e);
@@ -238,20 +242,22 @@ impl Fork {
                 }
             };
             let [started_us, ran_us] = times;
-            let report = CloneReport {
+            self.reports().push(CloneReport {
                 index,
                 status,
                 error,
                 started_us,
                 ran_us,
-            };
-            if reports.send(report).is_err() {
-                return;
-            }
+            });
         }
     }
 
-    fn clone_vm(&self, index: u32, times: &mut [u64; 2]) -> Result<Outcome, RunError> {
+    fn clone_vm(
+        &self,
+        index: u32,
+        vcpu: &VcpuThread,
+        times: &mut [u64; 2],
+    ) -> Result<Outcome, RunError> {
         let begin = Instant::now();
         let (console, own) = match &self.output {
             Output::Files(dir) => {
@@ -267,15 +273,16 @@ impl Fork {
                 None => Box::new(LineOutput::new(index, console.sink())),
             }
         };
-        let Some((snapshot, identity)) = &self.plan.snapshot else {
-            return Ok(Outcome::Quit);
-        };
+        let Restorable {
+            config,
+            snapshot,
+            identity,
+        } = &self.source;
         let identity = Identity {
             index,
             ..identity.clone()
         };
         let mut build = BuildTimes::default();
-        let config = &self.plan.config;
         let parts = Prepared::restore(snapshot, config, identity, &self.threads, &mut build)?;
         let ends = ConsoleEnds {
             serial: sink(),
@@ -299,7 +306,7 @@ impl Fork {
             running.clones.insert(index, (control, senders));
         }
         times[0] = begin.elapsed().as_micros() as u64;
-        let started: Result<(), RunError> = vm.start(|| Ok(()), None);
+        let started: Result<(), RunError> = vm.start(|| Ok(()), Some(vcpu.take_job()));
         if started.is_ok() {
             vm.control().await_end(self.deadline);
         }

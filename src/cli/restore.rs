@@ -38,7 +38,14 @@ Example:
   minivmm --kernel bzImage --initrd rootfs.cpio --snapshot-at 7=ready.snap,exit
   minivmm restore ready.snap --argument job-17";
 
-/// A snapshot, and how its VMs go on.
+/// A snapshot that was read, and how its VMs go on.
+pub(super) struct Restorable {
+    pub(super) config: VmConfig,
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) identity: Identity,
+}
+
+/// A snapshot, and how its VMs go on: arguments.
 #[derive(Debug, Args)]
 pub(super) struct SnapshotSource {
     /// Snapshot, written by --snapshot-at
@@ -95,21 +102,22 @@ pub struct RestoreArgs {
 impl RestoreArgs {
     /// Reads the snapshot and says what is to be run.
     pub fn into_plan(self) -> Result<Plan, RunError> {
-        let plan = self.source.into_plan(self.serial, self.deadline)?;
+        let source = self.source.open(self.serial, self.deadline)?;
         Ok(Plan {
+            config: source.config,
+            snapshot: Some((source.snapshot, source.identity)),
             snapshot_at: self.snapshot_at,
-            ..plan
         })
     }
 }
 
 impl SnapshotSource {
-    /// Reads the snapshot and says what is to be run.
-    pub(super) fn into_plan(
+    /// Reads the snapshot.
+    pub(super) fn open(
         self,
         serial: ConsoleTarget,
         deadline: Option<Span>,
-    ) -> Result<Plan, RunError> {
+    ) -> Result<Restorable, RunError> {
         let argument = match (self.argument, self.argument_file) {
             (Some(text), _) => text.into_bytes(),
             (None, Some(path)) => {
@@ -144,11 +152,10 @@ impl SnapshotSource {
             sandbox: SandboxMode::default(),
             ..snapshot.meta().config.clone()
         };
-        let identity = Identity { index: 0, argument };
-        Ok(Plan {
+        Ok(Restorable {
             config,
-            snapshot: Some((Arc::new(snapshot), identity)),
-            snapshot_at: None,
+            snapshot: Arc::new(snapshot),
+            identity: Identity { index: 0, argument },
         })
     }
 }

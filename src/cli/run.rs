@@ -114,7 +114,7 @@ pub fn run(
     let deadline = config.deadline.and_then(|span| span.after(started));
     watch.set_deadline(deadline);
 
-    let sandbox = confine::sandbox(plan)?;
+    let sandbox = confine::sandbox(config, confine::main_role(plan))?;
     let threads = confine::threads(&sandbox);
     watch.confine(&threads);
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.

@@ -19,7 +19,7 @@ use super::exit_status::exit_status;
 use crate::console::{self, Console, Signals};
 use crate::vmm::control::Control;
 use crate::vmm::outcome::Outcome;
-use crate::vmm::vcpu::{Job, Vcpu};
+use crate::vmm::vcpu::{Job, Join, Vcpu};
 
 /// After an external stop, drain the console for at most 100 ms.
 pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
@@ -104,9 +104,10 @@ impl Watch {
 
     /// Ends the watch: the thread, which has been told to confine itself, does this instead. The caller looks at signals and
     /// deadline from now on.
-    pub fn hand_over(self, job: Job, control: Arc<Control>) -> JoinHandle<Option<Vcpu>> {
+    pub fn hand_over(self, job: Job, control: Arc<Control>) -> Join {
         self.remote.give(|orders| orders.job = Some((job, control)));
-        self.thread
+        let thread = self.thread;
+        Box::new(move || thread.join().ok().flatten())
     }
 }
 

@@ -3,11 +3,11 @@
 pub mod exit;
 pub mod profile;
 mod run_page;
+pub mod thread;
 
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
-use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
@@ -73,8 +73,11 @@ pub enum VcpuError {
 /// What a vCPU's thread does: it runs the vCPU until the VM ends, and gives it back.
 pub type Job = Box<dyn FnOnce() -> Vcpu + Send>;
 
-/// A thread that takes a job, and has been told to confine itself.
-pub type TakeJob = Box<dyn FnOnce(Job) -> JoinHandle<Option<Vcpu>>>;
+/// Gives a job to a thread, which has been told to confine itself, and says how to wait for the job's end.
+pub type TakeJob = Box<dyn FnOnce(Job) -> Join>;
+
+/// Waits for a job's end.
+pub type Join = Box<dyn FnOnce() -> Option<Vcpu> + Send>;
 
 /// A vCPU that does not run.
 pub struct Vcpu {
@@ -152,18 +155,16 @@ impl Vcpu {
             self.run(&buses, &control);
             self
         };
-        let thread = match thread {
+        let join: Join = match thread {
             Some(take) => take(Box::new(job)),
-            None => threads
-                .spawn(
-                    ThreadKind::Vcpu,
-                    format!("vcpu{index}"),
-                    move || Some(job()),
-                )
-                .map_err(|source| VcpuError::Thread { index, source })?,
+            None => {
+                let thread = threads.spawn(ThreadKind::Vcpu, format!("vcpu{index}"), job);
+                let thread = thread.map_err(|source| VcpuError::Thread { index, source })?;
+                Box::new(move || thread.join().ok())
+            }
         };
         Ok(RunningVcpu {
-            thread,
+            join,
             fd,
             page,
             state,
@@ -265,7 +266,7 @@ impl Vcpu {
 
 /// A vCPU on its thread.
 pub struct RunningVcpu {
-    thread: JoinHandle<Option<Vcpu>>,
+    join: Join,
     fd: RawFd,
     page: Arc<RunPage>,
     state: Arc<ThreadState>,
@@ -310,7 +311,7 @@ impl RunningVcpu {
 
     /// Waits for the thread, and gives the vCPU back.
     pub fn join(self) -> Option<Vcpu> {
-        self.thread.join().ok().flatten()
+        (self.join)()
     }
 }
 
