@@ -245,16 +245,19 @@ impl Machine {
         self.buses.pio.map(name, port.into(), count, device)
     }
 
-    /// Attaches a VM generation ID, and the generic event device that tells of a new one.
+    /// Attaches a VM generation ID, and the generic event device that tells of a new one. A VM that boots is given its first.
     pub fn attach_generation_id(
         &mut self,
         mem: &GuestMemoryMmap,
         interrupts: &IrqChip,
+        boots: bool,
     ) -> Result<(), VmError> {
         let (address, gsi) = (layout::GENERATION_ID_START, layout::GENERATION_GSI);
         let line = interrupts.line(gsi);
         let id = GenerationId::new(mem.clone(), GuestAddress(address), line);
-        let id = id.map_err(host("a generation ID"))?;
+        if boots {
+            id.renew().map_err(host("a generation ID"))?;
+        }
         self.state.add("generation ID", Arc::new(Mutex::new(id)));
         self.acpi.extend(AcpiDevice::generation_id(address, gsi));
         Ok(())

@@ -109,7 +109,8 @@ impl Vm {
         let events = event_sink(&control, observers.boot_mark, observers.hold_at);
         let mut machine = Machine::new(&interrupts, &events, &serial)?;
         if parts.config.generation_id {
-            machine.attach_generation_id(&parts.mem, &interrupts)?;
+            let boots = matches!(parts.origin, Origin::Boot(_));
+            machine.attach_generation_id(&parts.mem, &interrupts, boots)?;
         }
 
         let hvc0 = (parts.config.console == ConsoleKind::Virtio)

@@ -26,19 +26,18 @@ pub struct GenerationId {
 }
 
 impl GenerationId {
-    /// Puts a new ID at `address`, which must be a multiple of 8 in memory that the guest leaves alone.
-    pub fn new(mem: GuestMemoryMmap, address: GuestAddress, irq: IrqLine) -> io::Result<Self> {
-        let id = Self {
+    /// An ID at `address`, which must be a multiple of 8 in memory that the guest leaves alone. Nothing is written there yet.
+    pub fn new(mem: GuestMemoryMmap, address: GuestAddress, irq: IrqLine) -> Self {
+        Self {
             mem,
             address,
             irq,
             restored: false,
-        };
-        id.renew()?;
-        Ok(id)
+        }
     }
 
-    fn renew(&self) -> io::Result<()> {
+    /// Writes a new ID. A restored device does that itself when it goes on.
+    pub fn renew(&self) -> io::Result<()> {
         let mut bytes = [0; LEN];
         getrandom(&mut bytes[..], GetRandomFlags::empty())?;
         let written = self.mem.write_slice(&bytes, self.address);
@@ -96,16 +95,17 @@ mod tests {
         let pulses = Arc::new(Pulses::default());
         let make = || {
             let line = IrqLine::new(pulses.clone());
-            GenerationId::new(mem.clone(), GuestAddress(64), line).unwrap()
+            GenerationId::new(mem.clone(), GuestAddress(64), line)
         };
         let mut booted = make();
+        assert_eq!(read(), [0; 24]);
+        booted.renew().unwrap();
         let first = read();
         assert_ne!(first[..16], [0; 16]);
         assert!(booted.resume());
         assert_eq!((read(), pulses.take()), (first, 0), "a pause is none");
         let saved = booted.save().unwrap();
         let mut restored = make();
-        mem.write_slice(&first, GuestAddress(64)).unwrap();
         restored.restore(&saved).unwrap();
         assert_eq!((read(), pulses.take()), (first, 0));
         assert!(restored.resume());
@@ -113,6 +113,7 @@ mod tests {
         assert_eq!(pulses.take(), 1);
         assert!(restored.resume());
         assert_eq!(pulses.take(), 0);
-        assert!(GenerationId::new(mem.clone(), GuestAddress(4090), IrqLine::detached()).is_err());
+        let outside = GenerationId::new(mem, GuestAddress(4090), IrqLine::detached());
+        assert!(outside.renew().is_err());
     }
 }
