@@ -229,7 +229,7 @@ impl Disk {
     }
 
     /// Makes durable what was written (§ 5.2.6.2), where that is to last.
-    pub(crate) fn flush(&self) -> io::Result<()> {
+    pub fn flush(&self) -> io::Result<()> {
         if self.read_only || self.overlay.is_some() {
             return Ok(());
         }

@@ -129,6 +129,9 @@ pub enum SnapshotError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// What the guest has written would not outlast a failure of the host.
+    #[error("cannot make durable what the guest has written to its disks")]
+    Flush(#[source] io::Error),
     /// The devices cannot be paused or saved.
     #[error("cannot save the devices")]
     Devices(#[source] minivmm_devices::state::StateError),

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -191,8 +192,8 @@ impl Snapshot {
         Ok(())
     }
 
-    /// The first page of RAM at `at` or behind it that is no hole, as an offset into the RAM.
-    pub(super) fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
+    /// The first run of pages of RAM at `at` or behind it that is no hole, as offsets into the RAM.
+    pub(super) fn next_data(&self, at: u64) -> io::Result<Option<Range<u64>>> {
         next_data(&self.file, self.ram, at)
     }
 

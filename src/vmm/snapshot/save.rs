@@ -118,6 +118,9 @@ impl Target {
         let devices = vm.machine().state.save().map_err(SnapshotError::Devices)?;
         let vcpus = save_vcpus(vm)?;
         let (parts, disks) = (vm.parts(), &vm.machine().disks);
+        // A file that relies on what the guest has written is no more durable than that.
+        let flushed = disks.iter().try_for_each(|disk| disk.flush());
+        flushed.map_err(SnapshotError::Flush)?;
         let clock = parts.fd.get_clock();
         let clock = clock.map_err(|source| SnapshotError::Kvm {
             step: "KVM_GET_CLOCK",
@@ -223,13 +226,18 @@ impl Target {
         let mut pages: Vec<bool> = entries.iter().map(exists).collect();
         let Some(source) = source else { return pages };
         // What was not touched since the restore is in the file.
-        let mut at = start;
-        while let Ok(Some(data)) = source.next_data(at) {
-            match pages.get_mut(((data - start) / PAGE_SIZE) as usize) {
-                Some(page) => *page = true,
-                None => break,
+        let (mut at, end) = (start, start + region.len());
+        let page = |offset: u64| ((offset.clamp(start, end) - start) / PAGE_SIZE) as usize;
+        while at < end {
+            match source.next_data(at) {
+                Ok(Some(data)) => {
+                    let run = pages.get_mut(page(data.start)..page(data.end));
+                    run.unwrap_or_default().fill(true);
+                    at = data.end;
+                }
+                Ok(None) => break,
+                Err(_) => return vec![true; count],
             }
-            at = data + PAGE_SIZE;
         }
         pages
     }

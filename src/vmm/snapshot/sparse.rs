@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -43,32 +44,41 @@ pub(super) fn checksum(file: &File, bulk: Bulk) -> io::Result<u32> {
     let mut sum = SparseChecksum::default();
     let mut piece = vec![0; PIECE as usize];
     let mut at = 0;
-    while let Some(data) = next_data(file, bulk, at)? {
-        let len = (bulk.len - data).min(PIECE);
-        let bytes = piece.get_mut(..len as usize).unwrap_or_default();
-        file.read_exact_at(bytes, bulk.offset + data)?;
-        for (number, page) in (data / PAGE_SIZE..).zip(bytes.chunks(PAGE_SIZE as usize)) {
-            if !is_zero(page) {
-                sum.add(number, page);
+    while let Some(mut data) = next_data(file, bulk, at)? {
+        at = data.end;
+        while data.start < data.end {
+            let len = (data.end - data.start).min(PIECE);
+            let bytes = piece.get_mut(..len as usize).unwrap_or_default();
+            file.read_exact_at(bytes, bulk.offset + data.start)?;
+            for (number, page) in (data.start / PAGE_SIZE..).zip(bytes.chunks(PAGE_SIZE as usize)) {
+                if !is_zero(page) {
+                    sum.add(number, page);
+                }
             }
+            data.start += len;
         }
-        at = data + len;
     }
     Ok(sum.finish())
 }
 
-/// The first page at `at` or behind it that is no hole, as an offset into the section. Where the file system knows no holes, all is data.
-pub(super) fn next_data(file: &File, bulk: Bulk, at: u64) -> io::Result<Option<u64>> {
+/// The first run of pages at `at` or behind it that is no hole, as offsets into the section. Where the file system knows no holes, all
+/// is data.
+pub(super) fn next_data(file: &File, bulk: Bulk, at: u64) -> io::Result<Option<Range<u64>>> {
     if at >= bulk.len {
         return Ok(None);
     }
-    match seek(file.as_fd(), SeekFrom::Data(bulk.offset + at)) {
-        Ok(data) => {
-            let data = data.saturating_sub(bulk.offset) / PAGE_SIZE * PAGE_SIZE;
-            Ok((data < bulk.len).then_some(data.max(at)))
-        }
-        Err(Errno::NXIO) => Ok(None),
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(at)),
-        Err(e) => Err(e.into()),
+    let data = match seek(file.as_fd(), SeekFrom::Data(bulk.offset + at)) {
+        Ok(data) => data.saturating_sub(bulk.offset) / PAGE_SIZE * PAGE_SIZE,
+        Err(Errno::NXIO) => return Ok(None),
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(at..bulk.len)),
+        Err(e) => return Err(e.into()),
+    };
+    let data = data.max(at);
+    if data >= bulk.len {
+        return Ok(None);
     }
+    let hole = seek(file.as_fd(), SeekFrom::Hole(bulk.offset + data))?;
+    let end = hole.saturating_sub(bulk.offset).next_multiple_of(PAGE_SIZE);
+    // The file may have changed in between: a run has a page at least.
+    Ok(Some(data..end.max(data + PAGE_SIZE).min(bulk.len)))
 }
