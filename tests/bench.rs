@@ -353,3 +353,32 @@ fn results_overwrite_nothing_but_json() {
     );
     assert_eq!(fs::read_to_string(file).unwrap(), "070701");
 }
+
+#[test]
+fn restores_are_measured_up_to_the_first_instruction() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = dir.path().join("snapshot");
+    let at = format!("7={},exit", snapshot.display());
+    let save = ["--snapshot-at", &at];
+    run(&mut common::boot_tiny("marks", "", &save)).assert_code(0);
+    let bench = |args: &[&str]| {
+        let mut command = minivmm(&["bench", "--runs", "3", "--restore"]);
+        run(command.arg(&snapshot).args(args))
+    };
+    let ended = bench(&["--json"]);
+    ended.assert_code(0);
+    let report: Value = serde_json::from_slice(&ended.stdout).unwrap();
+    let row = by_name(&report, "minivmm");
+    for point in ["first_instruction", "first_output", "marker", "end"] {
+        let times = row[point]["samples_ms"].as_array().unwrap();
+        assert!(times.len() == 3 && times.iter().all(|ms| ms.as_f64() > Some(0.0)));
+    }
+    assert_eq!(report["vmms"].as_array().unwrap().len(), 1);
+    assert_eq!(report["guest"]["memory_mib"], 16);
+    let ended = bench(&["--until", "c"]);
+    ended
+        .assert_code(0)
+        .assert_printed(&["first instruction of the guest", "marker: \"c\""]);
+    assert_error(&bench(&["--until", "x"]), 125, &["ended", "without 'x'"]);
+    assert_error(&bench(&["--cpus", "2"]), 2, &["--restore"]);
+}

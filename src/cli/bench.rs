@@ -7,7 +7,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser};
 
 use super::guest::GuestArgs;
 use crate::config::{Span, VmConfig};
-use crate::tools::bench::{BenchOptions, DEMO_MARKER, OTHER_VMMS};
+use crate::tools::bench::{ANY_BYTE, BenchOptions, DEMO_MARKER, OTHER_VMMS};
 
 const HELP: &str = "\
 The clock starts just before the fork and exec of a VMM's process. It is read at the first byte on its console, at the marker \
@@ -19,6 +19,8 @@ Examples:
       against every other VMM on the PATH; the demo initramfs runs 'true' and powers off
   minivmm bench --kernel bzImage --initrd initrd.img --until 'login:' --stop-at-marker --vs qemu
   minivmm bench ... --vs none --json now.json --baseline before.json --max-ratio 1.2
+  minivmm bench --restore ready.snap
+      restores, up to the guest's first instruction as well; what is private of its memory is what a clone takes
 
 Exit status:
   0          minivmm was measured, and is not slower than the baseline allows
@@ -34,6 +36,9 @@ pub struct BenchArgs {
     /// What is booted.
     #[command(flatten)]
     guest: GuestArgs,
+    /// Measure restores of this snapshot, in place of boots
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "append", "cpus", "memory", "vs"])]
+    restore: Option<PathBuf>,
     /// Rounds that are measured
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
@@ -43,9 +48,10 @@ pub struct BenchArgs {
     /// VMMs to measure against [default: all that are on the PATH]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = vmm_names())]
     vs: Vec<String>,
-    /// The marker: text on the console up to which a boot is measured; the default is the demo initramfs' first line
-    #[arg(long, value_name = "TEXT", default_value = DEMO_MARKER)]
-    until: String,
+    /// The marker: text on the console up to which is measured [default: the demo initramfs' first line; with --restore the
+    /// first byte]
+    #[arg(long, value_name = "TEXT")]
+    until: Option<String>,
     /// Kill each VMM when the marker appears, for guests that do not end by themselves
     #[arg(long)]
     stop_at_marker: bool,
@@ -83,12 +89,14 @@ fn vmm_names() -> PossibleValuesParser {
 impl From<BenchArgs> for BenchOptions {
     fn from(args: BenchArgs) -> Self {
         let vs = args.vs.into_iter();
+        let first = args.restore.as_ref().map_or(DEMO_MARKER, |_| ANY_BYTE);
         Self {
+            restore: args.restore,
             guest: args.guest.over(VmConfig::default()),
             runs: args.runs,
             warmup: args.warmup,
             vs: (vs.len() > 0).then(|| vs.filter(|name| name != NONE).collect()),
-            until: args.until,
+            until: args.until.unwrap_or(first.into()),
             stop_at_marker: args.stop_at_marker,
             timeout: args.timeout,
             json: args.json,

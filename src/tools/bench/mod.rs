@@ -12,7 +12,9 @@ use super::measure::{self, GuestShare, HostFacts, Output, Progress, Run, Summary
 use crate::config::{Span, VmConfig};
 use crate::console::Signals;
 use crate::error_chain;
+use crate::vmm::snapshot::load::Snapshot;
 
+pub use report::ANY_BYTE;
 use report::{Guest, MINIVMM, Report, VmmReport};
 use vmm::Vmm;
 pub use vmm::{OTHER_VMMS, OtherVmm, QEMU_MICROVM};
@@ -25,13 +27,15 @@ pub const DEMO_MARKER: &str = "minivmm-demo: userspace";
 pub struct BenchOptions {
     /// What is booted.
     pub guest: VmConfig,
+    /// A snapshot that is restored instead, in minivmm only.
+    pub restore: Option<PathBuf>,
     /// Rounds that are measured.
     pub runs: u32,
     /// Rounds before them that are not, at least one.
     pub warmup: u32,
     /// Names of [`OTHER_VMMS`] to measure against; without it, all that are installed.
     pub vs: Option<Vec<String>>,
-    /// The marker: text on the console up to which a boot is measured.
+    /// The marker: text on the console up to which a boot is measured, or a restore; for that it may be [`ANY_BYTE`].
     pub until: String,
     /// Whether each VMM is killed when the marker appears.
     pub stop_at_marker: bool,
@@ -48,8 +52,8 @@ pub struct BenchOptions {
 /// A VMM, the times of its runs, and what else was found.
 struct Row {
     vmm: Vmm,
-    /// To the first output, to the marker, to the end.
-    times: [Vec<Duration>; 3],
+    /// To the first instruction, to the first output, to the marker, to the end.
+    times: [Vec<Duration>; 4],
     report: VmmReport,
 }
 
@@ -114,6 +118,10 @@ pub fn run(options: &BenchOptions, out: &mut dyn Write) -> Result<bool, ToolErro
 /// What is booted by all of them.
 fn guest(options: &BenchOptions) -> Result<VmConfig, ToolError> {
     let usage = |what: &str| Err(ToolError::Usage(what.into()));
+    if let Some(path) = &options.restore {
+        let snapshot = Snapshot::open(path).map_err(cannot("measure restores"))?;
+        return Ok(snapshot.meta().config.clone());
+    }
     if options.until.is_empty() {
         return usage("--until needs some text that the guest prints");
     }
@@ -139,7 +147,11 @@ fn guest(options: &BenchOptions) -> Result<VmConfig, ToolError> {
 
 /// minivmm, and the others that are wanted and installed.
 fn find(options: &BenchOptions, guest: &VmConfig, scratch: &Path) -> Result<Vec<Vmm>, ToolError> {
-    let mut vmms = vec![vmm::minivmm(guest).map_err(cannot("find this program's own file"))?];
+    let own_file = cannot("find this program's own file");
+    if let Some(path) = &options.restore {
+        return Ok(vec![vmm::restore(path, scratch).map_err(own_file)?]);
+    }
+    let mut vmms = vec![vmm::minivmm(guest).map_err(own_file)?];
     let wanted = |vmm: &&OtherVmm| {
         let vs = options.vs.as_ref();
         vs.is_none_or(|vs| vs.iter().any(|name| name == vmm.name))
@@ -211,22 +223,22 @@ impl Row {
             report.guest_kib = memory.map(|memory| memory.guest_bytes >> 10);
         }
         if report.error.is_none() && round >= options.warmup {
+            measure::note_status(&mut report.statuses, &run);
             let first_output = run.first_output.filter(|_| !self.vmm.is_talkative());
-            for (times, time) in self
-                .times
-                .iter_mut()
-                .zip([first_output, run.marker, run.end])
-            {
+            let first_instruction = self.vmm.first_instruction(options.timeout.0, signals)?;
+            let found = [first_instruction, first_output, run.marker, run.end];
+            for (times, time) in self.times.iter_mut().zip(found) {
                 times.extend(time);
             }
-            measure::note_status(&mut report.statuses, &run);
         }
         Ok(())
     }
 
     fn report(self) -> VmmReport {
-        let [first_output, marker, end] = self.times.map(|times| Summary::new(&times));
+        let times = self.times.map(|times| Summary::new(&times));
+        let [first_instruction, first_output, marker, end] = times;
         VmmReport {
+            first_instruction,
             first_output,
             marker,
             end,
@@ -248,21 +260,25 @@ fn trouble(run: &Run, options: &BenchOptions) -> Option<String> {
             "name with --until what your guest prints; last on the console: {console}; on stderr: {stderr}"
         )
     };
+    let marker = match until.as_str() {
+        ANY_BYTE => "anything".to_owned(),
+        until => format!("'{until}'"),
+    };
     match (run.marker, run.end, run.timed_out) {
         (None, _, true) => Some(format!(
-            "killed after {timeout} (--timeout): '{until}' was not on the console; {}",
+            "killed after {timeout} (--timeout) without {marker} on its console; {}",
             last()
         )),
         (None, _, false) => {
             let status = run.status.map(|status| format!(" ({status})"));
             let status = status.unwrap_or_default();
             Some(format!(
-                "ended{status} without '{until}' on its console; {}",
+                "ended{status} without {marker} on its console; {}",
                 last()
             ))
         }
         (Some(_), None, true) => Some(format!(
-            "killed after {timeout}: the guest did not end after '{until}'; have it power off (the demo initramfs does with \
+            "killed after {timeout}: the guest did not end after {marker}; have it power off (the demo initramfs does with \
              --append '-- true'), or give --stop-at-marker"
         )),
         _ => None,

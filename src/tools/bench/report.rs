@@ -13,6 +13,9 @@ use crate::tools::measure::{HostFacts, Summary, shown, write_times};
 /// minivmm's own name in the report.
 pub(super) const MINIVMM: &str = "minivmm";
 
+/// A marker that the first byte on the console completes.
+pub const ANY_BYTE: &str = "";
+
 /// The results, as `--json` writes them.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Report {
@@ -57,6 +60,8 @@ pub(super) struct VmmReport {
     pub(super) command: Vec<String>,
     /// What differs from the others.
     pub(super) differs: String,
+    /// To the guest's first instruction, where it was measured: of restores, each in a run of its own.
+    pub(super) first_instruction: Option<Summary>,
     /// To the first byte on the console.
     pub(super) first_output: Option<Summary>,
     /// To the marker.
@@ -153,14 +158,22 @@ impl Report {
             "{} runs of each in turn after {} that are not counted; ms from just before fork and exec",
             self.runs, self.warmup
         )?;
+        // One that any byte completes is the first byte.
+        let has_marker = self.until != ANY_BYTE;
         let marker = format!("marker: \"{}\" on the console", self.until);
         type Column = fn(&VmmReport) -> (&Option<Summary>, Option<f64>);
-        let blocks: [(&str, Column); 3] = [
+        let blocks: [(&str, Column); 4] = [
+            ("first instruction of the guest", |row| {
+                (&row.first_instruction, None)
+            }),
             ("first byte on the console", |row| (&row.first_output, None)),
             (&marker, |row| (&row.marker, row.marker_ratio)),
             ("end of the process", |row| (&row.end, row.end_ratio)),
         ];
         for (title, column) in blocks {
+            if title == marker && !has_marker {
+                continue;
+            }
             let rows = self.vmms.iter().filter_map(|row| {
                 let (times, ratio) = column(row);
                 Some((row.name.as_str(), times.as_ref()?, ratio))

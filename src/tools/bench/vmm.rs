@@ -1,14 +1,19 @@
 //! The VMMs that can be measured, and the command line of each for one and the same guest.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use serde_json::json;
+use rustix::time::{ClockId, clock_gettime};
+use serde_json::{Value, json};
 
 use super::report::MINIVMM;
 use crate::config::VmConfig;
-use crate::tools::measure::{find_program, first_line};
+use crate::console::Signals;
+use crate::tools::error::{ToolError, cannot};
+use crate::tools::measure::{self, Watch, find_program, first_line};
 
 /// A VMM besides minivmm.
 #[derive(Debug)]
@@ -97,6 +102,8 @@ pub(super) struct Vmm {
     pub(super) name: &'static str,
     /// The command that boots the guest.
     pub(super) words: Vec<OsString>,
+    /// Where a run is to write a timeline from which the time of the first instruction is known.
+    timeline: Option<PathBuf>,
     pub(super) differs: &'static str,
 }
 
@@ -111,6 +118,7 @@ impl OtherVmm {
         Ok(Some(Vmm {
             name: self.name,
             words,
+            timeline: None,
             differs: self.differs,
         }))
     }
@@ -124,6 +132,18 @@ pub(super) fn minivmm(guest: &VmConfig) -> io::Result<Vmm> {
     Ok(Vmm {
         name: MINIVMM,
         words,
+        timeline: None,
+        differs: "",
+    })
+}
+
+/// minivmm that restores a snapshot.
+pub(super) fn restore(snapshot: &Path, scratch: &Path) -> io::Result<Vmm> {
+    let program = std::env::current_exe()?;
+    Ok(Vmm {
+        name: MINIVMM,
+        words: vec![program.into(), "restore".into(), snapshot.into()],
+        timeline: Some(scratch.join("timeline.json")),
         differs: "",
     })
 }
@@ -132,6 +152,35 @@ impl Vmm {
     /// Whether it prints messages of its own to stdout, so that its first byte says nothing about the console.
     pub(super) fn is_talkative(&self) -> bool {
         self.name == KVMTOOL
+    }
+
+    /// When, in another run, the guest's first instruction came, from just before the process was made. That run writes a timeline,
+    /// which would make the others' ends later.
+    pub(super) fn first_instruction(
+        &self,
+        limit: Duration,
+        signals: &Signals,
+    ) -> Result<Option<Duration>, ToolError> {
+        let Some(file) = &self.timeline else {
+            return Ok(None);
+        };
+        let mut words = self.words.clone();
+        words.extend(["--timeline".into(), file.clone().into()]);
+        let watch = Watch {
+            limit,
+            ..Watch::default()
+        };
+        let start = Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default();
+        measure::run(&words, watch, signals)?;
+        let text = fs::read(file).map_err(cannot("read a timeline"))?;
+        let timeline: Value = serde_json::from_slice(&text).map_err(cannot("read a timeline"))?;
+        let events = timeline.get("events").and_then(Value::as_array);
+        let mut events = events.into_iter().flatten();
+        let first = events.find(|event| event.get("name") == Some(&json!("first_run")));
+        let after = first.and_then(|event| event.get("at_ns")?.as_u64());
+        let from = timeline.pointer("/process_start/monotonic_ns");
+        let at = from.and_then(Value::as_u64).zip(after);
+        Ok(at.and_then(|(from, after)| Duration::from_nanos(from + after).checked_sub(start)))
     }
 
     /// The first line of what it says of its version.
