@@ -401,7 +401,7 @@ impl Run<'_> {
     }
 
     /// The process may have been stopped: then there may be input that gave no event, and the terminal may have another size; and the
-    /// guest has to know that it did not hang.
+    /// guest has to know that it did not hang. Devices were stopped with the process and lose nothing: they need no pause of their own.
     fn after_stop(&mut self, vm: &Vm) {
         if let Some(size) = self.input.terminal_size() {
             let console = vm.console();
