@@ -8,7 +8,6 @@ use std::process::exit;
 use std::sync::Arc;
 use std::time::Instant;
 
-use clap::Parser;
 use minivmm::cli::exit_status::{USAGE, VMM_FAILED, exit_status, of_signal};
 use minivmm::cli::log::{TimedStderr, start_log};
 use minivmm::cli::plan::Plan;
@@ -38,7 +37,7 @@ fn main() {
     }
     #[cfg(target_env = "gnu")]
     process::share_one_heap();
-    let cli = Cli::try_parse().unwrap_or_else(|e| wrong_command_line(&e));
+    let cli = Cli::of_process().unwrap_or_else(|e| wrong_command_line(&e));
     start_log(cli.log_level());
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),

@@ -7,7 +7,7 @@ use clap::Args;
 use crate::config::{MAX_CPUS, MemorySize, VmConfig};
 
 /// A guest, whatever runs it.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub struct GuestArgs {
     /// Linux kernel: bzImage, ELF vmlinux or PVH ELF
     #[arg(short, long, value_name = "FILE")]

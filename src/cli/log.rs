@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::{NOTICE, console, escaped};
 
 /// How much minivmm says on stderr.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct LogArgs {
     /// Say more: -v informs, -vv debugs
     #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "quiet")]

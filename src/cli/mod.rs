@@ -84,7 +84,7 @@ pub struct Cli {
     pub vm: VmArgs,
     /// Save the VM when its guest writes this boot mark (a byte, at I/O port 0xf5) for the first time, as in --snapshot-at
     /// 7=ready.snap; with ,exit it ends then, with status 0, else it goes on. FILE has all of the guest's memory, and so its secrets.
-    /// A VM with disks cannot be saved yet
+    /// A VM with networks cannot be saved yet
     #[arg(long, value_name = "MARK=FILE[,exit]")]
     pub snapshot_at: Option<SnapshotAt>,
     /// Say when what happened, and what exits, console and memory came to: a table on stderr when the VM has ended, or
@@ -129,7 +129,31 @@ pub struct DoctorArgs {
     pub json: bool,
 }
 
+/// The command line of a subcommand, with which no option of a VM goes.
+#[derive(Debug, Parser)]
+#[command(name = "minivmm", version, max_term_width = 120)]
+struct Tool {
+    #[command(subcommand)]
+    command: Command,
+}
+
 impl Cli {
+    /// Parses the process's command line. Where it begins with a subcommand, the parser is made without the options of a VM, which
+    /// a restore would only wait for.
+    pub fn of_process() -> Result<Self, clap::Error> {
+        let first = std::env::args_os().nth(1).unwrap_or_default();
+        if !first.to_str().is_some_and(Command::has_subcommand) {
+            return Self::try_parse();
+        }
+        Ok(Self {
+            command: Some(Tool::try_parse()?.command),
+            vm: VmArgs::default(),
+            snapshot_at: None,
+            timeline: None,
+            log: LogArgs::default(),
+        })
+    }
+
     /// The level of the log.
     pub fn log_level(&self) -> LevelFilter {
         match &self.command {
@@ -152,7 +176,7 @@ where
 }
 
 /// A VM; what is given here goes over what a configuration file says.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct VmArgs {
     /// What is booted.
     #[command(flatten)]
