@@ -14,6 +14,7 @@ use minivmm_devices::virtio::blk::Block;
 use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, END, GAP, SEAM, USED};
 use rustix::fs::{MemfdFlags, memfd_create};
+use serde_json::Value;
 
 /// Bytes of a disk: no multiple of 4 KiB.
 pub const DISK_SIZE: usize = 64 * 1024 + 512;
@@ -142,4 +143,43 @@ impl Length {
             Self::Any(bytes) => bytes,
         }
     }
+}
+
+/// A number of a saved state.
+#[derive(Debug, Clone, Copy, Arbitrary)]
+pub enum Number {
+    Small(u8),
+    Address(Place),
+    Any(u64),
+}
+
+impl Number {
+    pub fn value(self) -> u64 {
+        match self {
+            Self::Small(value) => value.into(),
+            Self::Address(place) => place.address(),
+            Self::Any(value) => value,
+        }
+    }
+}
+
+/// The numbers of a saved state, in its order.
+fn numbers(value: &mut Value) -> Vec<&mut Value> {
+    match value {
+        Value::Number(_) => vec![value],
+        Value::Array(list) => list.iter_mut().flat_map(numbers).collect(),
+        Value::Object(map) => map.values_mut().flat_map(numbers).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// A JSON text with other numbers at some places.
+pub fn edited(saved: &[u8], edits: &[(u8, Number)]) -> Vec<u8> {
+    let mut value = serde_json::from_slice(saved).unwrap();
+    let mut numbers = numbers(&mut value);
+    for (index, number) in edits {
+        let index = usize::from(*index) % numbers.len();
+        *numbers[index] = number.value().into();
+    }
+    serde_json::to_vec(&value).unwrap()
 }
