@@ -193,3 +193,19 @@ fn a_vm_that_a_hung_disk_keeps_from_being_saved_goes_on() {
         assert_eq!(dir.path().read_dir().unwrap().count(), 0);
     }
 }
+
+#[test]
+fn a_vm_whose_disk_cannot_be_made_durable_is_not_saved_and_goes_on() {
+    let Some(disk) = Fuse::mount() else { return };
+    disk.set(Mode::NotDurable);
+    let dir = tempfile::tempdir().unwrap();
+    let at = format!("7={},exit", dir.path().join("snapshot").display());
+    let path = format!("path={}", disk.disk().display());
+    let args = ["--snapshot-at", &at, "--disk", &path];
+    let ended = run(&mut boot_tiny("marks", "", &args));
+    ended.assert_code(0);
+    assert_eq!(ended.out(), "abc");
+    let why = "the VM was not saved: cannot make durable what the guest has written to its disks";
+    assert!(ended.stderr.contains(why), "{}", ended.stderr);
+    assert_eq!(dir.path().read_dir().unwrap().count(), 0);
+}

@@ -24,6 +24,7 @@ const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
+const FSYNC: u32 = 20;
 const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
@@ -46,6 +47,8 @@ pub(crate) enum Mode {
     Deaf,
     /// It fails them, those that it has taken as well.
     Fails,
+    /// It answers them, and fails to make the file durable.
+    NotDurable,
 }
 
 pub(crate) struct Fuse {
@@ -163,7 +166,10 @@ fn serve(mut fuse: &File, mode: &AtomicU8, asked: &AtomicUsize) {
             }
             GETATTR => answer(fuse, unique, Ok([vec![0; 16], attributes(node)].concat())),
             OPEN => answer(fuse, unique, Ok(vec![0; 16])),
-            READ if now == Mode::Answers as u8 => {
+            FSYNC if now == Mode::NotDurable as u8 => {
+                answer(fuse, unique, Err(rustix::io::Errno::IO));
+            }
+            READ if now == Mode::Answers as u8 || now == Mode::NotDurable as u8 => {
                 let len = word(IN_HEADER + 16) as usize;
                 answer(fuse, unique, Ok(vec![0; len]));
             }
