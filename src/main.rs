@@ -154,6 +154,7 @@ fn usage_error(error: &ConfigError) -> u8 {
         | ConfigError::Cpus(_)
         | ConfigError::Disk { .. }
         | ConfigError::Net(_)
+        | ConfigError::Vsock(_)
         | ConfigError::Memory(..) => USAGE,
     }
 }

@@ -76,6 +76,30 @@ fn a_restored_vm_begins_behind_its_mark() {
     }
 }
 
+/// What the file says of a socket's path is not followed.
+#[test]
+fn a_restored_vm_has_the_vsock_that_it_is_given() {
+    let dir = Dir::new();
+    let saved = format!("path={}", dir.path("saved").display());
+    let path = dir.save("marks", "", &["--vsock", &saved]);
+    assert_eq!(dir.names(), ["snapshot"]);
+    fs::write(dir.path("saved"), "").unwrap();
+    restore(&path, &[]).assert_code(0);
+    let other = format!("path={}", dir.path("other").display());
+    restore(&path, &["--vsock", &other]).assert_code(0);
+    let refused = restore(&path, &["--vsock", &saved]);
+    refused.assert_code(125);
+    let error = "exists and is not a socket";
+    assert!(refused.stderr.contains(error), "{}", refused.stderr);
+    restore(&path, &["--vsock", "path=v,cid=4"]).assert_code(2);
+    assert_eq!(dir.names(), ["saved", "snapshot"]);
+    let path = dir.save("marks", "", &[]);
+    let refused = restore(&path, &["--vsock", &other]);
+    refused.assert_code(125);
+    let error = "the VM had none when it was saved";
+    assert!(refused.stderr.contains(error), "{}", refused.stderr);
+}
+
 #[test]
 fn a_saved_vm_goes_on() {
     let dir = Dir::new();

@@ -4,9 +4,11 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 
-use common::{PATIENCE, boot_tiny, run, signal, wait};
+use common::{PATIENCE, boot_tiny, expect, run, signal, wait};
 
 #[test]
 fn virtio_device_survives_a_hostile_driver() {
@@ -107,4 +109,38 @@ fn a_disk_is_locked_while_its_vm_runs_and_free_after() {
     let mut command = boot_tiny("ends", "r", &["--disk", &writable]);
     command.args(["--on-reboot", "restart", "--deadline", "300ms"]);
     run(&mut command).assert_code(124);
+}
+
+#[test]
+fn a_vsock_has_its_socket_as_long_as_its_vm_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v.sock");
+    let option = format!("path={}", path.display());
+    let mut command = boot_tiny("echo", "", &["--vsock", &option]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    expect(&mut child, "x");
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // Until a driver is there, programs wait.
+    let mut stream = UnixStream::connect(&path).unwrap();
+    stream.write_all(b"CONNECT 1\n").unwrap();
+    let refused = run(&mut boot_tiny("hello", "", &["--vsock", &option]));
+    refused.assert_code(125);
+    let error = "in use by another process";
+    assert!(refused.stderr.contains(error), "{}", refused.stderr);
+    signal(&child, "TERM");
+    let output = wait(child, PATIENCE);
+    assert_eq!(output.status.code(), Some(143), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert!(!path.exists());
+    assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0);
+    // A VM that boots again makes it again; one that was killed has left it.
+    let mut command = boot_tiny("ends", "r", &["--vsock", &option]);
+    command.args(["--on-reboot", "restart", "--deadline", "300ms"]);
+    run(&mut command).assert_code(124);
+    assert!(!path.exists());
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    run(&mut boot_tiny("hello", "", &["--vsock", &option])).assert_code(0);
+    assert!(!path.exists());
 }

@@ -21,6 +21,8 @@ pub enum ThreadKind {
     Rng,
     /// Serves a network device's queues.
     Net,
+    /// Serves a socket device's queues.
+    Vsock,
 }
 
 /// Starts threads. Each one runs the hook before anything else, on itself: that is where a sandbox confines it.

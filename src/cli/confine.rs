@@ -22,6 +22,8 @@ pub(super) fn main_role(plan: &Plan) -> Role {
         Role::Restart
     } else if plan.snapshot_at.is_some() {
         Role::Save
+    } else if plan.config.vsock.is_some() {
+        Role::Socket
     } else {
         Role::Main
     }
@@ -68,6 +70,10 @@ pub(super) fn paths(plan: &Plan, pty: Option<PathBuf>) -> Paths {
         .write
         .extend(plan.snapshot_at.as_ref().map(SnapshotAt::dir));
     paths.write.extend(pty);
+    let socket = config.vsock.as_ref().and_then(|vsock| vsock.path.as_ref());
+    let socket_dir = socket.and_then(|path| path.parent());
+    // Of a name alone, the parent is empty.
+    paths.sockets.extend(socket_dir.map(|dir| dir.join(".")));
     if config.on_reboot == OnReboot::Restart {
         paths.read.push(config.kernel.clone());
         paths.read.extend(config.initrd.clone());

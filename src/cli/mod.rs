@@ -37,7 +37,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer};
 
 use crate::config::{
     BootProtocol, ConfigError, ConsoleKind, ConsoleTarget, DiskConfig, NetConfig, OnReboot,
-    SandboxMode, Span, VmConfig,
+    SandboxMode, Span, VmConfig, VsockConfig,
 };
 
 const EXAMPLES: &str = "\
@@ -210,6 +210,15 @@ pub struct VmArgs {
     )]
     #[arg(long, value_name = "NET")]
     pub net: Vec<NetConfig>,
+    /// Sockets between host and guest (virtio-vsock): path=SOCKET[,cid=N], as in --vsock path=v.sock. A program of the host connects
+    /// to this Unix socket, writes "CONNECT PORT" and a newline, and reads "OK HOSTPORT" once the guest has accepted; what
+    /// the guest connects to at port P of the host is the Unix socket SOCKET_P. cid: the guest's context ID, 3 without it
+    #[allow(
+        rustdoc::broken_intra_doc_links,
+        reason = "in help, brackets are what may be left out"
+    )]
+    #[arg(long, value_name = "VSOCK")]
+    pub vsock: Option<VsockConfig>,
     /// Let the host merge equal pages of this guest and of all others that allow it, where its KSM runs (pages_to_scan and
     /// sleep_millisecs in /sys/kernel/mm/ksm say how fast): two guests share their kernel's text if it is not placed at random
     /// (nokaslr). What is merged is no longer in huge pages, and a guest can find out by timing what others have in memory, so
@@ -249,7 +258,7 @@ pub struct VmArgs {
     #[arg(long)]
     pub require_sandbox: bool,
     /// Take the VM from a JSON file with these fields: kernel, initrd, cmdline, append, cpus, memory, mergeable, disks,
-    /// nets, rng, console, serial, on_reboot, deadline, boot_protocol, kernel_cache, sandbox, require_sandbox; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
+    /// nets, vsock, rng, console, serial, on_reboot, deadline, boot_protocol, kernel_cache, sandbox, require_sandbox; as in {"kernel": "bzImage", "initrd": "rootfs.cpio",
     /// "memory": "512M", "disks": [{"path": "root.img", "ro": true, "id": "root"}]}
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -274,6 +283,7 @@ impl VmArgs {
             } else {
                 self.net
             },
+            vsock: self.vsock.or(base.vsock),
             mergeable: self.mergeable || base.mergeable,
             rng: self.rng || base.rng,
             console: self.console.unwrap_or(base.console),

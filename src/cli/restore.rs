@@ -13,7 +13,9 @@ use super::log::LogArgs;
 use super::plan::Plan;
 use super::run::RunError;
 use super::snapshot_at::SnapshotAt;
-use crate::config::{ConsoleTarget, DiskConfig, OnReboot, SandboxMode, Span, VmConfig};
+use crate::config::{
+    ConsoleTarget, DiskConfig, OnReboot, SandboxMode, Span, VmConfig, VsockConfig,
+};
 use crate::vmm::error::{VmError, host};
 use crate::vmm::prepare::Identity;
 use crate::vmm::snapshot::load::Snapshot;
@@ -75,6 +77,15 @@ fn parse_disk(text: &str) -> Result<(String, PathBuf), String> {
     }
 }
 
+/// Of what a socket device can be given, its socket.
+fn parse_vsock(text: &str) -> Result<PathBuf, String> {
+    let mut vsock: VsockConfig = text.parse()?;
+    match vsock.path.take() {
+        Some(path) if vsock == VsockConfig::default() => Ok(path),
+        _ => Err("write path=SOCKET: all else is as the snapshot says".into()),
+    }
+}
+
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
@@ -85,6 +96,9 @@ pub struct RestoreArgs {
     /// Where the console goes: stdio, pty (its path goes to stderr), file=PATH (output only), none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: ConsoleTarget,
+    /// Unix socket of the VM's socket device, which it had when it was saved; without it, nothing on the host reaches the guest
+    #[arg(long, value_name = "path=SOCKET", value_parser = parse_vsock)]
+    vsock: Option<PathBuf>,
     /// End with status 124 after this time, as in 500ms, 10s or 2min
     #[arg(long, value_name = "TIME")]
     pub deadline: Option<Span>,
@@ -102,7 +116,15 @@ pub struct RestoreArgs {
 impl RestoreArgs {
     /// Reads the snapshot and says what is to be run.
     pub fn into_plan(self) -> Result<Plan, RunError> {
-        let source = self.source.open(self.serial, self.deadline)?;
+        let mut source = self.source.open(self.serial, self.deadline)?;
+        match (&mut source.config.vsock, self.vsock) {
+            (Some(vsock), path) => vsock.path = path,
+            (None, None) => {}
+            (None, Some(_)) => {
+                let error = io::Error::other("the VM had none when it was saved");
+                return Err(host("the socket device")(error).into());
+            }
+        }
         Ok(Plan {
             config: source.config,
             snapshot: Some((source.snapshot, source.identity)),
@@ -145,8 +167,13 @@ impl SnapshotSource {
             snapshot.advance_clocks(since.as_nanos().try_into().unwrap_or(0));
         }
         // What the file says of the console's file and of what comes after is not followed: it may be anybody's.
+        let vsock = snapshot.meta().config.vsock.clone();
         let config = VmConfig {
             serial,
+            vsock: vsock.map(|vsock| VsockConfig {
+                path: None,
+                ..vsock
+            }),
             deadline,
             on_reboot: OnReboot::Exit,
             sandbox: SandboxMode::default(),

@@ -5,6 +5,7 @@ mod console;
 mod disk;
 mod net;
 mod units;
+mod vsock;
 
 use std::fs::File;
 use std::io::Read;
@@ -18,6 +19,7 @@ pub use console::{ConsoleTarget, ConsoleTargetError};
 pub use disk::{DiskConfig, DiskFormat};
 pub use net::{MacAddress, NetConfig};
 pub use units::{MemorySize, Span};
+pub use vsock::VsockConfig;
 
 /// Default parameters for every console. Each saves boot time, except `panic=-1`, which resets after a panic instead of
 /// hanging.
@@ -107,6 +109,9 @@ pub enum ConfigError {
     /// An invalid network device.
     #[error("network: {0}")]
     Net(String),
+    /// An invalid socket device.
+    #[error("vsock: {0}")]
+    Vsock(String),
     /// An invalid memory size.
     #[error("{0} of memory is not possible: a VM has 16M to 4T, in whole pages of 4 KiB{1}")]
     Memory(MemorySize, &'static str),
@@ -179,6 +184,8 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
     pub nets: Vec<NetConfig>,
+    /// The socket device.
+    pub vsock: Option<VsockConfig>,
     /// Whether there is a virtio entropy device.
     pub rng: bool,
     /// Whether the guest is told of a restore by a VM generation ID.
@@ -213,6 +220,7 @@ impl Default for VmConfig {
             mergeable: false,
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
             rng: false,
             generation_id: false,
             console: ConsoleKind::default(),
@@ -278,6 +286,9 @@ impl VmConfig {
         }
         for net in &self.nets {
             net.validate().map_err(ConfigError::Net)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate().map_err(ConfigError::Vsock)?;
         }
         Ok(())
     }

@@ -8,3 +8,4 @@ pub mod memory;
 pub mod output;
 pub mod ownership;
 pub mod tap;
+pub mod vsock;

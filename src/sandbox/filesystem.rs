@@ -20,11 +20,13 @@ pub struct Paths {
     pub read: Vec<PathBuf>,
     /// To be read and written; regular files are made and removed in directories.
     pub write: Vec<PathBuf>,
+    /// Directories that sockets are made in, and removed from.
+    pub sockets: Vec<PathBuf>,
 }
 
 impl Paths {
     pub(super) fn is_empty(&self) -> bool {
-        self.read.is_empty() && self.write.is_empty()
+        self.read.is_empty() && self.write.is_empty() && self.sockets.is_empty()
     }
 }
 
@@ -43,7 +45,11 @@ impl Filesystem {
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
         let new = AccessFs::MakeReg | AccessFs::RemoveFile | AccessFs::Refer;
         let file = AccessFs::from_file(NEWEST) & !AccessFs::Execute;
-        for (paths, rights) in [(&paths.read, read), (&paths.write, read | new | file)] {
+        for (paths, rights) in [
+            (&paths.read, read),
+            (&paths.write, read | new | file),
+            (&paths.sockets, AccessFs::MakeSock | AccessFs::RemoveFile),
+        ] {
             for path in paths {
                 let Ok(fd) = PathFd::new(path) else { continue };
                 let rights: BitFlags<AccessFs> = if path.is_dir() {

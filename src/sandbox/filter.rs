@@ -147,14 +147,16 @@ mod tests {
     use super::*;
 
     const REFUSED: u32 = libc::SECCOMP_RET_TRAP;
-    const ROLES: [Role; 8] = [
+    const ROLES: [Role; 10] = [
         Role::Main,
+        Role::Socket,
         Role::Save,
         Role::Restart,
         Role::Of(ThreadKind::Vcpu),
         Role::Of(ThreadKind::Block),
         Role::Of(ThreadKind::Rng),
         Role::Of(ThreadKind::Net),
+        Role::Of(ThreadKind::Vsock),
         Role::Of(ThreadKind::Console),
     ];
 

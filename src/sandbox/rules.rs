@@ -17,7 +17,9 @@ use rustix::ioctl::opcode::{none, read, read_write, write};
 pub enum Role {
     /// The event loop and the end of a VM. Threads that it starts for that are held by its list too.
     Main,
-    /// The same where the VM is saved.
+    /// The same where the VM has a socket, whose name is removed.
+    Socket,
+    /// The same where the VM is saved, which may have one too.
     Save,
     /// The same where a guest's reset builds the VM anew: all that anybody may, and what it takes to build one.
     Restart,
@@ -53,7 +55,7 @@ impl Rule {
     pub(super) fn applies_to(&self, role: Role) -> bool {
         let inherited = match role {
             Role::Restart => true,
-            Role::Save => self.roles.contains(&Role::Main),
+            Role::Socket | Role::Save => self.roles.contains(&Role::Main),
             _ => false,
         };
         inherited || self.roles.contains(&role)
@@ -72,9 +74,10 @@ const VCPU: Role = Role::Of(ThreadKind::Vcpu);
 const BLOCK: Role = Role::Of(ThreadKind::Block);
 const RNG: Role = Role::Of(ThreadKind::Rng);
 const NET: Role = Role::Of(ThreadKind::Net);
+const VSOCK: Role = Role::Of(ThreadKind::Vsock);
 const CONSOLE: Role = Role::Of(ThreadKind::Console);
 
-const ALL: &[Role] = &[Role::Main, VCPU, BLOCK, RNG, NET, CONSOLE];
+const ALL: &[Role] = &[Role::Main, VCPU, BLOCK, RNG, NET, VSOCK, CONSOLE];
 const MAIN: &[Role] = &[Role::Main];
 const SAVE: &[Role] = &[Role::Save];
 const RESTART: &[Role] = &[Role::Restart];
@@ -267,6 +270,17 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_writev, &[NET]),
     any(libc::SYS_epoll_ctl, &[NET]),
     only(libc::SYS_ioctl, &[NET], When::OneOf(1, NET_IOCTLS)),
+    // Streams to Unix sockets, and a timer for those that do not answer.
+    only(
+        libc::SYS_socket,
+        &[VSOCK],
+        When::OneOf(0, &[libc::AF_UNIX as u32]),
+    ),
+    any(libc::SYS_connect, &[VSOCK]),
+    any(libc::SYS_accept4, &[VSOCK]),
+    any(libc::SYS_shutdown, &[VSOCK]),
+    any(libc::SYS_epoll_ctl, &[VSOCK]),
+    any(libc::SYS_timerfd_settime, &[VSOCK]),
     // The event loop, and what comes at the end.
     any(libc::SYS_epoll_ctl, MAIN),
     any(libc::SYS_eventfd2, MAIN),
@@ -316,7 +330,7 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_renameat, SAVE),
     any(libc::SYS_renameat2, SAVE),
     any(libc::SYS_unlinkat, SAVE),
-    any(libc::SYS_unlink, SAVE),
+    any(libc::SYS_unlink, &[Role::Save, Role::Socket]),
     any(libc::SYS_uname, SAVE),
     // Another boot, which may do all of the above as well.
     any(libc::SYS_flock, RESTART),
@@ -330,6 +344,10 @@ pub(super) const TABLE: &[Rule] = &[
         When::OneOf(0, &[libc::AF_UNIX as u32]),
     ),
     any(libc::SYS_epoll_create1, RESTART),
+    // The socket of a socket device, and its timer.
+    any(libc::SYS_bind, RESTART),
+    any(libc::SYS_listen, RESTART),
+    any(libc::SYS_timerfd_create, RESTART),
     only(libc::SYS_ioctl, RESTART, When::OneOf(1, RESTART_IOCTLS)),
     // New threads confine themselves.
     only(

@@ -15,6 +15,7 @@ use crate::boot::BootError;
 use crate::config::{ConfigError, MemorySize};
 use crate::host::kvm::OpenError;
 use crate::host::tap::TapError;
+use crate::host::vsock::VsockError;
 
 /// See the module.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,9 @@ pub enum VmError {
     /// A TAP device cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A socket cannot be made.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// Guest RAM cannot be made.
     #[error(transparent)]
     Memory(#[from] MemoryError),

@@ -25,6 +25,7 @@ use minivmm_devices::virtio::device::VirtioDevice;
 use minivmm_devices::virtio::net::Net;
 use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::transport::mmio::{self, MmioTransport};
+use minivmm_devices::virtio::vsock::Vsock;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::error::{VmError, host};
@@ -52,6 +53,8 @@ pub enum VirtioSpec {
     Rng,
     /// The console on hvc0.
     Console,
+    /// The socket device.
+    Vsock,
 }
 
 impl VirtioSpec {
@@ -62,6 +65,7 @@ impl VirtioSpec {
             Self::Net(index) => format!("net {index}"),
             Self::Rng => "rng".into(),
             Self::Console => "console".into(),
+            Self::Vsock => "vsock".into(),
         }
     }
 }
@@ -74,6 +78,8 @@ pub struct Backends<'a> {
     pub nets: vec::IntoIter<Net>,
     /// The console on hvc0.
     pub console: Option<Console>,
+    /// The socket device.
+    pub vsock: Option<Vsock>,
     /// Starts the devices' threads.
     pub threads: &'a ThreadStarter,
 }
@@ -85,6 +91,7 @@ pub fn virtio_devices(config: &VmConfig) -> Vec<VirtioSpec> {
         .chain((0..config.nets.len()).map(VirtioSpec::Net))
         .chain(config.rng.then_some(VirtioSpec::Rng))
         .chain((config.console == ConsoleKind::Virtio).then_some(VirtioSpec::Console))
+        .chain(config.vsock.is_some().then_some(VirtioSpec::Vsock))
         .collect()
 }
 
@@ -291,6 +298,10 @@ impl Machine {
                 VirtioSpec::Console => {
                     let console = backends.console.take();
                     console.map(|console| (Console::MEMORY_BOUND, Box::new(console) as _))
+                }
+                VirtioSpec::Vsock => {
+                    let vsock = backends.vsock.take();
+                    vsock.map(|vsock| (Vsock::MEMORY_BOUND, Box::new(vsock) as _))
                 }
             };
             if let Some((bound, device)) = device {

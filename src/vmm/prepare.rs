@@ -14,6 +14,7 @@ use minivmm_devices::platform::control::Restored;
 use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
 use minivmm_devices::virtio::net::{Link, Net, NetOptions};
+use minivmm_devices::virtio::vsock::Vsock;
 use vm_memory::GuestMemoryMmap;
 
 use super::error::{VmError, host, refused};
@@ -24,6 +25,7 @@ use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{DiskConfig, MemorySize, NetConfig, VmConfig};
 use crate::host::kvm;
 use crate::host::tap::Tap;
+use crate::host::vsock::{self, SocketFile};
 
 /// When a VM's steps were done, as far as they were.
 #[derive(Debug, Clone, Copy, Default)]
@@ -52,6 +54,9 @@ pub struct Prepared {
     pub(super) disks: Vec<Block>,
     /// Likewise.
     pub(super) nets: Vec<Net>,
+    pub(super) vsock: Option<Vsock>,
+    /// The name of its socket, as long as the VM is there.
+    pub(super) _vsock_file: Option<SocketFile>,
     pub(super) threads: ThreadStarter,
 }
 
@@ -91,6 +96,7 @@ impl Prepared {
             open_disk(disk, open, config.cpus, threads)
         });
         let disks = disks.collect::<Result<_, _>>()?;
+        let (vsock, _vsock_file) = open_vsock(config, threads)?;
         let mem = memory::map_file(config.memory.bytes, snapshot.file(), snapshot.ram_offset())?;
         if config.mergeable {
             memory::enable_ksm(&mem)?;
@@ -124,6 +130,8 @@ impl Prepared {
             config: config.clone(),
             disks,
             nets: Vec::new(),
+            vsock,
+            _vsock_file,
             threads: threads.clone(),
         })
     }
@@ -147,6 +155,7 @@ impl Prepared {
         });
         let disks = disks.collect::<Result<_, _>>()?;
         let nets = open_nets(config, threads)?;
+        let (vsock, _vsock_file) = open_vsock(config, threads)?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {
             memory::warn_without_ksm();
@@ -194,6 +203,8 @@ impl Prepared {
             config: config.clone(),
             disks,
             nets,
+            vsock,
+            _vsock_file,
             threads: threads.clone(),
         })
     }
@@ -258,6 +269,20 @@ fn open_nets(config: &VmConfig, threads: &ThreadStarter) -> Result<Vec<Net>, VmE
             .map_err(host("a network device"))
     };
     config.nets.iter().enumerate().map(open).collect()
+}
+
+/// Opens what a socket device needs of the host, and gives it with the name of its socket.
+fn open_vsock(
+    config: &VmConfig,
+    threads: &ThreadStarter,
+) -> Result<(Option<Vsock>, Option<SocketFile>), VmError> {
+    let Some(vsock) = &config.vsock else {
+        return Ok((None, None));
+    };
+    let opened = vsock.path.as_deref().map(vsock::open).transpose()?;
+    let (side, file) = opened.unzip();
+    let device = Vsock::new(side, vsock.cid, threads).map_err(host("a socket device"))?;
+    Ok((Some(device), file))
 }
 
 /// Asks KVM which CPUID it can give a guest, on a thread of its own; what is returned waits for the answer. KVM executes some 30

@@ -122,6 +122,7 @@ impl Vm {
             disks: std::mem::take(&mut parts.disks).into_iter(),
             nets: std::mem::take(&mut parts.nets).into_iter(),
             console: hvc0,
+            vsock: parts.vsock.take(),
             threads: &parts.threads,
         };
         machine.attach_virtio_devices(&parts.config, backends, &parts.mem, &interrupts)?;

@@ -12,6 +12,7 @@ use super::device::{StopMode, VirtioDevice};
 use super::net;
 use super::rng::Rng;
 use super::testing::*;
+use super::vsock;
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::block::{Disk, DiskMode, Engine};
 use crate::bus::BusDevice;
@@ -22,9 +23,10 @@ mod hostile;
 mod registers;
 mod rings;
 
-pub(super) const KINDS: [&str; 7] = [
+pub(super) const KINDS: [&str; 8] = [
     "rng",
     "net",
+    "vsock",
     "console",
     "block",
     "block, sync",
@@ -36,6 +38,7 @@ pub(super) fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
         "rng" => Box::new(Rng::new(&ThreadStarter::default()).unwrap()),
         "net" => net::tests::fed(),
+        "vsock" => vsock::tests::fed(),
         "console" => Box::new(console::tests::fed()),
         _ => {
             let file = tempfile::NamedTempFile::new().unwrap();

@@ -133,7 +133,7 @@ impl Sleeper {
                 &[(at, 16, 0), (at + 0x200, 512, 0), (at + 16, 1, WRITE)],
             );
         } else {
-            driver.chain(head, &[(at, 16, 0), (at + 0x200, 21, WRITE)]);
+            driver.chain(head, &[(at, 16, 0), (at + 0x200, driver.answer, WRITE)]);
         }
         self.in_flight[usize::from(slot)] = Some(self.count);
         driver.offer(head);

@@ -133,7 +133,7 @@ fn what_came_before_the_fault_is_done() {
         driver.offer(0);
         driver.offer(999);
         driver.notify();
-        assert_eq!(driver.wait_used(), (0, 21));
+        assert_eq!(driver.wait_used(), (0, driver.answer));
         driver.expect_needs_reset(kind);
     });
 }

@@ -1,0 +1,136 @@
+//! The socket device (§ 5.10): the guest's streams, each of them one of the host.
+
+mod connection;
+mod muxer;
+mod packet;
+mod serve;
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+pub use muxer::{Connect, HostSide};
+
+use super::device::{Resources, StopMode, VirtioDevice, read_config_bytes};
+use super::queue::Virtqueue;
+use super::worker::{self, QueueWorker};
+use crate::state::{Record, SaveState, StateError, from_record, to_record};
+use crate::thread::{ThreadKind, ThreadStarter};
+use muxer::Muxer;
+use serve::Shared;
+
+/// Device ID (§ 5).
+pub const DEVICE_TYPE: u32 = 19;
+
+/// Context IDs that a guest can have (§ 5.10.4): below are the host's, above is none.
+pub const CIDS: std::ops::RangeInclusive<u32> = 3..=u32::MAX - 1;
+
+/// Version of the saved state.
+const STATE_VERSION: u32 = 1;
+
+/// For packets to the guest, packets from it, and events (§ 5.10.2).
+const QUEUE_SIZES: [u16; 3] = [256; 3];
+
+/// The device.
+pub struct Vsock {
+    shared: Arc<Shared>,
+    notifiers: [EventFd; 3],
+    workers: [QueueWorker; 1],
+}
+
+impl Vsock {
+    /// Most bytes that it takes beside guest RAM.
+    pub const MEMORY_BOUND: usize =
+        worker::MEMORY_BOUND + muxer::MEMORY_BOUND + serve::memory_bound(QUEUE_SIZES[0]);
+
+    /// The device of a guest with this context ID, with its thread. Without a host side, nothing is within the guest's reach.
+    pub fn new(host: Option<HostSide>, cid: u32, threads: &ThreadStarter) -> io::Result<Self> {
+        let event = || EventFd::new(EFD_CLOEXEC);
+        let notifiers = [event()?, event()?, event()?];
+        let own = (0..).zip(&notifiers);
+        let own = own.map(|(queue, event)| Ok((queue, event.try_clone()?)));
+        let own = own.collect::<io::Result<_>>()?;
+        let mut muxer = Muxer::new(host)?;
+        let shared = Arc::new(Shared::new(cid));
+        let (kind, name) = (ThreadKind::Vsock, "virtio-vsock".into());
+        let (descriptors, seen) = ([muxer.fd()], Arc::clone(&shared));
+        let worker = QueueWorker::new(
+            threads,
+            kind,
+            name,
+            own,
+            &descriptors,
+            move |worker, queues| serve::serve(&mut muxer, &seen, worker, queues),
+        )?;
+        Ok(Self {
+            shared,
+            notifiers,
+            workers: [worker],
+        })
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    /// None: without any, there are streams (§ 5.10.3).
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// `struct virtio_vsock_config` (§ 5.10.4).
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let cid = u64::from(self.shared.cid());
+        read_config_bytes(&cid.to_le_bytes(), offset, data);
+    }
+
+    fn start(&mut self, resources: Resources) -> io::Result<()> {
+        self.shared.start(resources.resumed);
+        QueueWorker::start_all(&mut self.workers, resources);
+        Ok(())
+    }
+
+    fn notify(&mut self, queue: u16) {
+        QueueWorker::notify(&self.workers, queue);
+    }
+
+    fn notifiers(&self) -> &[EventFd] {
+        &self.notifiers
+    }
+
+    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
+        QueueWorker::stop_all(&mut self.workers, mode, wait)
+    }
+}
+
+impl SaveState for Vsock {
+    /// Connections are not saved: their other ends are programs of this host.
+    fn save(&self) -> Result<Box<Record>, StateError> {
+        let Self {
+            shared,
+            notifiers: _,
+            workers: _,
+        } = self;
+        to_record(STATE_VERSION, shared.cid())
+    }
+
+    fn restore(&mut self, record: &Record) -> Result<(), StateError> {
+        let cid = from_record(STATE_VERSION, record)?;
+        if !CIDS.contains(&cid) {
+            let why = format!("is {cid}, not one of {CIDS:?}");
+            return Err(StateError::value("the guest's context ID", why));
+        }
+        self.shared.restore(cid);
+        Ok(())
+    }
+}

@@ -1,0 +1,370 @@
+//! The connections of a guest, each with a stream of the host.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Instant;
+
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::connection::{BUFFER_SIZE, Connection, Next};
+use super::packet::{HEADER_LEN, HOST_CID, Header, NO_PORT, Ports, STREAM, op};
+use crate::virtio::queue::Buffers;
+
+/// Most connections at a time, half-open ones included: half of what a process may usually have of open files.
+pub(super) const MAX_CONNECTIONS: usize = 512;
+
+/// Most of them that a program of the host has begun and the guest has not accepted.
+pub(super) const MAX_HALF_OPEN: usize = 64;
+
+/// Resets that may wait for the guest's buffers before no more of its packets are looked at.
+const MAX_RESETS: usize = 256;
+
+/// The first of the ports that programs of the host have, as in Firecracker.
+const FIRST_PORT: u32 = 1 << 30;
+
+/// What epoll(7) says of the listener and the timer: no connection has such ports.
+const LISTENER: Ports = Ports {
+    host: 0,
+    guest: NO_PORT,
+};
+const TIMER: Ports = Ports {
+    host: 1,
+    guest: NO_PORT,
+};
+
+/// How often deadlines are looked at, while there are some.
+const TICK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 250_000_000,
+};
+
+/// Most bytes of all connections, and of what waits for the guest. A list grows to twice of what it needs.
+pub(super) const MEMORY_BOUND: usize = MAX_CONNECTIONS
+    * (2 * BUFFER_SIZE + 4 * size_of::<Connection>())
+    + 2 * (MAX_RESETS + 2 * MAX_CONNECTIONS) * size_of::<Header>();
+
+/// Connects to what listens at a port of the host, without waiting for it; the stream does not block.
+pub type Connect = Box<dyn FnMut(u32) -> io::Result<UnixStream> + Send>;
+
+/// What a guest reaches on the host, and what reaches the guest.
+pub struct HostSide {
+    /// Where programs of the host connect to. Must not block.
+    pub listener: UnixListener,
+    /// Where the guest's connections go.
+    pub connect: Connect,
+}
+
+pub(super) struct Muxer {
+    host: Option<HostSide>,
+    epoll: Epoll,
+    timer: OwnedFd,
+    is_ticking: bool,
+    cid: u64,
+    connections: HashMap<Ports, Connection>,
+    /// Those that may have something for the guest, in turn.
+    ready: VecDeque<Ports>,
+    resets: VecDeque<Header>,
+    last_port: u32,
+    /// Programs of the host may wait to be accepted.
+    may_accept: bool,
+}
+
+impl Muxer {
+    pub(super) fn new(host: Option<HostSide>) -> io::Result<Self> {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let muxer = Self {
+            host,
+            epoll: Epoll::new()?,
+            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
+            is_ticking: false,
+            cid: 0,
+            connections: HashMap::new(),
+            ready: VecDeque::new(),
+            resets: VecDeque::new(),
+            last_port: FIRST_PORT - 1,
+            may_accept: false,
+        };
+        muxer.watch(&muxer.timer, ControlOperation::Add, TIMER)?;
+        if let Some(host) = &muxer.host {
+            muxer.watch(&host.listener, ControlOperation::Add, LISTENER)?;
+        }
+        Ok(muxer)
+    }
+
+    /// Each event is told once, so that nothing is to be done for what cannot go on now.
+    fn watch(&self, file: &impl AsFd, how: ControlOperation, ports: Ports) -> io::Result<()> {
+        let events =
+            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let event = EpollEvent::new(events, ports.token());
+        self.epoll.ctl(how, file.as_fd().as_raw_fd(), event)
+    }
+
+    /// Readable when there is something to [`Muxer::poll`].
+    pub(super) fn fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
+    /// The guest has this context ID, and none of the connections if its driver is new.
+    pub(super) fn start(&mut self, cid: u64, resumed: bool) {
+        self.cid = cid;
+        if !resumed {
+            self.close_all();
+        }
+    }
+
+    /// Closes all connections without a word to the guest.
+    pub(super) fn close_all(&mut self) {
+        self.connections = HashMap::new();
+        self.ready = VecDeque::new();
+        self.resets = VecDeque::new();
+    }
+
+    /// Looks what the host has for the guest. `true` says that there may be more.
+    pub(super) fn poll(&mut self) -> io::Result<bool> {
+        let mut events = [EpollEvent::default(); 64];
+        let count = match self.epoll.wait(0, &mut events) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(true),
+            count => count?,
+        };
+        for event in events.iter().take(count) {
+            match Ports::from_token(event.data()) {
+                LISTENER => self.may_accept = true,
+                TIMER => self.tick(),
+                ports => {
+                    let connection = self.connections.get_mut(&ports);
+                    if let Some(next) = connection.map(|c| c.on_events(event.event_set())) {
+                        self.follow(ports, next);
+                    }
+                }
+            }
+        }
+        self.accept();
+        Ok(count == events.len())
+    }
+
+    /// What a step of this connection leads to.
+    fn follow(&mut self, ports: Ports, next: Next) {
+        match next {
+            Next::Stay => self.enqueue(ports),
+            Next::Request(port) => self.request(ports, port),
+            Next::Detach => self.detach(ports),
+            Next::Drop => {
+                if self.remove(ports).is_some_and(|c| c.is_announced) && ports.guest != NO_PORT {
+                    self.resets.push_back(Header::reset_of(ports, self.cid));
+                }
+            }
+        }
+    }
+
+    fn enqueue(&mut self, ports: Ports) {
+        if let Some(connection) = self.connections.get_mut(&ports)
+            && connection.has_packet()
+            && !std::mem::replace(&mut connection.is_queued, true)
+        {
+            self.ready.push_back(ports);
+        }
+    }
+
+    fn remove(&mut self, ports: Ports) -> Option<Connection> {
+        let connection = self.connections.remove(&ports)?;
+        if connection.is_queued {
+            self.ready.retain(|other| *other != ports);
+        }
+        Some(connection)
+    }
+
+    fn insert(&mut self, ports: Ports, connection: Connection, how: ControlOperation) {
+        // It fails for lack of memory, and then the host sees that its stream is closed.
+        if self.watch(connection.stream(), how, ports).is_ok() {
+            self.ensure_tick(connection.deadline.is_some());
+            self.connections.insert(ports, connection);
+        }
+    }
+
+    /// A port of the host that no connection has.
+    fn free_port(&mut self) -> u32 {
+        loop {
+            let next = self.last_port.wrapping_add(1);
+            self.last_port = next.max(FIRST_PORT);
+            if !self
+                .connections
+                .keys()
+                .any(|ports| ports.host == self.last_port)
+            {
+                return self.last_port;
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        while self.may_accept && self.connections.len() < MAX_CONNECTIONS {
+            let half_open = self.connections.values().filter(|c| c.is_half_open());
+            let (Some(host), true) = (&self.host, half_open.count() < MAX_HALF_OPEN) else {
+                return;
+            };
+            match accept_with(&host.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+                Ok(stream) => {
+                    let ports = Ports {
+                        host: self.free_port(),
+                        guest: NO_PORT,
+                    };
+                    let connection = Connection::from_host(stream.into());
+                    self.insert(ports, connection, ControlOperation::Add);
+                }
+                Err(Errno::AGAIN) => self.may_accept = false,
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(e) => {
+                    // Most likely there are too many open files; it is tried again later.
+                    log::debug!("a connection to the vsock device waits: {e}");
+                    return self.ensure_tick(true);
+                }
+            }
+        }
+    }
+
+    /// A program of the host asks for a port of the guest.
+    fn request(&mut self, ports: Ports, port: u32) {
+        let (from, ports) = (
+            ports,
+            Ports {
+                guest: port,
+                ..ports
+            },
+        );
+        if let Some(mut connection) = self.remove(from)
+            && port != NO_PORT
+            && !self.connections.contains_key(&ports)
+        {
+            connection.request();
+            let next = connection.advance();
+            self.insert(ports, connection, ControlOperation::Modify);
+            self.follow(ports, next);
+        }
+    }
+
+    /// The guest has closed this connection.
+    fn detach(&mut self, ports: Ports) {
+        if let Some(mut connection) = self.remove(ports)
+            && connection.detach()
+        {
+            let ports = Ports {
+                host: self.free_port(),
+                guest: NO_PORT,
+            };
+            self.insert(ports, connection, ControlOperation::Modify);
+        }
+    }
+
+    /// Looks at deadlines again in a while, if there `is_reason`.
+    fn ensure_tick(&mut self, is_reason: bool) {
+        if is_reason && !self.is_ticking {
+            let spec = Itimerspec {
+                it_interval: Timespec::default(),
+                it_value: TICK,
+            };
+            let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
+            self.is_ticking = set.is_ok();
+        }
+    }
+
+    fn tick(&mut self) {
+        // What is not read is no new event: the timer is set again.
+        self.is_ticking = false;
+        let now = Instant::now();
+        let late = |c: &Connection| c.deadline.is_some_and(|deadline| deadline <= now);
+        let late = self.connections.iter().filter(|(_, c)| late(c));
+        let late: Vec<Ports> = late.map(|(ports, _)| *ports).collect();
+        late.into_iter()
+            .for_each(|ports| self.follow(ports, Next::Drop));
+        self.ensure_tick(self.connections.values().any(|c| c.deadline.is_some()));
+    }
+
+    /// Whether resets wait, and the guest is to take them before it sends more.
+    pub(super) fn is_full(&self) -> bool {
+        self.resets.len() >= MAX_RESETS
+    }
+
+    /// The guest has sent a packet, with this payload.
+    pub(super) fn receive(&mut self, header: &Header, payload: &Buffers<'_>) {
+        let ports = header.ports();
+        let is_valid = header.src_cid == self.cid
+            && header.dst_cid == HOST_CID
+            && header.kind == STREAM
+            && ports.guest != NO_PORT;
+        let connection = self.connections.get_mut(&ports);
+        match connection.filter(|_| is_valid) {
+            Some(connection) => {
+                let next = connection.on_packet(header, ports.host, payload);
+                if next == Next::Detach && header.op != op::RST {
+                    self.resets.push_back(header.reset());
+                }
+                self.follow(ports, next);
+            }
+            None if header.op == op::RST => {}
+            None if header.op == op::REQUEST && is_valid => self.connect(ports, header),
+            None => self.resets.push_back(header.reset()),
+        }
+    }
+
+    /// The guest asks for a port of the host.
+    fn connect(&mut self, ports: Ports, header: &Header) {
+        let stream = match &mut self.host {
+            Some(host) if self.connections.len() < MAX_CONNECTIONS => (host.connect)(ports.host),
+            _ => Err(io::ErrorKind::ConnectionRefused.into()),
+        };
+        match stream {
+            Ok(stream) => {
+                let connection = Connection::from_guest(stream, header);
+                self.insert(ports, connection, ControlOperation::Add);
+                self.enqueue(ports);
+            }
+            Err(e) => {
+                log::debug!("the guest connects to port {} of the host: {e}", ports.host);
+                self.resets.push_back(header.reset());
+            }
+        }
+    }
+
+    /// Whether there is something to send.
+    pub(super) fn has_packet(&self) -> bool {
+        !self.resets.is_empty() || !self.ready.is_empty()
+    }
+
+    /// Puts the next packet into these buffers, which have room for a header; `None` if there is none after all.
+    pub(super) fn send(&mut self, buffers: &Buffers<'_>) -> Option<u32> {
+        if let Some(header) = self.resets.pop_front() {
+            return Some(buffers.write_front(&header.bytes()) as u32);
+        }
+        while let Some(ports) = self.ready.pop_front() {
+            let Some(connection) = self.connections.get_mut(&ports) else {
+                continue;
+            };
+            connection.is_queued = false;
+            let Some((op, flags, len)) = connection.next_packet(buffers) else {
+                continue;
+            };
+            let header = Header {
+                len: len as u32,
+                op,
+                flags,
+                buf_alloc: BUFFER_SIZE as u32,
+                fwd_cnt: connection.forwarded(),
+                ..Header::reset_of(ports, self.cid)
+            };
+            let has_deadline = connection.deadline.is_some();
+            self.ensure_tick(has_deadline);
+            self.enqueue(ports);
+            buffers.write_front(&header.bytes());
+            return Some((HEADER_LEN + len) as u32);
+        }
+        None
+    }
+}
