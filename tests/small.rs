@@ -7,7 +7,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::linux::{Debian, boot, debian_disk, expect, guest, initramfs, kernel};
+use common::linux::{Debian, boot, debian_disk, expect, expect_restored, guest, initramfs, kernel};
 use common::{Ended, minivmm, run, run_with_input};
 use tempfile::NamedTempFile;
 
@@ -135,6 +135,11 @@ fn panic_is_reported_by_pvpanic() {
     // Which it has built in: without panic= there is no reset.
     let mut command = minivmm(&["--kernel", &bzimage()]);
     run(command.args(["--cmdline", "console=ttyS0"])).assert_code(134);
+}
+
+#[test]
+fn a_restored_guest_goes_on() {
+    expect_restored(&bzimage(), &["--cpus", "2"]);
 }
 
 #[test]
