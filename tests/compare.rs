@@ -149,7 +149,14 @@ fn failures_are_reported_beside_results() {
         .iter()
         .map(|row| &row["name"])
         .collect();
-    assert_eq!(names, ["crun", "podman", "minivmm"]);
+    assert_eq!(names, ["crun", "podman", "minivmm", "minivmm restore"]);
+    let restored = by_name(&report, "minivmm restore")["error"]
+        .as_str()
+        .unwrap();
+    assert!(
+        restored.contains("ended before it could be saved"),
+        "{restored}"
+    );
 
     let html = fs::read_to_string(html).unwrap();
     for wanted in [

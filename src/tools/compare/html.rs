@@ -196,7 +196,7 @@ fn plot(title: &str, unit: &str, rows: &[PlotRow<'_>]) -> String {
             ),
         });
         let class = match row.name {
-            "minivmm" => "vm",
+            "minivmm" | "minivmm restore" => "vm",
             _ => "container",
         };
         let _ = write!(

@@ -1,5 +1,6 @@
 //! The root file system that all runtimes use: a copy for the containers, an initramfs of the same for the virtual machine.
 
+use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -21,6 +22,11 @@ const DIR: &str = ".minivmm";
 pub(super) const PROBE_FILE: &str = ".minivmm/probe";
 /// The kernel hands this to its first process, which runs the words of the file that it names.
 pub(super) const RUN: &str = "MINIVMM_RUN";
+
+/// The kernel hands this to its first process, which writes this boot mark right before it runs the words.
+pub(super) const MARK: &str = "MINIVMM_MARK";
+/// The boot mark at which the virtual machine is saved.
+pub(super) const SNAPSHOT_MARK: u8 = 7;
 
 /// The status that the probe ends with.
 pub(super) const PROBE_STATUS: i32 = 42;
@@ -53,6 +59,8 @@ pub(super) struct VmImage {
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
     pub(super) initramfs_bytes: u64,
+    /// Where its snapshot will be.
+    pub(super) snapshot: PathBuf,
     /// Bytes of all files in it.
     pub(super) content_bytes: u64,
     pub(super) cmdline: String,
@@ -125,11 +133,29 @@ impl VmImage {
             kernel,
             initramfs,
             initramfs_bytes,
+            snapshot: image.scratch.join("snapshot"),
             content_bytes,
             cmdline: cmdline.trim().to_owned(),
             memory: memory.unwrap_or(memory_for(initramfs_bytes)),
             cpus,
         })
+    }
+
+    /// minivmm's arguments for a boot, with this behind the kernel command line.
+    pub(super) fn boot(&self, append: &str) -> Vec<OsString> {
+        let cmdline = format!("{} {append}", self.cmdline);
+        vec![
+            "--kernel".into(),
+            self.kernel.clone().into(),
+            "--initrd".into(),
+            self.initramfs.clone().into(),
+            "--cmdline".into(),
+            cmdline.trim_end().into(),
+            "--memory".into(),
+            self.memory.to_string().into(),
+            "--cpus".into(),
+            self.cpus.to_string().into(),
+        ]
     }
 
     /// Loads it into a VM that does not run, so that the first run finds the kernel unpacked, as the others do.

@@ -10,6 +10,7 @@ mod runtime;
 
 use std::fs;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -193,23 +194,19 @@ fn drop_caches() -> io::Result<()> {
 impl Comparison<'_> {
     /// Prepares, probes and runs all, in turn; only a request to stop ends it before its time.
     fn measure(&mut self, rows: &mut [Row]) -> Result<(), ToolError> {
-        for row in rows.iter_mut() {
-            self.show("preparing", row);
-            let start = Instant::now();
-            if row.report.error.is_none() {
-                row.report.error = row.runtime.prepare(&self.image).err();
-            }
-            row.report.prepare_ms += start.elapsed().as_secs_f64() * 1e3;
-            if let Some(signal) = self.signals.stop_requested() {
-                return Err(ToolError::Stopped(signal));
-            }
+        for row in rows.iter_mut().filter(|row| !row.report.is_vm) {
+            self.prepare(row)?;
         }
-        // Containers are warm after this. The virtual machine is without it, and in an emulated host each guest slows down the
+        // They are warm after this. The virtual machine that boots is without it, and in an emulated host each guest slows down the
         // next ones: the emulator has to discard its translated code when its memory is written to.
-        self.inspect(rows, false)?;
+        self.inspect(rows.iter_mut().filter(|row| !row.report.is_vm))?;
         for round in 1..=self.options.runs {
             let title = format!("{round}/{}", self.options.runs);
             for row in rows.iter_mut() {
+                if round == 1 && row.runtime == Runtime::Restored {
+                    self.prepare(row)?;
+                    self.inspect(std::iter::once(&mut *row))?;
+                }
                 if self.cold.is_ok() {
                     self.show(&format!("{title} cold"), row);
                     // It worked before.
@@ -221,19 +218,41 @@ impl Comparison<'_> {
                 self.timed(row, |row| &mut row.warm)?;
             }
         }
-        self.inspect(rows, true)
+        self.inspect(
+            rows.iter_mut()
+                .filter(|row| row.runtime == Runtime::Minivmm),
+        )
     }
 
-    /// Runs that do not count, of all virtual machines or of all else.
-    fn inspect(&mut self, rows: &mut [Row], vms: bool) -> Result<(), ToolError> {
-        let chosen = |row: &&mut Row| row.report.is_vm == vms;
-        for row in rows.iter_mut().filter(chosen) {
+    /// What is done once, before a runtime's first run.
+    fn prepare(&mut self, row: &mut Row) -> Result<(), ToolError> {
+        self.show("preparing", row);
+        let start = Instant::now();
+        if row.report.error.is_none() {
+            row.report.error = row
+                .runtime
+                .prepare(&self.image, &self.vm, self.options.timeout)
+                .err();
+        }
+        row.report.prepare_ms += start.elapsed().as_secs_f64() * 1e3;
+        if row.runtime == Runtime::Restored {
+            // The rest of the file are holes.
+            let snapshot = self.vm.snapshot.metadata();
+            row.report.image_bytes = snapshot.map_or(0, |file| file.blocks() * 512);
+        }
+        match self.signals.stop_requested() {
+            Some(signal) => Err(ToolError::Stopped(signal)),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs that do not count.
+    fn inspect<'r>(&mut self, rows: impl Iterator<Item = &'r mut Row>) -> Result<(), ToolError> {
+        let mut rows: Vec<_> = rows.collect();
+        for row in &mut rows {
             self.probe(row)?;
         }
-        for row in rows.iter_mut().filter(chosen) {
-            self.examine(row)?;
-        }
-        Ok(())
+        rows.into_iter().try_for_each(|row| self.examine(row))
     }
 
     fn show(&self, what: &str, row: &Row) {

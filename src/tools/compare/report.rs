@@ -35,7 +35,7 @@ pub(super) struct Report {
     pub(super) reference: Option<String>,
     /// Whether the command printed the same everywhere.
     pub(super) same_output: bool,
-    /// Every runtime that is installed, minivmm last.
+    /// Every runtime that is installed, the virtual machines last.
     pub(super) rows: Vec<RowReport>,
 }
 
@@ -97,13 +97,14 @@ pub(super) const METHOD: &[&str] = &[
     "Every time counts from just before the fork and exec of the runtime's command on this host. First output is the first byte of \
      the command's output that arrives here; the end is the end of that process.",
     "In each round every runtime ran the command once, one runtime after another; where cold runs were asked for, once cold and right after it once warm.",
-    "Before that, every container runtime ran twice, and the virtual machine's kernel was loaded once, so that all were warm. In an emulated \
-     host a guest is the slower the more ran before it; other runs of the virtual machine therefore came last.",
+    "Before that, every container runtime and the restored virtual machine ran twice, and the booting one's kernel was loaded once, so \
+     that all were warm. In an emulated host a guest is the slower the more ran before it; other runs of the booting one therefore came \
+     last. The snapshot that minivmm restore goes on from was taken after the first boot, when the guest was about to execute the command.",
     "All had the same root: crun, runc and podman a copy of the directory, docker an image imported from that copy, minivmm that \
-     copy packed as an initramfs. crun and runc had their own default configuration (spec), podman and docker their defaults, none \
+     copy packed as an initramfs, which a restored virtual machine has in its memory. crun and runc had their own default configuration (spec), podman and docker their defaults, none \
      a network, none any input.",
     "Memory is the private memory (smaps_rollup) of all processes of a run together, the most that was seen in a run of its own, \
-     in looks every 5 ms. minivmm's contains what its guest touched.",
+     in looks every 5 ms. minivmm's contains what its guest touched, of a restored one what it wrote to and what nobody else had mapped.",
     "Kernel and status come from a run of a small program that prints uname's release and ends with status 42.",
 ];
 

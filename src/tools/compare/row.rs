@@ -22,7 +22,7 @@ pub(super) struct Row {
 impl Row {
     /// Without runs.
     pub(super) fn new(runtime: Runtime, program: PathBuf, image: &Image, vm: &VmImage) -> Self {
-        let is_vm = runtime == Runtime::Minivmm;
+        let is_vm = runtime.is_vm();
         let (programs, programs_bytes) = runtime.shipped();
         let command = runtime.command(&program, image, vm, Job::Command);
         Self {
@@ -34,13 +34,16 @@ impl Row {
                 is_vm,
                 version: runtime.version(&program),
                 command: measure::shown(&command),
-                image_bytes: match is_vm {
-                    true => vm.initramfs_bytes,
-                    false => vm.content_bytes,
+                image_bytes: match runtime {
+                    Runtime::Minivmm => vm.initramfs_bytes,
+                    // Not there yet.
+                    Runtime::Restored => 0,
+                    _ => vm.content_bytes,
                 },
-                kernel_bytes: match is_vm {
-                    true => vm.kernel.metadata().map_or(0, |file| file.len()),
-                    false => 0,
+                kernel_bytes: match runtime {
+                    Runtime::Minivmm => vm.kernel.metadata().map_or(0, |file| file.len()),
+                    // A snapshot has it in its memory.
+                    _ => 0,
                 },
                 programs_bytes,
                 programs,

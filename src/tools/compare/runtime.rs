@@ -7,14 +7,17 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::image::{ENVIRONMENT, Image, PROBE_FILE, RUN, VmImage};
+use super::image::{ENVIRONMENT, Image, MARK, PROBE_FILE, RUN, SNAPSHOT_MARK, VmImage};
+use crate::config::Span;
 use crate::tools::measure::{call, find_program, first_line};
 
 /// Something that runs a command on a root file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Runtime {
-    /// A virtual machine.
+    /// A virtual machine that boots.
     Minivmm,
+    /// A virtual machine that goes on from a snapshot, taken right before its command.
+    Restored,
     /// An OCI runtime, called directly.
     Crun,
     /// The reference OCI runtime, called directly.
@@ -45,17 +48,23 @@ impl Job {
 
 impl Runtime {
     /// All there are, the containers first.
-    pub(super) const ALL: [Self; 5] = [
+    pub(super) const ALL: [Self; 6] = [
         Self::Crun,
         Self::Runc,
         Self::Podman,
         Self::Docker,
         Self::Minivmm,
+        Self::Restored,
     ];
+
+    pub(super) fn is_vm(self) -> bool {
+        matches!(self, Self::Minivmm | Self::Restored)
+    }
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Minivmm => "minivmm",
+            Self::Restored => "minivmm restore",
             Self::Crun => "crun",
             Self::Runc => "runc",
             Self::Podman => "podman",
@@ -66,7 +75,7 @@ impl Runtime {
     /// All programs that are needed to run something; the first is the one that is called.
     fn programs(self) -> &'static [&'static str] {
         match self {
-            Self::Minivmm => &[],
+            Self::Minivmm | Self::Restored => &[],
             Self::Crun => &["crun"],
             Self::Runc => &["runc"],
             // Debian's podman prefers crun, others runc: it is asked for below.
@@ -92,7 +101,7 @@ impl Runtime {
     /// The program, if it is installed.
     pub(super) fn find(self) -> Option<PathBuf> {
         match self {
-            Self::Minivmm => std::env::current_exe().ok(),
+            Self::Minivmm | Self::Restored => std::env::current_exe().ok(),
             _ => find_program(self.programs().first()?),
         }
     }
@@ -100,7 +109,7 @@ impl Runtime {
     /// The programs that this host must have for it and their bytes together, shared libraries aside.
     pub(super) fn shipped(self) -> (Vec<String>, u64) {
         let mut files: Vec<PathBuf> = match self {
-            Self::Minivmm => self.find().into_iter().collect(),
+            Self::Minivmm | Self::Restored => self.find().into_iter().collect(),
             _ => self
                 .programs()
                 .iter()
@@ -129,7 +138,7 @@ impl Runtime {
     /// What the command shares with the host, except namespaces, which are measured.
     pub(super) fn shares(self) -> &'static str {
         match self {
-            Self::Minivmm => {
+            Self::Minivmm | Self::Restored => {
                 "no kernel: the command has its own, behind KVM and minivmm's devices; root file system in memory of its own"
             }
             Self::Crun | Self::Runc => {
@@ -142,9 +151,21 @@ impl Runtime {
     }
 
     /// Prepares what every run needs: an image, a configuration. An error says what failed.
-    pub(super) fn prepare(self, image: &Image) -> Result<(), String> {
+    pub(super) fn prepare(self, image: &Image, vm: &VmImage, timeout: Span) -> Result<(), String> {
         match self {
             Self::Minivmm | Self::Podman => Ok(()),
+            Self::Restored => {
+                let program = self.find().ok_or("no program")?;
+                let mut words = vm.boot(&format!("{MARK}={SNAPSHOT_MARK}"));
+                let at = format!("{SNAPSHOT_MARK}={},exit", vm.snapshot.display());
+                words.extend(["--snapshot-at".into(), at.into()]);
+                words.extend(["--deadline".into(), timeout.to_string().into()]);
+                call(&program.to_string_lossy(), &words)?;
+                match vm.snapshot.exists() {
+                    true => Ok(()),
+                    false => Err("the guest ended before it could be saved".to_owned()),
+                }
+            }
             Self::Crun | Self::Runc => {
                 for job in [Job::Command, Job::Probe] {
                     self.make_bundle(image, job)?;
@@ -202,15 +223,16 @@ impl Runtime {
         let mut all: Vec<OsString> = vec![program.into()];
         match self {
             Self::Minivmm => {
-                let mut cmdline = vm.cmdline.clone();
+                all.extend(match job {
+                    Job::Command => vm.boot(""),
+                    Job::Probe => vm.boot(&format!("{RUN}=/{PROBE_FILE}")),
+                });
+            }
+            Self::Restored => {
+                all.extend(["restore".into(), vm.snapshot.clone().into()]);
                 if job == Job::Probe {
-                    cmdline.push_str(&format!(" {RUN}=/{PROBE_FILE}"));
+                    all.extend(["--argument".into(), format!("/{PROBE_FILE}").into()]);
                 }
-                all.extend(["--kernel".into(), vm.kernel.clone().into()]);
-                all.extend(["--initrd".into(), vm.initramfs.clone().into()]);
-                all.extend(["--cmdline".into(), cmdline.into()]);
-                all.extend(["--memory".into(), vm.memory.to_string().into()]);
-                all.extend(["--cpus".into(), vm.cpus.to_string().into()]);
             }
             Self::Crun | Self::Runc => {
                 let bundle = self.bundle(image, job).into();
@@ -240,7 +262,7 @@ impl Runtime {
     /// Removes what a killed run may have left.
     pub(super) fn clean_up(self, image: &Image) {
         let command = match self {
-            Self::Minivmm => return,
+            Self::Minivmm | Self::Restored => return,
             Self::Crun | Self::Runc => "delete",
             Self::Podman | Self::Docker => "rm",
         };
