@@ -139,7 +139,7 @@ fn panic_is_reported_by_pvpanic() {
 
 #[test]
 fn a_restored_guest_goes_on() {
-    expect_restored(&bzimage(), &["--cpus", "2"]);
+    expect_restored(&bzimage(), 2);
 }
 
 #[test]

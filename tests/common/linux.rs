@@ -1,5 +1,6 @@
 //! Linux guests: the kernels and initramfs of guest-kernels/, and boots of them.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
@@ -138,17 +139,24 @@ impl Debian {
     }
 }
 
-/// A guest that was saved when it had booted, and is to go on with a command.
+/// A guest that was saved when it had booted, and is to go on.
 pub(crate) struct Saved(TempDir);
 
 impl Saved {
-    /// With the demo initramfs.
+    /// With the demo initramfs and tests/guest/witness.c; at some place, `script` takes the snapshot.
     #[track_caller]
-    pub(crate) fn new(kernel: &str, args: &[&str], command: &str) -> Self {
+    pub(crate) fn new(kernel: &str, args: &[&str], script: &str) -> Self {
+        let initramfs = super::project("build/restore.cpio");
+        let args = [&["--initrd", initramfs.to_str().unwrap()], args].concat();
+        Self::of(boot_command(kernel, &args, script))
+    }
+
+    /// What this command boots.
+    #[track_caller]
+    pub(crate) fn of(mut command: Command) -> Self {
         let saved = Self(tempfile::tempdir().unwrap());
         let at = format!("7={},exit", saved.snapshot().display());
-        let args = [&["--snapshot-at", &at], args].concat();
-        boot(kernel, &args, &format!("guestctl snapshot 7 {command}")).assert_code(0);
+        run(command.args(["--snapshot-at", &at])).assert_code(0);
         saved
     }
 
@@ -166,37 +174,63 @@ impl Saved {
     }
 }
 
-/// Saves a guest and restores it twice: each gets its argument, has the time of the host and random numbers of its own, sleeps on
-/// each of its vCPUs and ends with its status.
+/// A script, which takes a snapshot while a process for each CPU sleeps 1 ms again and again, and then goes on with `rest`. When it
+/// has ended, they have all woken, and each has said what it saw.
+pub(crate) fn with_witnesses(rest: &str) -> String {
+    format!(
+        "witness & usleep 300000; guestctl snapshot 7 sh -c '{rest};
+        killall -USR1 witness; while pidof witness >/dev/null; do usleep 20000; done'"
+    )
+    .replace('\n', " ")
+}
+
+/// The word behind each `name` in what guests have printed.
+pub(crate) fn values<'a>(out: &'a str, name: &str) -> Vec<&'a str> {
+    let behind = out.split(name).skip(1);
+    behind
+        .filter_map(|rest| rest.split_whitespace().next())
+        .collect()
+}
+
+/// Saves a guest and restores it twice: each gets its argument, has the time of the host and random numbers of its own, wakes from
+/// the sleep that it was saved in on each of its vCPUs, and ends with its status.
 #[track_caller]
-pub(crate) fn expect_restored(kernel: &str, args: &[&str]) {
-    const COMMAND: &str = "sh -c 'echo argument $MINIVMM_ARGUMENT; echo time $(date +%s);
-        echo random $(head -c 16 /dev/urandom | sha256sum); cpu=0;
-        while [ $cpu -lt $(nproc) ]; do taskset $((1 << cpu)) sleep 1; cpu=$((cpu+1)); done; echo slept; exit 7'";
-    /// In seconds: the guest says whole ones, and its clock has a frequency of its own.
-    const TOLERANCE: u64 = 2;
+pub(crate) fn expect_restored(kernel: &str, cpus: usize) {
+    const COMMAND: &str = "echo argument $MINIVMM_ARGUMENT;
+        echo clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource);
+        echo random $(head -c 16 /dev/urandom | sha256sum)";
+    /// In microseconds: the guest's clock has a frequency of its own.
+    const TOLERANCE: u128 = 100_000;
     let now = || {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        now.unwrap().as_secs()
+        now.unwrap().as_micros()
     };
-    let saved = Saved::new(kernel, args, &COMMAND.replace('\n', ""));
+    let script = with_witnesses(COMMAND) + "; guestctl exit 7";
+    let saved = Saved::new(kernel, &["--cpus", &cpus.to_string()], &script);
     // A guest whose clock has only gone on is late now.
-    thread::sleep(Duration::from_secs(3 * TOLERANCE));
-    let restore = |argument, clock| {
+    thread::sleep(Duration::from_secs(1));
+    let mut random = BTreeSet::new();
+    for (argument, clock) in [("one", "continue"), ("two", "realtime")] {
         let before = now();
         let ended = saved.restore(&["--argument", argument, "--clock", clock]);
         let allowed = before - TOLERANCE..=now() + TOLERANCE;
         ended.assert_code(7);
-        ended.assert_printed(&[&format!("argument {argument}\r\n"), "slept\r\n"]);
+        let wanted = [
+            &format!("argument {argument}\r\n"),
+            "clocksource kvm-clock\r\n",
+            "witnesses done\r\n",
+        ];
+        ended.assert_printed(&wanted);
         let out = ended.out();
-        let value = |name: &str| {
-            let line = out.lines().find_map(|line| line.strip_prefix(name));
-            line.unwrap_or_else(|| panic!("no {name:?} in: {out}"))
-                .to_owned()
-        };
-        let time = value("time ").parse().unwrap();
-        assert!(allowed.contains(&time), "{time}, not in {allowed:?}");
-        value("random ")
-    };
-    assert_ne!(restore("one", "continue"), restore("two", "realtime"));
+        let times = values(&out, "wall ");
+        assert_eq!(times.len(), cpus, "{out}");
+        for time in times {
+            assert!(
+                allowed.contains(&time.parse().unwrap()),
+                "{time}, not in {allowed:?}: {out}"
+            );
+        }
+        random.extend(values(&out, "random ").into_iter().map(str::to_owned));
+    }
+    assert_eq!(random.len(), 2 * (1 + cpus), "{random:?}");
 }
