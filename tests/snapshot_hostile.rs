@@ -233,7 +233,7 @@ fn sections_that_contradict_each_other_are_refused() {
         ("\"config\":", "\"confix\":", "description"),
         // Of whose network?
         (
-            "\"disks\":[],\"nets\":[],\"rng\":false",
+            "\"disks\":[],\"nets\":[]",
             "\"nets\":[{\"tap\":\"t\"}]",
             "it has networks",
         ),
