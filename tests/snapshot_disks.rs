@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use common::{Ended, boot_tiny, minivmm, run};
+use common::{Ended, boot_tiny, minivmm, run, run_with_input};
 use minivmm::vmm::snapshot::load::Snapshot;
 
 const LEN: usize = 1 << 20;
@@ -126,6 +126,25 @@ fn a_queue_goes_on_where_it_was() {
         if options != ",engine=sync" && options != ",engine=io_uring" {
             go_on("fork", &path, &["-n", "4", "-j", "4"]).assert_code(0);
         }
+    }
+}
+
+#[test]
+fn what_a_disk_has_not_begun_is_done_by_the_restored_vm() {
+    for engine in ["sync", "io_uring"] {
+        let dir = Dir::new();
+        let image = File::options().write(true).open(dir.image()).unwrap();
+        image.set_len((1 << 30) + LEN as u64).unwrap();
+        let path = dir.path("snapshot");
+        let at = format!("7={},exit", path.display());
+        let disk = format!("path={},engine={engine}", dir.image().display());
+        let args = ["--snapshot-at", &at, "--disk", &disk];
+        // 256 small writes, and the mark at once.
+        let ended = run_with_input(&mut boot_tiny("hog", "mws", &args), b"x");
+        ended.assert_code(0);
+        // Else the disk would have been written to since. This guest halts.
+        let ended = run(minivmm(&["restore", "--deadline", "1s"]).arg(&path));
+        ended.assert_code(124);
     }
 }
 

@@ -104,7 +104,9 @@ impl Saver {
         } else {
             Err(SnapshotError::NotPaused)
         };
-        let resumed = vm.resume_devices();
+        // Where the VM ends here, what its guest has asked of its disks and they have not begun is for those that go on from it.
+        let ends = at.exit && written.is_ok();
+        let mut resumed = ends || vm.resume_devices();
         // The guest's memory is copied: the disk need not be waited for.
         if !at.exit {
             control.release();
@@ -118,6 +120,9 @@ impl Saver {
             }
             Err(e) => {
                 log::error!("the VM was not saved: {}", error_chain(&e));
+                if ends {
+                    resumed = vm.resume_devices();
+                }
                 control.release();
             }
         }
