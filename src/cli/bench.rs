@@ -12,7 +12,8 @@ use crate::tools::bench::{ANY_BYTE, BenchOptions, DEMO_MARKER, OTHER_VMMS};
 const HELP: &str = "\
 The clock starts just before the fork and exec of a VMM's process. It is read at the first byte on its console, at the marker \
 (--until) and at the end of the process. In each round every VMM boots once, so that what disturbs the host disturbs all of them. \
-Memory is read in the first round, which is not counted: private pages (smaps) within the guest's RAM, and all others.
+Memory is read in the first round, which is not counted: private pages (smaps) within the guest's RAM, and all others. \
+Run it as root: minivmm lets no other user read its memory map.
 
 Examples:
   minivmm bench --kernel bzImage --initrd build/demo.cpio --append '-- true'
