@@ -379,6 +379,17 @@ fn restores_are_measured_up_to_the_first_instruction() {
     ended
         .assert_code(0)
         .assert_printed(&["first instruction of the guest", "marker: \"c\""]);
+    // A guest that does not end by itself.
+    let at = format!("8={},exit", snapshot.display());
+    let save = ["--snapshot-at", &at];
+    run(&mut common::boot_tiny("marks", "m", &save)).assert_code(0);
+    bench(&["--stop-at-marker"]).assert_code(0);
+    assert_error(
+        &bench(&["--until", "x", "--timeout", "1s"]),
+        125,
+        &["killed", "without 'x'"],
+    );
+    run(&mut common::boot_tiny("marks", "", &save)).assert_code(0);
     assert_error(&bench(&["--until", "x"]), 125, &["ended", "without 'x'"]);
     assert_error(&bench(&["--cpus", "2"]), 2, &["--restore"]);
 }

@@ -37,7 +37,7 @@ pub struct BenchArgs {
     /// What is booted.
     #[command(flatten)]
     guest: GuestArgs,
-    /// Measure restores of this snapshot, in place of boots
+    /// Measure restores of this snapshot, in place of boots; of guests that end by themselves up to the first instruction, too
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "append", "cpus", "memory", "vs"])]
     restore: Option<PathBuf>,
     /// Rounds that are measured

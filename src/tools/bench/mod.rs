@@ -225,7 +225,11 @@ impl Row {
         if report.error.is_none() && round >= options.warmup {
             measure::note_status(&mut report.statuses, &run);
             let first_output = run.first_output.filter(|_| !self.vmm.is_talkative());
-            let first_instruction = self.vmm.first_instruction(options.timeout.0, signals)?;
+            // A timeline is written when the guest has ended.
+            let first_instruction = match options.stop_at_marker {
+                true => None,
+                false => self.vmm.first_instruction(options.timeout.0, signals)?,
+            };
             let found = [first_instruction, first_output, run.marker, run.end];
             for (times, time) in self.times.iter_mut().zip(found) {
                 times.extend(time);

@@ -171,7 +171,9 @@ impl Vmm {
             ..Watch::default()
         };
         let start = Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default();
-        measure::run(&words, watch, signals)?;
+        if measure::run(&words, watch, signals)?.timed_out {
+            return Ok(None);
+        }
         let text = fs::read(file).map_err(cannot("read a timeline"))?;
         let timeline: Value = serde_json::from_slice(&text).map_err(cannot("read a timeline"))?;
         let events = timeline.get("events").and_then(Value::as_array);
