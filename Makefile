@@ -20,11 +20,12 @@ find_triple = $(shell has_musl() { [ -d "$$(rustc --print target-libdir --target
 TRIPLE = $(eval TRIPLE := $(find_triple))$(TRIPLE)
 build test bench lint: export CARGO_BUILD_TARGET = $(TRIPLE)
 
-.PHONY: help build boot boot-debian test fuzz bench compare lint man dist kernel guests deps clean
+.PHONY: help build boot boot-debian run test fuzz bench compare lint man dist kernel guests deps clean
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, small, ...); ends with poweroff'
 	@echo 'make boot-debian   Debian with systemd from a disk, to a login (root, minivmm); what it writes is gone afterwards'
+	@echo 'make run      a command in a container image, busybox (KERNEL=cloud, 6.12, small, ...)'
 	@echo 'make build    the static release binary, $(MINIVMM)'
 	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
 	@echo 'make fuzz     each fuzz target for a minute (FUZZ_SECONDS=$(FUZZ_SECONDS)); fails on a finding'
@@ -59,6 +60,13 @@ boot-debian: build
 		--memory 512M --rng --append "root=/dev/vda $$([ -t 0 ] || \
 		echo "systemd.run=\"/bin/sh -c 'uname -a >/dev/console'\" systemd.run_success_action=poweroff")"
 
+run: build
+	@mkdir -p build/busybox/bin
+	@cp $$(guest-kernels/fetch busybox)/busybox build/busybox/bin/
+	@guest-kernels/fetch $(KERNEL) >/dev/null
+	tests/lab/with-kvm $(MINIVMM) run --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage --rootfs build/busybox \
+		/bin/busybox uname -a
+
 # Ring 1 and 2 natively; ring 3 in one boot of the lab for each of its files.
 test: deps
 	@# First, so that what is left in the target directory is not that binary.
@@ -90,7 +98,7 @@ lint: deps
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@# Real Linux is no part of a plain cargo test, and so not among all targets.
 	$(CARGO) clippy --workspace --features attack-port --lib --bins --test attack -- -D warnings
-	$(CARGO) clippy --test linux --test kernels --test direct --test disk --test net --test restore --test small -- -D warnings
+	$(CARGO) clippy --test linux --test kernels --test direct --test disk --test net --test restore --test run --test small -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --workspace
 	shellcheck -x $$(git ls-files | xargs grep -lE '^#(!/bin/(ba)?sh| shellcheck shell=)')
 

@@ -19,8 +19,11 @@ pub mod boot;
 pub mod cli;
 pub mod config;
 pub mod console;
+pub mod guest;
 pub mod host;
+pub mod image;
 pub mod observe;
+pub mod run;
 pub mod sandbox;
 #[cfg(test)]
 #[path = "../tests/common/skip.rs"]

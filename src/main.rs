@@ -13,14 +13,15 @@ use minivmm::cli::log::{TimedStderr, start_log};
 use minivmm::cli::plan::Plan;
 use minivmm::cli::run::RunError;
 use minivmm::cli::watch::Watch;
-use minivmm::cli::{Cli, Command, DoctorArgs, fork, process, run, snapshot};
+use minivmm::cli::{Cli, Command, DoctorArgs, RunArgs, fork, images, process, run, snapshot};
 use minivmm::config::{ConfigError, Span};
 use minivmm::host::json_file::JsonFile;
 use minivmm::observe::timeline::{Point, Timeline};
 use minivmm::tools::error::ToolError;
 use minivmm::tools::{bench, compare, doctor};
 use minivmm::vmm::error::{VmError, host};
-use minivmm::{Escaping, console, error_chain};
+use minivmm::{Escaping, console, error_chain, guest};
+use rustix::process::getpid;
 
 /// musl's own takes memory from the kernel and gives it back in small pieces: some 60 system calls for a command line.
 #[cfg(target_env = "musl")]
@@ -29,6 +30,13 @@ static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() {
     let started = Instant::now();
+    if getpid().is_init()
+        && env::args_os()
+            .next()
+            .is_some_and(|name| name == guest::INIT)
+    {
+        guest::main();
+    }
     process::install_fault_handlers();
     #[allow(unsafe_code, reason = "it closes descriptors that nothing here owns")]
     // SAFETY: nothing has been opened yet.
@@ -57,6 +65,9 @@ fn main() {
                 .and_then(|signals| fork::run(args, &signals));
             forked.unwrap_or_else(|e: RunError| failure(&e, ""))
         }
+        Some(Command::Run(args)) => run_image(*args, started),
+        Some(Command::Images) => done(images::list(&mut Escaping(io::stdout()))),
+        Some(Command::Rmi(args)) => done(images::remove(&args)),
         Some(Command::Restore(mut args)) => {
             let (deadline, timeline) = (args.deadline, args.timeline.take());
             let plan = || args.into_plan().map_err(|e| failure(&e, ""));
@@ -73,6 +84,7 @@ fn main() {
                     config,
                     snapshot: None,
                     snapshot_at,
+                    ..Plan::default()
                 })
             };
             run_vm(plan, deadline, started, cli.timeline)
@@ -80,6 +92,27 @@ fn main() {
     };
     console::restore_terminal();
     exit(status.into())
+}
+
+/// Runs a container image.
+fn run_image(mut args: RunArgs, started: Instant) -> u8 {
+    let (deadline, timeline) = (args.deadline, args.timeline.take());
+    let plan = || {
+        args.into_plan().map_err(|e| {
+            let status = failure(&e, "");
+            if matches!(e, RunError::Usage(_)) {
+                USAGE
+            } else {
+                status
+            }
+        })
+    };
+    run_vm(plan, deadline, started, timeline)
+}
+
+/// The status of what was done or failed.
+fn done(result: Result<(), RunError>) -> u8 {
+    result.map_or_else(|e| failure(&e, ""), |()| 0)
 }
 
 /// Prints help, or what is wrong with the command line, which may have come from anywhere.

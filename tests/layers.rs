@@ -13,7 +13,7 @@ use syn::visit::{self, Visit};
 const LAYERS: &[&[&str]] = &[
     &["main"],
     &["cli"],
-    &["tools"],
+    &["run", "tools", "image"],
     &["observe"],
     &["console"],
     &["sandbox"],
@@ -21,7 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["boot", "acpi"],
     &["arch"],
     &["host"],
-    &["config"],
+    &["config", "guest"],
     &["lib", "text"],
 ];
 
@@ -33,7 +33,7 @@ const RESERVED_CRATES: &[(&str, &[&str])] = &[
 
 /// The layers whose messages a library's user sees: command-line options mean nothing there.
 const WITHOUT_OPTIONS: &[&str] = &[
-    "console", "sandbox", "vmm", "boot", "acpi", "arch", "host", "config",
+    "run", "image", "guest", "console", "sandbox", "vmm", "boot", "acpi", "arch", "host", "config",
 ];
 
 /// A module: its path within the crate, such as `vmm::vcpu`, and what its file says.

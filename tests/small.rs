@@ -7,6 +7,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
+use common::image::Image;
 use common::linux::{Debian, boot, debian_disk, expect, expect_restored, guest, initramfs, kernel};
 use common::{Ended, minivmm, run, run_with_input};
 use tempfile::NamedTempFile;
@@ -140,6 +141,36 @@ fn panic_is_reported_by_pvpanic() {
 #[test]
 fn a_restored_guest_goes_on() {
     expect_restored(&bzimage(), 2);
+}
+
+#[test]
+fn a_container_image_runs_on_it() {
+    let image = Image::new();
+    // The kernel that is found without being named.
+    let mut command = minivmm(&["run"]);
+    command
+        .arg(image.path())
+        .args(["sh", "-c", "uname -r; exit 7"]);
+    command.env("XDG_CACHE_HOME", image.store());
+    let kernels = Path::new(&bzimage())
+        .parent()
+        .unwrap()
+        .parent()
+        .unwrap()
+        .to_owned();
+    std::fs::create_dir(image.store().join("minivmm")).unwrap();
+    std::os::unix::fs::symlink(kernels, image.store().join("minivmm/kernels")).unwrap();
+    let ended = run(&mut command);
+    ended.assert_code(7);
+    ended.assert_printed(&["-minivmm\n"]);
+    let ended = image.sh(
+        &bzimage(),
+        &["--cpus", "2"],
+        "busybox nproc; cat /proc/filesystems",
+    );
+    ended
+        .assert_code(0)
+        .assert_printed(&["2\n", "erofs\n", "overlay\n"]);
 }
 
 #[test]

@@ -30,16 +30,21 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// Prefix of files that are being written.
 const TEMPORARY: &str = ".tmp";
 
-/// The user's kernel cache: $XDG_CACHE_HOME, or else ~/.cache (XDG Base Directory Specification), and there a directory whose
-/// name ends with the version of what is in it. `None` if the environment names no such place.
+/// The user's kernel cache: a directory whose name ends with the version of what is in it.
 pub fn default_dir() -> Option<PathBuf> {
+    Some(user_dir()?.join("kernels-v1"))
+}
+
+/// minivmm's directory in the user's cache: in $XDG_CACHE_HOME, or else ~/.cache (XDG Base Directory Specification). `None` if the
+/// environment names no such place.
+pub fn user_dir() -> Option<PathBuf> {
     let absolute = |name| {
         std::env::var_os(name)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
     let base = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
-    Some(base.join("minivmm/kernels-v1"))
+    Some(base.join("minivmm"))
 }
 
 /// A directory of decompressed kernels that only this user can write to.

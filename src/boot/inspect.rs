@@ -57,6 +57,16 @@ pub fn kernel(path: &Path) -> Result<(KernelInfo, Option<InputFile>), BootError>
     }
 }
 
+/// The version that a bzImage says it is; an ELF file does not.
+pub fn version(path: &Path) -> Result<Option<String>, BootError> {
+    let input = InputFile::open(Role::Kernel, path)?;
+    let head = input.head()?;
+    match FileKind::identify(&head) {
+        FileKind::BzImage => Ok(BzImage::parse(&input, &head)?.version),
+        _ => Ok(None),
+    }
+}
+
 fn bzimage(
     input: &InputFile,
     image: &BzImage,

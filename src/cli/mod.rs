@@ -7,6 +7,7 @@ pub mod exit_status;
 pub mod fork;
 mod guest;
 mod guest_log;
+pub mod images;
 mod line_output;
 pub mod log;
 pub mod plan;
@@ -14,6 +15,8 @@ pub mod process;
 mod release;
 mod restore;
 pub mod run;
+mod run_error;
+mod run_image;
 pub mod snapshot;
 mod snapshot_at;
 pub mod watch;
@@ -22,8 +25,10 @@ pub use bench::BenchArgs;
 pub use compare::CompareArgs;
 pub use fork::ForkArgs;
 pub use guest::GuestArgs;
+pub use images::RmiArgs;
 pub use log::LogArgs;
 pub use restore::RestoreArgs;
+pub use run_image::RunArgs;
 pub use snapshot::SnapshotArgs;
 pub use snapshot_at::SnapshotAt;
 
@@ -111,6 +116,12 @@ pub enum Command {
     Fork(ForkArgs),
     /// Say what is in a snapshot, or check it
     Snapshot(SnapshotArgs),
+    /// Run a container image as a VM
+    Run(Box<RunArgs>),
+    /// List the images that were run, which are ready to run again
+    Images,
+    /// Remove such images
+    Rmi(RmiArgs),
     /// Run one command on one root file system in container runtimes and in a virtual machine, and measure it
     Compare(CompareArgs),
 }
@@ -159,6 +170,7 @@ impl Cli {
         match &self.command {
             Some(Command::Restore(args)) => args.log.level(),
             Some(Command::Fork(args)) => args.log.level(),
+            Some(Command::Run(args)) => args.log_level(),
             _ => self.log.level(),
         }
     }

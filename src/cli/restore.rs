@@ -129,6 +129,7 @@ impl RestoreArgs {
             config: source.config,
             snapshot: Some((source.snapshot, source.identity)),
             snapshot_at: self.snapshot_at,
+            ..Plan::default()
         })
     }
 }

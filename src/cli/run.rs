@@ -8,26 +8,23 @@ use minivmm_devices::thread::ThreadStarter;
 
 use super::confine;
 use super::guest_log::{MarkLog, SleepCheck};
-use super::plan::Plan;
+use super::plan::{Plan, Streams};
 use super::process;
 use super::release;
+pub use super::run_error::{RunError, config_hint};
 use super::snapshot_at::Saver;
 use super::watch::{DRAIN_TIMEOUT, Watch};
 use crate::NOTICE;
-use crate::boot::BootError;
-use crate::config::{ConfigError, ConsoleTarget, OnReboot};
-use crate::console::{
-    self, Console, ConsoleError, ConsoleInput, InputOutcome, RawTerminal, Signals,
-};
+use crate::config::{ConsoleTarget, OnReboot};
+use crate::console::{self, Console, ConsoleInput, FrameSink, InputOutcome, RawTerminal, Signals};
 use crate::observe::post_mortem::{self, CrashReport};
 use crate::observe::timeline::Timeline;
 use crate::observe::transcript::SharedTranscript;
-use crate::sandbox::{Sandbox, SandboxError};
+use crate::sandbox::Sandbox;
 use crate::vmm::control::End;
 use crate::vmm::ending;
 use crate::vmm::error::{VmError, host};
 use crate::vmm::event_loop::EventLoop;
-use crate::vmm::memory::MemoryError;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Prepared};
 use crate::vmm::snapshot::error::SnapshotError;
@@ -37,51 +34,11 @@ use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
 /// How often devices that the host could not let be paused are asked whether they go on.
 const RESUME_PERIOD: Duration = Duration::from_millis(10);
 
+/// How many SIGINTs and SIGTERMs a container's program is sent, as docker does it.
+const MAX_FORWARDED: u32 = 2;
+
 /// What is to be logged when a VM has ended and its console is done.
 type FinalLog = Vec<(log::Level, String)>;
-
-/// Why a VM could not be run.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// The VM.
-    #[error("{0}{hint}", hint = hint(.0))]
-    Vm(#[from] VmError),
-    /// The console cannot be opened.
-    #[error(transparent)]
-    Console(#[from] ConsoleError),
-    /// The VM's threads cannot be confined.
-    #[error(transparent)]
-    Sandbox(#[from] SandboxError),
-}
-
-/// What to change on the command line.
-fn hint(error: &VmError) -> String {
-    match error {
-        VmError::TooManyCpus { .. } => ": give a smaller --cpus".into(),
-        VmError::TooMuchMemory { .. } => ": give a smaller --memory".into(),
-        VmError::Memory(MemoryError::Map { .. }) => " (--memory)".into(),
-        VmError::Memory(MemoryError::Merge(_)) => " (--mergeable)".into(),
-        VmError::Boot(BootError::MemoryTooSmall { need_mib, .. }) => {
-            format!("; raise it with --memory {need_mib}M or more")
-        }
-        VmError::Boot(BootError::InitrdTooBig { .. }) => {
-            " (--memory says how much memory it has)".into()
-        }
-        VmError::Snapshot(SnapshotError::Disk { id, .. }) => {
-            format!(" (--disk id={id},path=FILE names the file to use)")
-        }
-        VmError::Config(error) => config_hint(error).into(),
-        _ => String::new(),
-    }
-}
-
-/// The same for a configuration.
-pub fn config_hint(error: &ConfigError) -> &'static str {
-    match error {
-        ConfigError::NoKernel => ": give --kernel FILE, or a file that names one with --config",
-        _ => "",
-    }
-}
 
 /// From now on, signals that ask minivmm to end, and the deadline, end the process.
 ///
@@ -126,22 +83,23 @@ pub fn run(
     if let Some(source) = source {
         process::name_file_on_bus_error(source.path());
     }
-    let (console, input) = Console::open(&config.serial, &threads)?;
+    let (console, stderr, input) = open_consoles(plan, &threads)?;
     let terminal = match config.serial {
-        ConsoleTarget::Stdio => RawTerminal::enter().map_err(host("the terminal"))?,
+        ConsoleTarget::Stdio if plan.streams.is_none_or(Streams::share_terminal) => {
+            RawTerminal::enter().map_err(host("the terminal"))?
+        }
         _ => None,
     };
-    if let Some(path) = console.pty_path() {
-        log::info!(target: NOTICE, "the console is {}", path.display());
-    }
     let mut run = Run {
         plan,
         saver,
         sandbox: &sandbox,
         threads: &threads,
         console: &console,
+        stderr: stderr.as_ref(),
         input,
         signals: &signals,
+        forwarded: 0,
         deadline,
         timeline,
     };
@@ -151,7 +109,7 @@ pub fn run(
     let ended_by = ended.as_ref().map(|(outcome, _)| outcome);
     let stopped = ended_by.is_ok_and(Outcome::is_external);
     let limit = Instant::now() + DRAIN_TIMEOUT;
-    console.finish(&|| {
+    let give_up = || {
         let late = Instant::now() > limit;
         if late {
             // Keys go nowhere any more; cooked, Ctrl-C at least is a signal.
@@ -160,7 +118,9 @@ pub fn run(
         signals.stop_requested().is_some()
             || (stopped && late)
             || deadline.is_some_and(|deadline| Instant::now() > deadline)
-    });
+    };
+    let consoles = std::iter::once(&console).chain(&stderr);
+    consoles.for_each(|console| console.finish(&give_up));
     let dropped = console.bytes_dropped();
     if dropped > 0 {
         log::info!("{dropped} bytes of console output went nowhere");
@@ -178,6 +138,22 @@ pub fn run(
     }
     emit(final_log);
     Ok(outcome)
+}
+
+/// The console, and where a container's program has it for its streams, stderr for COM1; and the input.
+fn open_consoles(
+    plan: &Plan,
+    threads: &ThreadStarter,
+) -> Result<(Console, Option<Console>, ConsoleInput), RunError> {
+    let (console, input) = Console::open(&plan.config.serial, threads)?;
+    if let Some(path) = console.pty_path() {
+        log::info!(target: NOTICE, "the console is {}", path.display());
+    }
+    let Some(streams) = plan.streams else {
+        return Ok((console, None, input));
+    };
+    let input = ConsoleInput::framed(streams.interactive).map_err(host("an eventfd"))?;
+    Ok((console, Some(Console::stderr(threads)?), input))
 }
 
 fn prepare(
@@ -236,8 +212,12 @@ struct Run<'a> {
     sandbox: &'a Sandbox,
     threads: &'a ThreadStarter,
     console: &'a Console,
+    /// Where COM1 goes if the console is a program's stdout.
+    stderr: Option<&'a Console>,
     input: ConsoleInput,
     signals: &'a Arc<Signals>,
+    /// How many signals to end it a container's program has been sent.
+    forwarded: u32,
     deadline: Option<Instant>,
     timeline: &'a mut Timeline,
 }
@@ -266,13 +246,9 @@ impl Run<'_> {
     fn boot(&mut self, prepared: Prepared, watch: Watch) -> Result<(Outcome, FinalLog), RunError> {
         let watched = self.timeline.watches_boot();
         let transcript = SharedTranscript::new(watched);
-        self.console
+        self.log()
             .start_of_vm(Box::new(transcript.clone()), watched);
-        let ends = ConsoleEnds {
-            serial: self.console.sink(),
-            virtio: self.console.sink(),
-            size: self.input.terminal_size(),
-        };
+        let ends = self.console_ends();
         let (mark_log, observe_mark) = MarkLog::new().map_err(host("an eventfd"))?;
         let marks = self.timeline.boot_marks();
         let saver = self.saver.as_ref();
@@ -293,8 +269,9 @@ impl Run<'_> {
         let senders = vm
             .senders()
             .map(|device: SharedConsole| Arc::downgrade(&device));
-        self.console
-            .on_output_ready(Arc::new(move || tell_of_tx_space(&senders)));
+        let on_ready: Arc<dyn Fn() + Send + Sync> = Arc::new(move || tell_of_tx_space(&senders));
+        self.console.on_output_ready(Arc::clone(&on_ready));
+        self.log().on_output_ready(on_ready);
         transcript.get().on_panic_end = Some(ending::on_panic_end(&vm));
 
         let events = self
@@ -309,9 +286,9 @@ impl Run<'_> {
         let looped = self.serve(&vm, &events, &mark_log);
         let end = vm.join();
         mark_log.emit();
-        self.console.observe();
+        self.log().observe();
         transcript.get().on_panic_end = None;
-        let (phases, bytes) = (transcript.get().phases(), self.console.bytes_out());
+        let (phases, bytes) = (transcript.get().phases(), self.log().bytes_out());
         self.timeline.end_of_boot(&vm, phases, bytes);
         let summary = summary(&vm);
         let interrupted = self.stop_devices(&mut vm, &end.outcome);
@@ -329,6 +306,23 @@ impl Run<'_> {
         Ok((outcome, lines))
     }
 
+    /// The console that has the kernel's log.
+    fn log(&self) -> &Console {
+        self.stderr.unwrap_or(self.console)
+    }
+
+    fn console_ends(&self) -> ConsoleEnds {
+        let mut virtio = self.console.sink();
+        if let (Some(stderr), Some(credit)) = (self.stderr, self.input.credit()) {
+            virtio = Box::new(FrameSink::new(virtio, stderr.sink(), Arc::clone(credit)));
+        }
+        ConsoleEnds {
+            serial: self.log().sink(),
+            virtio,
+            size: self.input.terminal_size(),
+        }
+    }
+
     /// What the event loop waits for.
     fn sources(&self, vm: &Vm, mark_log: &MarkLog) -> std::io::Result<EventLoop<Source>> {
         let mut events = EventLoop::new()?;
@@ -340,6 +334,9 @@ impl Run<'_> {
         let held = held.transpose()?;
         if let Some(held) = &held {
             events.add(held, true, Source::Held)?;
+        }
+        if let Some(credit) = self.input.credit() {
+            events.add(credit.room(), true, Source::Input)?;
         }
         if let Some(fd) = self.input.fd() {
             // A regular file or /dev/null is always ready, so that the guest's readiness is all there is to wait for.
@@ -356,6 +353,7 @@ impl Run<'_> {
         mark_log: &MarkLog,
     ) -> std::io::Result<()> {
         let control = vm.control();
+        self.send_size();
         // A restarted VM may find input that was read from no edge of its own.
         self.pump(vm);
         // Whether no device waits for the host since it could not be paused.
@@ -379,7 +377,9 @@ impl Run<'_> {
                 match source {
                     Source::Ended => return Ok(()),
                     Source::Signal => {
-                        if let Some(signal) = self.signals.stop_requested() {
+                        if let Some(signal) = self.signals.stop_requested()
+                            && !self.forward(signal)
+                        {
                             control.end(Outcome::Signal(signal));
                             return Ok(());
                         }
@@ -400,6 +400,17 @@ impl Run<'_> {
         }
     }
 
+    /// Sends a signal to the container's program, if that is what runs; at the third one that is to end it, that is tried no more.
+    fn forward(&mut self, signal: i32) -> bool {
+        let ends = [libc::SIGINT, libc::SIGTERM].contains(&signal);
+        self.forwarded += u32::from(ends);
+        if self.plan.streams.is_none() || self.forwarded > MAX_FORWARDED {
+            return false;
+        }
+        self.input.send_signal(signal);
+        true
+    }
+
     /// The process may have been stopped: then there may be input that gave no event, and the terminal may have another size; and the
     /// guest has to know that it did not hang. Devices were stopped with the process and lose nothing: they need no pause of their own.
     fn after_stop(&mut self, vm: &Vm) {
@@ -408,8 +419,15 @@ impl Run<'_> {
             let mut console = console.lock().unwrap_or_else(PoisonError::into_inner);
             console.resize(size);
         }
+        self.send_size();
         if vm.pause() {
             vm.resume();
+        }
+    }
+
+    fn send_size(&mut self) {
+        if self.plan.streams.is_some_and(|streams| streams.terminal) {
+            self.input.send_size();
         }
     }
 
@@ -458,7 +476,7 @@ impl Run<'_> {
             );
             lines.push((log::Level::Warn, warning));
         }
-        let console_bytes = self.console.bytes_out();
+        let console_bytes = self.log().bytes_out();
         if let Some(level) = post_mortem::level(&outcome, console_bytes)
             && log::log_enabled!(level)
             && let Some(vcpu) = vm.vcpus().get(usize::from(end.vcpu.unwrap_or(0)))

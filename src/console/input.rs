@@ -11,7 +11,9 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::termios::tcgetwinsize;
 
 use super::escape::{Escape, HELP, Key};
+use super::frames::Credit;
 use super::terminal;
+use crate::guest::frames::{INPUT, RESIZE, SIGNAL, frame};
 
 /// Bytes of read-ahead for a guest that does not read its input. A terminal is read ahead of the guest so that `Ctrl-A x` works
 /// then. When this is full, the terminal is not read, and nothing is lost.
@@ -47,6 +49,8 @@ pub struct ConsoleInput {
     /// A break comes before that.
     break_pending: bool,
     ended: bool,
+    /// What goes to the guest goes in frames; how much input may.
+    framed: Option<Arc<Credit>>,
 }
 
 enum Read {
@@ -86,6 +90,42 @@ impl ConsoleInput {
             source,
             ahead: VecDeque::new(),
             break_pending: false,
+            framed: None,
+        }
+    }
+
+    /// Input for a container's program, in frames, of stdin if it is `interactive`. Keys are the program's own.
+    pub fn framed(interactive: bool) -> io::Result<Self> {
+        let input = if interactive {
+            Self::stdin()
+        } else {
+            Self::none()
+        };
+        let mut input = Self {
+            framed: Some(Arc::new(Credit::new()?)),
+            ..input
+        };
+        if input.ended {
+            input.ahead.extend(frame(INPUT, &[]));
+        }
+        Ok(input)
+    }
+
+    /// How much input a container's program may be sent.
+    pub fn credit(&self) -> Option<&Arc<Credit>> {
+        self.framed.as_ref()
+    }
+
+    /// Sends a container's program a signal with the next [`ConsoleInput::pump`].
+    pub fn send_signal(&mut self, signal: i32) {
+        self.ahead.extend(frame(SIGNAL, &[signal as u8]));
+    }
+
+    /// Likewise the size of the terminal, if it has one.
+    pub fn send_size(&mut self) {
+        if let Ok(size) = tcgetwinsize(io::stdout()) {
+            let content = [size.ws_row.to_le_bytes(), size.ws_col.to_le_bytes()].concat();
+            self.ahead.extend(frame(RESIZE, &content));
         }
     }
 
@@ -110,8 +150,10 @@ impl ConsoleInput {
             if self.ended {
                 return InputOutcome::Ended;
             }
-            let room = match self.source {
-                Source::Terminal(..) => LOOK_AHEAD.saturating_sub(self.ahead.len()),
+            let room = match (&self.framed, &self.source) {
+                (Some(credit), _) if self.ahead.is_empty() => credit.left(),
+                (Some(_), _) => 0,
+                (None, Source::Terminal(..)) => LOOK_AHEAD.saturating_sub(self.ahead.len()),
                 _ if self.ahead.is_empty() => lock(console).rx_space(),
                 _ => 0,
             };
@@ -126,7 +168,12 @@ impl ConsoleInput {
                     }
                 }
                 Read::NotReady => return InputOutcome::Continue,
-                Read::End => self.ended = true,
+                Read::End => {
+                    self.ended = true;
+                    if self.framed.is_some() {
+                        self.ahead.extend(frame(INPUT, &[]));
+                    }
+                }
             }
         }
     }
@@ -152,6 +199,9 @@ impl ConsoleInput {
 
     /// Gives the guest what has been read already.
     fn deliver(&mut self, console: &Mutex<impl ConsoleDevice + ?Sized>) {
+        if self.framed.as_ref().is_some_and(|credit| !credit.is_open()) {
+            return;
+        }
         if self.break_pending {
             self.break_pending = !lock(console).send_break();
         }
@@ -162,6 +212,11 @@ impl ConsoleInput {
     }
 
     fn accept(&mut self, bytes: &[u8]) -> InputOutcome {
+        if let Some(credit) = &self.framed {
+            credit.spend(bytes.len());
+            self.ahead.extend(frame(INPUT, bytes));
+            return InputOutcome::Continue;
+        }
         let Source::Terminal(_, escape) = &mut self.source else {
             self.ahead.extend(bytes);
             return InputOutcome::Continue;

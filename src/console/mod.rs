@@ -8,6 +8,7 @@
 //! until the guest has room. Buffers are bounded, and lost output is counted.
 
 mod escape;
+mod frames;
 mod input;
 mod output;
 mod pty;
@@ -26,6 +27,7 @@ use minivmm_devices::chardev::ConsoleOutput;
 use minivmm_devices::thread::ThreadStarter;
 use thiserror::Error;
 
+pub use frames::{Credit, FrameSink};
 pub use input::{ConsoleInput, InputOutcome};
 pub use signals::Signals;
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
@@ -112,6 +114,13 @@ impl Console {
             Self::start(destination, on_terminal, pty_path, threads)?,
             input,
         ))
+    }
+
+    /// Output to stderr.
+    pub fn stderr(threads: &ThreadStarter) -> Result<Self, ConsoleError> {
+        let stderr = io::stderr().as_fd().try_clone_to_owned().ok();
+        let stream = |fd| Destination::Stream(Arc::new(fd), "stderr".to_owned());
+        Self::start(stderr.map(stream), false, None, threads)
     }
 
     fn start(

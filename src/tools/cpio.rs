@@ -97,6 +97,31 @@ impl Header {
     }
 }
 
+/// Writes a member with this content. `mode` has the type's bits; a device has numbers.
+pub(crate) fn write_member(
+    out: &mut dyn Write,
+    name: &str,
+    mode: u32,
+    device: (u32, u32),
+    content: &[u8],
+) -> io::Result<()> {
+    let size = u32::try_from(content.len()).map_err(io::Error::other)?;
+    let header = Header {
+        mode,
+        device,
+        links: 1,
+        ..Header::new(name.as_bytes(), size)
+    };
+    header.write(out)?;
+    out.write_all(content)?;
+    pad(content.len(), out)
+}
+
+/// Ends an archive.
+pub(crate) fn write_end(out: &mut dyn Write) -> io::Result<()> {
+    Header::new(TRAILER, 0).write(out)
+}
+
 /// Whether a member begins here; the second format has checksums, which nobody looks at.
 pub(super) fn is_member(bytes: &[u8]) -> bool {
     bytes.starts_with(b"070701") || bytes.starts_with(b"070702")
@@ -122,7 +147,7 @@ pub(super) fn pack(root: &Path, out: &mut dyn Write) -> io::Result<u64> {
         out,
     };
     archive.directory(root)?;
-    Header::new(TRAILER, 0).write(archive.out)?;
+    write_end(archive.out)?;
     Ok(archive.content)
 }
 

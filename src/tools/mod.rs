@@ -2,7 +2,7 @@
 
 pub mod bench;
 pub mod compare;
-mod cpio;
+pub(crate) mod cpio;
 pub mod doctor;
 pub mod error;
 pub mod measure;

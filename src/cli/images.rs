@@ -1,0 +1,66 @@
+//! `images` and `rmi`: what is in the store of images.
+
+use std::io::{self, Write};
+
+use clap::Args;
+
+use super::run::RunError;
+use super::run_image::store;
+use crate::image::{ImageError, Stored};
+use crate::vmm::error::host;
+
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
+#[derive(Debug, Args)]
+pub struct RmiArgs {
+    /// Name of an image, or the beginning of its digest
+    #[arg(value_name = "IMAGE", required = true)]
+    images: Vec<String>,
+}
+
+/// Lists the images, the one that was used last first.
+pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
+    let images = store()?.list().map_err(host("the store of images"))?;
+    let print = |out: &mut dyn Write| -> io::Result<()> {
+        writeln!(out, "{:<14} {:>9}  {:<20} NAME", "DIGEST", "SIZE", "USED")?;
+        for image in &images {
+            let digest = image.meta.digest.hex();
+            let used = humantime::format_rfc3339_seconds(image.used);
+            let size = format!("{:.1} MiB", image.bytes as f64 / f64::from(1 << 20));
+            let digits = digest.get(..12).unwrap_or(&digest);
+            writeln!(
+                out,
+                "{digits:<14} {size:>9}  {used:<20} {}",
+                image.meta.name
+            )?;
+        }
+        Ok(())
+    };
+    match print(out) {
+        // A reader that has seen enough.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => Ok(printed.map_err(host("stdout"))?),
+    }
+}
+
+/// Removes images.
+pub fn remove(args: &RmiArgs) -> Result<(), RunError> {
+    let store = store()?;
+    for name in &args.images {
+        let failed = |source| ImageError {
+            image: name.clone(),
+            source,
+        };
+        let found = store.called(name).map_err(failed)?;
+        let digests: Vec<String> = found.iter().map(|i: &Stored| i.meta.digest.hex()).collect();
+        match found.as_slice() {
+            [image] => store.remove(image).map_err(failed)?,
+            [] => return Err(failed(io::Error::other("it is not in the store")).into()),
+            _ => {
+                let digests = digests.join(", ");
+                let why = format!("several images are called so; give a digest: {digests}");
+                return Err(failed(io::Error::other(why)).into());
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,320 @@
+//! `run`: a container image as a VM.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::log::LogArgs;
+use super::plan::{Plan, Streams};
+use super::run::RunError;
+use crate::boot;
+use crate::config::{
+    ConsoleKind, DEFAULT_CMDLINE, DiskConfig, DiskFormat, MAX_CPUS, MemorySize, SandboxMode, Span,
+    VmConfig, join_words,
+};
+use crate::guest::{INIT, Orders};
+use crate::image::{ImageConfig, Source, Store, Stored};
+use crate::run::{find_kernel, initramfs};
+use crate::vmm::error::host;
+
+/// What every program finds in its environment, unless the image or the user says otherwise.
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Longest file of variables in bytes.
+const MAX_ENV_FILE: u64 = 1 << 20;
+
+const HELP: &str = "\
+IMAGE is an OCI layout (a directory or an archive), an archive of docker save or podman save, or - for one on stdin; \
+FILE:NAME takes one of several images. With --rootfs it is a directory or an archive of a root file system. What was run once \
+can be run again by its name or digest, as minivmm images lists it. What the program writes goes to memory and ends with the VM.
+
+Examples:
+  skopeo copy docker://debian:12 oci:debian && minivmm run -it ./debian bash
+  docker save nginx | minivmm run - nginx -v
+  minivmm run --rootfs ./root /bin/sh -c 'uname -a; exit 3'
+
+Exit status: that of the program, 128 + N if signal N ended it; 125 if minivmm could not go on, 126 if the program cannot be \
+executed, 127 if it is not there; otherwise as without a subcommand.";
+
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
+#[derive(Debug, Args)]
+#[command(after_help = HELP, disable_help_flag = true)]
+pub struct RunArgs {
+    /// Give the program what comes on stdin
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the program a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// Set a variable, or take it from minivmm's own environment; may be given again
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Set the variables of a file, one a line; may be given again
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+    /// Work directory, made if it is not there [default: the image's, or /]
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// Run the program as this user, by the image's names or by numbers [default: the image's, or root]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// Run this in place of the image's entrypoint; an empty one is none
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<String>,
+    /// Name of the machine [default: the first digits of the image's digest]
+    #[arg(short, long, value_name = "NAME")]
+    hostname: Option<String>,
+    /// Let the program write to nothing but /dev/shm and what it mounts itself
+    #[arg(long)]
+    read_only: bool,
+    /// Network; there is none yet
+    #[arg(long, value_name = "MODE", default_value = "none", value_parser = ["none"])]
+    network: String,
+    /// Memory, as in 512m or 2g
+    #[arg(short, long, value_name = "SIZE", default_value = "512M")]
+    memory: MemorySize,
+    /// vCPUs, 1 to 64
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS.into()))]
+    cpus: u8,
+    /// Linux kernel [default: the small kernel, if it was built, else this host's /boot/vmlinuz]. Modules that it needs come from
+    /// lib/modules beside it or from /lib/modules
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// IMAGE is a root file system, a directory or an archive
+    #[arg(long)]
+    rootfs: bool,
+    /// End with status 124 after this time, as in 500ms, 10s or 2min
+    #[arg(long, value_name = "TIME")]
+    pub deadline: Option<Span>,
+    /// Say when what happened: a table on stderr when the VM has ended, or JSON in FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub timeline: Option<Option<PathBuf>>,
+    /// Accepted for docker's sake: nothing of a VM stays
+    #[arg(long)]
+    rm: bool,
+    /// Print help
+    #[arg(long, action = clap::ArgAction::Help)]
+    help: Option<bool>,
+    /// Say more about minivmm itself, given twice even more
+    #[arg(long, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    verbose: u8,
+    /// Say nothing about minivmm itself
+    #[arg(short, long)]
+    quiet: bool,
+    /// What to run
+    #[arg(value_name = "IMAGE")]
+    image: String,
+    /// Program and arguments, in place of the image's own [default: the image's]
+    #[arg(
+        value_name = "COMMAND",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    command: Vec<String>,
+}
+
+/// The user's store of images.
+pub(super) fn store() -> Result<Store, RunError> {
+    let cache = boot::cache_dir().ok_or_else(|| {
+        RunError::Usage("there is no place for images: set HOME or XDG_CACHE_HOME".to_owned())
+    })?;
+    let dir = cache.join("images");
+    Store::open(&dir).map_err(file(&format!("the store of images {}", dir.display())))
+}
+
+impl RunArgs {
+    /// The level of the log. There is no -v: docker has it for something else.
+    pub fn log_level(&self) -> log::LevelFilter {
+        let (quiet, verbose) = (self.quiet, self.verbose);
+        LogArgs { verbose, quiet }.level()
+    }
+
+    /// Finds image and kernel and says what is to be run.
+    pub fn into_plan(self) -> Result<Plan, RunError> {
+        if self.tty && self.interactive && !rustix::termios::isatty(std::io::stdin()) {
+            let why = "-t needs a terminal on stdin; without one, give -i alone".to_owned();
+            return Err(RunError::Usage(why));
+        }
+        let kernel = match &self.kernel {
+            Some(kernel) => kernel.clone(),
+            None => find_kernel(&boot::cache_dir().unwrap_or_default())?,
+        };
+        let source = if self.rootfs {
+            Source::Root(self.image.clone().into())
+        } else {
+            Source::parse(&self.image)
+        };
+        let stored = source.load(&store()?)?;
+        let mut orders = self.orders(&stored)?;
+        let initrd = initramfs(&kernel, &mut orders).map_err(host("the initramfs"))?;
+        let path = format!("/proc/self/fd/{}", initrd.as_raw_fd());
+        let config = VmConfig {
+            kernel,
+            initrd: Some(path.into()),
+            // No console but COM1: hvc0 is for the program's streams.
+            cmdline: Some(join_words([
+                DEFAULT_CMDLINE,
+                "loglevel=1",
+                &format!("rdinit={INIT}"),
+            ])),
+            cpus: self.cpus,
+            memory: self.memory,
+            disks: vec![DiskConfig {
+                path: stored.root,
+                format: Some(DiskFormat::Raw),
+                read_only: true,
+                ..DiskConfig::default()
+            }],
+            console: ConsoleKind::Virtio,
+            deadline: self.deadline,
+            sandbox: SandboxMode::default(),
+            ..VmConfig::default()
+        };
+        Ok(Plan {
+            config,
+            streams: Some(Streams {
+                terminal: self.tty,
+                interactive: self.interactive,
+            }),
+            initramfs: Some(initrd),
+            ..Plan::default()
+        })
+    }
+
+    /// What the guest is to do: the image's configuration with the arguments over it.
+    fn orders(&self, stored: &Stored) -> Result<Orders, RunError> {
+        let config = &stored.meta.config;
+        let digest = stored.meta.digest.hex();
+        let digits = digest.get(..12).unwrap_or(&digest);
+        let hostname = self.hostname.clone().unwrap_or_else(|| digits.to_owned());
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+        if hostname.is_empty() || hostname.len() > 63 || !hostname.chars().all(is_name) {
+            return Err(RunError::Usage(format!("'{hostname}' is no host name")));
+        }
+        let user = self.user.clone().or_else(|| config.user.clone());
+        let directory = self.workdir.clone().or_else(|| config.working_dir.clone());
+        let directory = directory.unwrap_or_default();
+        Ok(Orders {
+            modules: Vec::new(),
+            command: command(config, self.entrypoint.as_deref(), &self.command),
+            environment: self.environment(config, &hostname)?,
+            user: user.unwrap_or_default(),
+            directory: Path::new("/")
+                .join(directory)
+                .to_string_lossy()
+                .into_owned(),
+            hostname,
+            terminal: self.tty,
+            read_only: self.read_only,
+        })
+    }
+
+    /// The image's variables, those of files, and those that were given; later ones count.
+    fn environment(&self, config: &ImageConfig, hostname: &str) -> Result<Vec<String>, RunError> {
+        let mut list = vec![PATH.to_owned(), format!("HOSTNAME={hostname}")];
+        if self.tty {
+            list.push("TERM=xterm".to_owned());
+        }
+        list.extend(config.env.iter().flatten().cloned());
+        for path in &self.env_file {
+            let text = read_text(path).map_err(file(&path.display().to_string()))?;
+            let lines = text.lines().map(str::trim_start);
+            list.extend(
+                lines
+                    .filter(|l| !l.is_empty() && !l.starts_with('#'))
+                    .filter_map(variable),
+            );
+        }
+        list.extend(self.env.iter().filter_map(|text| variable(text)));
+        Ok(list)
+    }
+}
+
+fn file(what: &str) -> impl FnOnce(std::io::Error) -> RunError + use<> {
+    let what = what.to_owned();
+    move |source| RunError::File { what, source }
+}
+
+fn read_text(path: &Path) -> std::io::Result<String> {
+    use std::io::Read;
+    let mut text = String::new();
+    let file = fs::File::open(path)?;
+    file.take(MAX_ENV_FILE).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// NAME=VALUE; for a name alone, the value that it has here, if it has one.
+fn variable(text: &str) -> Option<String> {
+    if text.contains('=') {
+        return Some(text.to_owned());
+    }
+    Some(format!("{text}={}", std::env::var(text).ok()?))
+}
+
+/// Arguments replace the image's own; an entrypoint that is given takes those of the image away.
+fn command(config: &ImageConfig, entrypoint: Option<&str>, arguments: &[String]) -> Vec<String> {
+    let (first, default) = match entrypoint {
+        Some("") => (Vec::new(), None),
+        Some(program) => (vec![program.to_owned()], None),
+        None => (
+            config.entrypoint.clone().unwrap_or_default(),
+            config.cmd.clone(),
+        ),
+    };
+    let rest = if arguments.is_empty() {
+        default.unwrap_or_default()
+    } else {
+        arguments.to_vec()
+    };
+    [first, rest].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_replace_the_command_and_keep_the_entrypoint() {
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let config = ImageConfig {
+            entrypoint: Some(words("/entry -x")),
+            cmd: Some(words("a b")),
+            ..ImageConfig::default()
+        };
+        let run = |entrypoint, arguments: &[&str]| {
+            let arguments: Vec<String> = arguments.iter().map(|word| word.to_string()).collect();
+            command(&config, entrypoint, &arguments).join(" ")
+        };
+        assert_eq!(run(None, &[]), "/entry -x a b");
+        assert_eq!(run(None, &["c"]), "/entry -x c");
+        assert_eq!(run(Some("p"), &[]), "p");
+        assert_eq!(run(Some("p"), &["c"]), "p c");
+        assert_eq!(run(Some(""), &["c"]), "c");
+    }
+
+    #[test]
+    fn options_end_at_the_image() {
+        use clap::Parser;
+        let parsed = |words: &str| super::super::Cli::try_parse_from(words.split(' '));
+        let cli = parsed("minivmm run -it -e A=b -m 1g ./i sh -c -x --rm").unwrap();
+        let Some(super::super::Command::Run(args)) = cli.command else {
+            panic!("no run");
+        };
+        assert_eq!(args.command, ["sh", "-c", "-x", "--rm"]);
+        assert!(args.tty && args.interactive && args.env == ["A=b"]);
+        assert_eq!(args.memory.bytes, 1 << 30);
+        for unknown in [
+            "-d",
+            "-v /a:/b",
+            "--privileged",
+            "-p 80:80",
+            "--network bridge",
+        ] {
+            assert!(
+                parsed(&format!("minivmm run {unknown} ./i")).is_err(),
+                "{unknown}"
+            );
+        }
+    }
+}

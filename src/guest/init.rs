@@ -1,0 +1,246 @@
+//! The first process: modules, mounts, names, and the end of the machine.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::mount::{MountFlags, mount, mount_move, mount_remount};
+
+use super::failure::{Failure, cannot, make_directory};
+use super::orders::{MODULES, ORDERS, Orders};
+use super::process;
+use super::streams::Channel;
+
+/// I/O port whose byte becomes minivmm's exit status.
+const EXIT_PORT: u16 = 0xf4;
+/// How long a device may take to appear after its driver was loaded.
+const DEVICE_LIMIT: Duration = Duration::from_secs(10);
+/// The image's disk, the only one.
+const DISK: &str = "/dev/vda";
+/// Where its streams go.
+const CHANNEL: &str = "/dev/hvc0";
+
+/// The whole life of the guest: does not return.
+pub fn main() -> ! {
+    let mut channel = None;
+    let status = run(&mut channel).unwrap_or_else(|failure| {
+        let text = format!("minivmm: error: in the guest: {}\n", failure.text);
+        match &channel {
+            Some(channel) => channel.error(text.as_bytes()),
+            // COM1.
+            None => _ = io::stderr().write_all(text.as_bytes()),
+        }
+        failure.status
+    });
+    if let Some(channel) = &channel {
+        channel.drain();
+    }
+    end(status)
+}
+
+fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
+    let early = [
+        ("proc", "/proc", "proc", MountFlags::empty()),
+        ("dev", "/dev", "devtmpfs", MountFlags::empty()),
+    ];
+    early.iter().try_for_each(mount_one)?;
+    let orders = fs::read(ORDERS).map_err(cannot("read the orders"))?;
+    let orders: Orders = serde_json::from_slice(&orders).map_err(cannot("read the orders"))?;
+    for module in &orders.modules {
+        load_module(&Path::new(MODULES).join(module))
+            .map_err(cannot(format_args!("load the kernel module {module}")))?;
+    }
+    wait_for(CHANNEL)?;
+    let opened = Channel::open(Path::new(CHANNEL)).map_err(cannot("open hvc0"))?;
+    let channel = channel.insert(opened);
+    enter_root(&orders)?;
+    set_names(&orders).map_err(cannot("set the host name"))?;
+    process::run(&orders, channel)
+}
+
+fn mount_one(
+    (source, target, kind, flags): &(&str, &str, &str, MountFlags),
+) -> Result<(), Failure> {
+    make_directory(Path::new(target)).map_err(cannot(format_args!("make {target}")))?;
+    let options = match *kind {
+        "devpts" => Some(c"mode=620,gid=5,ptmxmode=666"),
+        "tmpfs" => Some(c"mode=1777"),
+        _ => None,
+    };
+    mount(*source, *target, *kind, *flags, options)
+        .map_err(cannot(format_args!("mount {kind} on {target}")))
+}
+
+fn load_module(path: &Path) -> io::Result<()> {
+    let file = File::open(path)?;
+    match rustix::system::finit_module(&file, c"", 0) {
+        // It is there already.
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Waits for a device that a driver is about to find.
+fn wait_for(device: &str) -> Result<(), Failure> {
+    let limit = Instant::now() + DEVICE_LIMIT;
+    while !Path::new(device).exists() {
+        if Instant::now() > limit {
+            return Err(cannot(format_args!("find {device}"))(
+                "the kernel has no driver for it",
+            ));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Mounts the image, with memory above it for what is written, and makes it the root.
+fn enter_root(orders: &Orders) -> Result<(), Failure> {
+    wait_for(DISK)?;
+    for dir in ["/image", "/memory", "/root"] {
+        make_directory(Path::new(dir)).map_err(cannot(format_args!("make {dir}")))?;
+    }
+    mount(DISK, "/image", "erofs", MountFlags::RDONLY, None)
+        .map_err(cannot("mount the image (EROFS)"))?;
+    mount("memory", "/memory", "tmpfs", MountFlags::empty(), None)
+        .map_err(cannot("mount tmpfs"))?;
+    for dir in ["/memory/upper", "/memory/work"] {
+        make_directory(Path::new(dir)).map_err(cannot(format_args!("make {dir}")))?;
+    }
+    copy_root_attributes().map_err(cannot("prepare the root"))?;
+    let layers = c"lowerdir=/image,upperdir=/memory/upper,workdir=/memory/work";
+    mount(
+        "image",
+        "/root",
+        "overlay",
+        MountFlags::empty(),
+        Some(layers),
+    )
+    .map_err(cannot("mount overlayfs"))?;
+    rustix::process::chdir("/root").map_err(cannot("enter the image"))?;
+    mount_move("/root", "/").map_err(cannot("make the image the root"))?;
+    rustix::process::chroot(".").map_err(cannot("make the image the root"))?;
+    rustix::process::chdir("/").map_err(cannot("enter the image"))?;
+    let (safe, hidden) = (
+        MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV,
+        MountFlags::NOSUID | MountFlags::NODEV,
+    );
+    [
+        ("proc", "/proc", "proc", safe),
+        ("sys", "/sys", "sysfs", safe),
+        ("dev", "/dev", "devtmpfs", MountFlags::NOSUID),
+        (
+            "pts",
+            "/dev/pts",
+            "devpts",
+            MountFlags::NOSUID | MountFlags::NOEXEC,
+        ),
+        ("shm", "/dev/shm", "tmpfs", hidden),
+    ]
+    .iter()
+    .try_for_each(mount_one)?;
+    // What not every kernel has.
+    for optional in [
+        ("mqueue", "/dev/mqueue", "mqueue", safe),
+        ("cgroup", "/sys/fs/cgroup", "cgroup2", safe),
+    ] {
+        let _ = mount_one(&optional);
+    }
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        // devtmpfs may have them.
+        let _ = std::os::unix::fs::symlink(target, Path::new("/dev").join(name));
+    }
+    write_files(orders).map_err(cannot("write /etc/hosts"))?;
+    if orders.read_only {
+        mount_remount("/", MountFlags::RDONLY, "").map_err(cannot("make the root read-only"))?;
+    }
+    Ok(())
+}
+
+/// The root directory is the one that is made here: it gets owner and permissions of the image's.
+fn copy_root_attributes() -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let root = fs::metadata("/image")?;
+    std::os::unix::fs::chown("/memory/upper", Some(root.uid()), Some(root.gid()))?;
+    fs::set_permissions("/memory/upper", root.permissions())
+}
+
+/// The files that say who this machine is, as docker writes them.
+fn write_files(orders: &Orders) -> io::Result<()> {
+    make_directory(Path::new("/etc"))?;
+    let name = &orders.hostname;
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
+    );
+    for (path, text) in [
+        ("/etc/hostname", format!("{name}\n")),
+        ("/etc/hosts", hosts),
+    ] {
+        // It may be a symbolic link to where nothing is.
+        if fs::symlink_metadata(path).is_ok_and(|m| !m.is_file()) {
+            fs::remove_file(path)?;
+        }
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o644);
+        let opened = options.custom_flags(libc::O_NOFOLLOW).open(path);
+        opened?.write_all(text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The host's name, and the loopback device.
+fn set_names(orders: &Orders) -> io::Result<()> {
+    rustix::system::sethostname(orders.hostname.as_bytes())?;
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        None,
+    );
+    let Ok(socket) = socket else {
+        // A kernel without a network.
+        return Ok(());
+    };
+    set_up_loopback(socket.as_fd());
+    Ok(())
+}
+
+#[allow(unsafe_code, reason = "there is no safe interface for SIOCSIFFLAGS")]
+fn set_up_loopback(socket: std::os::fd::BorrowedFd<'_>) {
+    use std::os::fd::AsRawFd;
+    // SAFETY: an all-zero ifreq is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: the kernel reads an ifreq, which lives until the call returns. Without a loopback device it fails.
+    unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) };
+}
+
+/// Ends the machine with this status.
+#[allow(unsafe_code, reason = "only instructions reach an I/O port")]
+fn end(status: u8) -> ! {
+    rustix::fs::sync();
+    // SAFETY: the call gives this thread access to a port, and has no other effect.
+    let granted = unsafe { libc::syscall(libc::SYS_ioperm, u64::from(EXIT_PORT), 1u64, 1u64) };
+    if granted == 0 {
+        // SAFETY: the port is this process's; nothing but minivmm's exit port is there, and a write to it touches no memory.
+        unsafe {
+            std::arch::asm!("out dx, al", in("dx") EXIT_PORT, in("al") status, options(nomem, nostack));
+        }
+    }
+    // Not under minivmm, or a kernel that is locked down: its status is lost.
+    let _ = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);
+    loop {
+        thread::park();
+    }
+}

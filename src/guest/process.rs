@@ -1,0 +1,187 @@
+//! The program of an image: who it runs as, where, with which streams; and its end.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+
+use rustix::process::{Pid, WaitOptions, WaitStatus};
+use rustix::thread::{Gid, Uid};
+
+use super::failure::{Failure, c_string, cannot, make_directory};
+use super::orders::Orders;
+use super::streams::Channel;
+use super::users::{self, User};
+
+/// What the program finds as its streams, and our ends of them.
+struct Streams {
+    program: [OwnedFd; 3],
+    input: OwnedFd,
+    output: OwnedFd,
+    /// Where there is a terminal, it is all in the output.
+    error: Option<OwnedFd>,
+    /// The terminal's other end, for its size.
+    terminal: Option<OwnedFd>,
+}
+
+/// Runs the program; its exit status, as a shell has it.
+pub(super) fn run(orders: &Orders, channel: &Channel) -> Result<u8, Failure> {
+    let unusable = |text| Failure { status: 125, text };
+    let passwd = users::read("/etc/passwd").map_err(cannot("read /etc/passwd"))?;
+    let group = users::read("/etc/group").map_err(cannot("read /etc/group"))?;
+    let user = User::find(&orders.user, &passwd, &group).map_err(unusable)?;
+    let directory = Path::new(&orders.directory);
+    if !directory.exists() {
+        make_directory(directory).map_err(cannot(format_args!("make {}", orders.directory)))?;
+    }
+    let (name, arguments) = (orders.command)
+        .split_first()
+        .ok_or_else(|| unusable("no command is given, and the image has none".to_owned()))?;
+    orders
+        .command
+        .iter()
+        .try_for_each(|word| c_string(word).map(drop))?;
+    let streams = if orders.terminal {
+        Streams::terminal()
+    } else {
+        Streams::pipes()
+    };
+    let streams = streams.map_err(cannot("make the program's streams"))?;
+
+    let mut command = Command::new(name);
+    command.args(arguments).env_clear().current_dir(directory);
+    command.env("HOME", &user.home);
+    for variable in &orders.environment {
+        let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
+        c_string(variable)?;
+        if !name.is_empty() {
+            command.env(name, value);
+        }
+    }
+    let [stdin, stdout, stderr] = streams.program.map(Stdio::from);
+    command.stdin(stdin).stdout(stdout).stderr(stderr);
+    before_program(&mut command, user, orders.terminal);
+    let child = command.spawn();
+    // Our copies of the program's ends.
+    drop(command);
+    let child = child.map_err(|e| Failure {
+        // As shells and docker have it.
+        status: if e.kind() == io::ErrorKind::NotFound {
+            127
+        } else {
+            126
+        },
+        text: format!("cannot run '{name}': {e}"),
+    })?;
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| unusable("the program has no process ID".to_owned()))?;
+
+    // The host sends no more than a window of what the program has not taken.
+    let (input, pieces) = mpsc::channel();
+    let (to, writer) = (streams.input, channel.clone());
+    let terminal = orders.terminal;
+    thread::spawn(move || writer.copy_input(&pieces, to, terminal));
+    let (reader, size) = (channel.clone(), streams.terminal);
+    thread::spawn(move || reader.serve(&input, pid, size.as_ref()));
+    let outputs = [(false, Some(streams.output)), (true, streams.error)];
+    let outputs: Vec<_> = outputs
+        .into_iter()
+        .filter_map(|(is_error, from)| {
+            let (channel, from) = (channel.clone(), from?);
+            Some(thread::spawn(move || channel.copy_output(is_error, from)))
+        })
+        .collect();
+
+    let status = wait(pid);
+    // What the program has left behind goes with it, so that its streams end.
+    kill_all();
+    for output in outputs {
+        let _ = output.join();
+    }
+    Ok(status)
+}
+
+impl Streams {
+    fn pipes() -> io::Result<Self> {
+        let flags = rustix::pipe::PipeFlags::CLOEXEC;
+        let [input, output, error] = [(); 3].map(|()| rustix::pipe::pipe_with(flags));
+        let (input, output, error) = (input?, output?, error?);
+        Ok(Self {
+            program: [input.0, output.1, error.1],
+            input: input.1,
+            output: output.0,
+            error: Some(error.0),
+            terminal: None,
+        })
+    }
+
+    fn terminal() -> io::Result<Self> {
+        use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        let name = ptsname(&master, Vec::new())?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+        let path = name.to_str().map_err(io::Error::other)?;
+        let slave = OwnedFd::from(options.open(path)?);
+        Ok(Self {
+            program: [slave.try_clone()?, slave.try_clone()?, slave],
+            input: master.try_clone()?,
+            output: master.try_clone()?,
+            error: None,
+            terminal: Some(master),
+        })
+    }
+}
+
+/// What the program's process does before it becomes the program.
+#[allow(unsafe_code, reason = "it runs between fork and exec")]
+fn before_program(command: &mut Command, user: User, terminal: bool) {
+    let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    let prepare = move || -> io::Result<()> {
+        // A session and a process group of its own, for signals and job control.
+        rustix::process::setsid()?;
+        if terminal {
+            rustix::process::ioctl_tiocsctty(io::stdin().as_fd())?;
+            rustix::fs::fchown(io::stdin(), Some(Uid::from_raw(user.uid)), None)?;
+        }
+        rustix::thread::set_thread_groups(&groups)?;
+        rustix::thread::set_thread_gid(Gid::from_raw(user.gid))?;
+        rustix::thread::set_thread_uid(Uid::from_raw(user.uid))?;
+        Ok(())
+    };
+    // SAFETY: it makes system calls only, and allocates nothing.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Waits for the program, and for all others that end meanwhile: this is process 1.
+fn wait(program: Pid) -> u8 {
+    loop {
+        match rustix::process::wait(WaitOptions::empty()) {
+            Ok(Some((pid, status))) if pid == program => return status_of(status),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            // No child any more, which cannot be before the program's end.
+            Err(_) => return 125,
+        }
+    }
+}
+
+fn status_of(status: WaitStatus) -> u8 {
+    let signal = status.terminating_signal().map(|signal| 128 + signal);
+    let status = status.exit_status().or(signal).unwrap_or(125);
+    u8::try_from(status).unwrap_or(u8::MAX)
+}
+
+/// Kills all processes but this one, and waits until they are gone.
+#[allow(unsafe_code, reason = "no safe interface signals all processes")]
+fn kill_all() {
+    // SAFETY: it sends a signal, never to the first process itself.
+    unsafe { libc::kill(-1, libc::SIGKILL) };
+    while rustix::process::wait(WaitOptions::empty()).is_ok() {}
+}

@@ -1,0 +1,320 @@
+//! Where the parts of an image lie: in a directory or in a tar archive; and how they are read, unpacked and verified.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use flate2::bufread::MultiGzDecoder;
+use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::limits::{MAX_IMAGE_BYTES, MAX_JSON, MAX_MEMBERS};
+use super::tar::{Archive, Kind, bad};
+
+/// A SHA-256, written `sha256:HEX`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Digest([u8; 32]);
+
+impl Digest {
+    /// That of these bytes.
+    pub(super) fn of(bytes: &[u8]) -> Self {
+        Self(Sha256::digest(bytes).into())
+    }
+
+    /// Its 64 hexadecimal digits.
+    pub fn hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl FromStr for Digest {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("'{text}' is no digest of the form sha256:HEX");
+        let hex = text.strip_prefix("sha256:").ok_or_else(wrong)?;
+        let digits = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        if hex.len() != 64 || !hex.bytes().all(digits) {
+            return Err(wrong());
+        }
+        let mut bytes = [0; 32];
+        for (byte, at) in bytes.iter_mut().zip((0..).step_by(2)) {
+            let pair = hex.get(at..at + 2).ok_or_else(wrong)?;
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| wrong())?;
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl TryFrom<String> for Digest {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Digest> for String {
+    fn from(digest: Digest) -> Self {
+        digest.to_string()
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sha256:{}", self.hex())
+    }
+}
+
+/// The files that an image's parts are in, by name.
+pub(super) enum Parts {
+    Directory(PathBuf),
+    Archive {
+        file: File,
+        /// Where in the archive each file's content is: offset and length, or the name that it is a link to.
+        members: BTreeMap<Vec<u8>, Part>,
+    },
+}
+
+/// A file in an archive.
+pub(super) enum Part {
+    At(u64, u64),
+    Link(Vec<u8>),
+}
+
+impl Parts {
+    /// Opens a directory or an archive, which may be compressed as a whole.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        if fs::metadata(path)?.is_dir() {
+            return Ok(Self::Directory(path.to_owned()));
+        }
+        Self::archive(open_regular(path)?)
+    }
+
+    /// Copies an archive to a temporary file, since it is read in another order than it has.
+    pub(super) fn stream(reader: &mut dyn Read) -> io::Result<Self> {
+        let mut file = tempfile::tempfile()?;
+        let copied = io::copy(&mut reader.take(MAX_IMAGE_BYTES + 1), &mut file)?;
+        if copied > MAX_IMAGE_BYTES {
+            return Err(bad("the archive is too large"));
+        }
+        file.rewind()?;
+        Self::archive(file)
+    }
+
+    fn archive(mut file: File) -> io::Result<Self> {
+        let mut head = [0; 4];
+        let length = file.read(&mut head)?;
+        file.rewind()?;
+        if Compression::of(head.get(..length).unwrap_or_default()).is_some() {
+            return Self::stream(&mut *unpacked(file)?);
+        }
+        let mut members = BTreeMap::new();
+        let mut archive = Archive::seeking(BufReader::new(&file));
+        while let Some(member) = archive.next()? {
+            let name = member.path.strip_prefix(b"./").unwrap_or(&member.path);
+            let part = match member.kind {
+                Kind::File => Part::At(archive.position(), member.size),
+                Kind::HardLink => Part::Link(member.link),
+                // "../ID/layer.tar", where there are no deeper directories.
+                Kind::Symlink => {
+                    let target = member.link.strip_prefix(b"../");
+                    Part::Link(target.unwrap_or(&member.link).to_vec())
+                }
+                _ => continue,
+            };
+            members.insert(name.to_vec(), part);
+            if members.len() > MAX_MEMBERS {
+                return Err(bad("too many files"));
+            }
+        }
+        Ok(Self::Archive { file, members })
+    }
+
+    /// Whether there is such a file.
+    pub(super) fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Directory(dir) => dir.join(name).is_file(),
+            Self::Archive { members, .. } => members.contains_key(name.as_bytes()),
+        }
+    }
+
+    /// Opens a file; `name` is no path that leaves the directory.
+    pub(super) fn read(&self, name: &str) -> io::Result<Box<dyn Read + '_>> {
+        let missing = || io::Error::new(io::ErrorKind::NotFound, format!("{name} is not in it"));
+        match self {
+            Self::Directory(dir) => Ok(Box::new(open_regular(&dir.join(name))?)),
+            Self::Archive { file, members } => {
+                let mut at = name.as_bytes();
+                // In the oldest format a layer may be a link to another image's.
+                for _ in 0..2 {
+                    match members.get(at).ok_or_else(missing)? {
+                        Part::Link(target) => at = target,
+                        Part::At(offset, length) => {
+                            let reader = Positioned {
+                                file,
+                                at: *offset,
+                                left: *length,
+                            };
+                            return Ok(Box::new(reader));
+                        }
+                    }
+                }
+                Err(missing())
+            }
+        }
+    }
+
+    /// Reads a small file.
+    pub(super) fn read_all(&self, name: &str) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let reader = self.read(name)?;
+        reader.take(MAX_JSON + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > MAX_JSON {
+            return Err(bad(format!("{name} is longer than 4 MiB")));
+        }
+        Ok(bytes)
+    }
+}
+
+/// Opens a file that is one: no FIFO, at which the open would wait.
+pub(super) fn open_regular(path: &Path) -> io::Result<File> {
+    if fs::metadata(path)?.is_file() {
+        File::open(path)
+    } else {
+        Err(io::Error::other("it is not a regular file"))
+    }
+}
+
+/// Part of a file.
+struct Positioned<'a> {
+    file: &'a File,
+    at: u64,
+    left: u64,
+}
+
+impl Read for Positioned<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let most = buf.len().min(self.left.try_into().unwrap_or(usize::MAX));
+        let count = (self.file).read_at(buf.get_mut(..most).unwrap_or_default(), self.at)?;
+        self.at += count as u64;
+        self.left -= count as u64;
+        Ok(count)
+    }
+}
+
+/// How a layer is compressed, whatever its media type says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Compression {
+    Gzip,
+    Zstd,
+}
+
+impl Compression {
+    fn of(head: &[u8]) -> Option<Self> {
+        match head {
+            [0x1f, 0x8b, ..] => Some(Self::Gzip),
+            // A frame, or one to be skipped (RFC 8878, 3.1).
+            [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+}
+
+/// What a layer holds, uncompressed.
+pub(super) fn unpacked<'a>(mut reader: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    let mut head = Vec::new();
+    (&mut reader).take(4).read_to_end(&mut head)?;
+    let compression = Compression::of(&head);
+    let whole = BufReader::with_capacity(64 << 10, Cursor::new(head).chain(reader));
+    Ok(match compression {
+        Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(whole)),
+        Some(Compression::Zstd) => Box::new(Zstd {
+            source: whole,
+            decoder: FrameDecoder::new(),
+            in_frame: false,
+        }),
+        None => Box::new(whole),
+    })
+}
+
+/// Zstandard of several frames.
+struct Zstd<R> {
+    source: BufReader<R>,
+    decoder: FrameDecoder,
+    /// Whether the decoder is within a frame.
+    in_frame: bool,
+}
+
+impl<R: Read> Read for Zstd<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let damaged = |e: FrameDecoderError| bad(format!("a damaged Zstandard stream: {e}"));
+        loop {
+            if self.in_frame {
+                while self.decoder.can_collect() == 0 && !self.decoder.is_finished() {
+                    let one = BlockDecodingStrategy::UptoBlocks(1);
+                    let decoded = self.decoder.decode_blocks(&mut self.source, one);
+                    decoded.map_err(damaged)?;
+                }
+                let count = self.decoder.read(buf)?;
+                if count > 0 || buf.is_empty() {
+                    return Ok(count);
+                }
+            }
+            if self.source.fill_buf()?.is_empty() {
+                return Ok(0);
+            }
+            self.in_frame = match self.decoder.init(&mut self.source) {
+                Ok(()) => true,
+                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                    length,
+                    ..
+                })) => {
+                    let mut skipped = (&mut self.source).take(length.into());
+                    io::copy(&mut skipped, &mut io::sink())?;
+                    false
+                }
+                Err(e) => return Err(damaged(e)),
+            };
+        }
+    }
+}
+
+/// Counts and hashes what is read.
+pub(super) struct Hashing<R> {
+    reader: R,
+    hash: Sha256,
+    bytes: u64,
+}
+
+impl<R: Read> Hashing<R> {
+    pub(super) fn new(reader: R) -> Self {
+        Self {
+            reader,
+            hash: Sha256::new(),
+            bytes: 0,
+        }
+    }
+
+    /// Reads to the end. Returns digest and number of all bytes.
+    pub(super) fn finish(mut self) -> io::Result<(Digest, u64)> {
+        io::copy(&mut self, &mut io::sink())?;
+        Ok((Digest(self.hash.finalize().into()), self.bytes))
+    }
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buf)?;
+        self.hash.update(buf.get(..count).unwrap_or_default());
+        self.bytes += count as u64;
+        Ok(count)
+    }
+}

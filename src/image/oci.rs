@@ -1,0 +1,302 @@
+//! What the JSON of an image says: OCI image specification 1.1 (image-layout.md, image-index.md, manifest.md, config.md) and the
+//! archives of `docker save`.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::blob::{Digest, Hashing, Parts};
+use super::limits::{MAX_INDEXES, MAX_JSON, MAX_LAYERS};
+use super::tar::bad;
+
+/// The annotation of an index that gives an image a name.
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// The same by containerd, with the repository.
+const IMAGE_NAME: &str = "io.containerd.image.name";
+
+/// A blob by its digest.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Descriptor {
+    digest: Digest,
+    size: u64,
+    platform: Option<Platform>,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Platform {
+    architecture: String,
+    os: String,
+    variant: Option<String>,
+}
+
+/// An index or a manifest. What claims to be both is neither (CVE-2021-41190).
+#[derive(Debug, Deserialize)]
+struct Document {
+    manifests: Option<Vec<Descriptor>>,
+    config: Option<Descriptor>,
+    layers: Option<Vec<Descriptor>>,
+}
+
+/// An entry of manifest.json in an archive of `docker save`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct SavedImage {
+    config: String,
+    repo_tags: Option<Vec<String>>,
+    layers: Vec<String>,
+}
+
+/// An image's configuration, as far as it matters here.
+#[derive(Debug, Deserialize)]
+struct ConfigFile {
+    architecture: Option<String>,
+    os: Option<String>,
+    config: Option<ImageConfig>,
+    rootfs: RootFs,
+}
+
+#[derive(Debug, Deserialize)]
+struct RootFs {
+    diff_ids: Vec<Digest>,
+}
+
+/// How an image's program is started. Null and absent are the same.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ImageConfig {
+    /// User, or user and group, by name or number.
+    pub user: Option<String>,
+    /// NAME=VALUE.
+    pub env: Option<Vec<String>>,
+    /// The words before the command.
+    pub entrypoint: Option<Vec<String>>,
+    /// The command, unless another is given.
+    pub cmd: Option<Vec<String>>,
+    /// Work directory.
+    pub working_dir: Option<String>,
+}
+
+/// A layer: where it is, and what it has to be.
+pub(super) struct Layer {
+    pub(super) name: String,
+    /// Digest and size of the blob, if the image says so.
+    pub(super) blob: Option<(Digest, u64)>,
+    /// Digest of the archive in it.
+    pub(super) diff_id: Digest,
+}
+
+/// An image whose parts are to be read.
+pub(super) struct Image {
+    /// That of its manifest, or in an archive without one of its configuration.
+    pub(super) digest: Digest,
+    /// What its archive or index calls it.
+    pub(super) name: Option<String>,
+    pub(super) config: ImageConfig,
+    pub(super) layers: Vec<Layer>,
+}
+
+fn blob_name(digest: &Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> io::Result<T> {
+    serde_json::from_slice(bytes).map_err(|e| bad(format!("{what}: {e}")))
+}
+
+/// Reads a blob of JSON, and verifies it.
+fn json<T: DeserializeOwned>(parts: &Parts, blob: &Descriptor) -> io::Result<T> {
+    if blob.size > MAX_JSON {
+        return Err(bad(format!("{} has {} bytes", blob.digest, blob.size)));
+    }
+    let bytes = parts.read_all(&blob_name(&blob.digest))?;
+    if bytes.len() as u64 != blob.size || Digest::of(&bytes) != blob.digest {
+        return Err(bad(format!("{} is not what its digest says", blob.digest)));
+    }
+    parse(&blob.digest.to_string(), &bytes)
+}
+
+impl Image {
+    /// Finds the image in `parts`; if there are several, the one that is called `name`.
+    pub(super) fn find(parts: &Parts, name: Option<&str>) -> io::Result<Self> {
+        if parts.has("index.json") && parts.has("oci-layout") {
+            Self::from_layout(parts, name)
+        } else if parts.has("manifest.json") {
+            Self::from_docker_archive(parts, name)
+        } else {
+            Err(bad(
+                "it has neither index.json and oci-layout (an OCI layout) nor manifest.json (docker save)",
+            ))
+        }
+    }
+
+    fn from_layout(parts: &Parts, name: Option<&str>) -> io::Result<Self> {
+        let index: Document = parse("index.json", &parts.read_all("index.json")?)?;
+        let mut all = index.manifests.unwrap_or_default();
+        let calls = |blob: &Descriptor, name: &str| {
+            let names = [REF_NAME, IMAGE_NAME].map(|key| blob.annotations.get(key));
+            names.into_iter().flatten().any(|n| n == name)
+        };
+        if let Some(name) = name {
+            all.retain(|blob| calls(blob, name));
+        }
+        let mut chosen = choose(&all)?.clone();
+        let called = [IMAGE_NAME, REF_NAME].map(|key| chosen.annotations.get(key).cloned());
+        let called = called.into_iter().flatten().next();
+        // An index may name indexes.
+        for _ in 0..MAX_INDEXES {
+            let document: Document = json(parts, &chosen)?;
+            match (document.manifests, document.config, document.layers) {
+                (Some(manifests), None, None) => chosen = choose(&manifests)?.clone(),
+                (None, Some(config), Some(layers)) => {
+                    let file = json(parts, &config)?;
+                    let blobs = layers.into_iter();
+                    let layers = blobs.map(|b| (blob_name(&b.digest), Some((b.digest, b.size))));
+                    return Self::new(chosen.digest, called, file, layers.collect());
+                }
+                _ => return Err(bad(format!("{} is no manifest", chosen.digest))),
+            }
+        }
+        Err(bad("its indexes are nested too deep"))
+    }
+
+    fn from_docker_archive(parts: &Parts, name: Option<&str>) -> io::Result<Self> {
+        let mut images: Vec<SavedImage> =
+            parse("manifest.json", &parts.read_all("manifest.json")?)?;
+        let tags = |image: &SavedImage| image.repo_tags.clone().unwrap_or_default();
+        if let Some(name) = name {
+            images.retain(|image| tags(image).iter().any(|tag| tag == name));
+        }
+        let (image, others) = images
+            .split_first()
+            .ok_or_else(|| bad("no such image is in it"))?;
+        if !others.is_empty() {
+            let names: Vec<String> = images.iter().flat_map(tags).collect();
+            return Err(several(&names));
+        }
+        let bytes = parts.read_all(&image.config)?;
+        let digest = Digest::of(&bytes);
+        // Its name is its digest, in either format.
+        let stem = image.config.strip_suffix(".json");
+        let stem = stem.or_else(|| image.config.strip_prefix("blobs/sha256/"));
+        if stem != Some(&digest.hex()) {
+            return Err(bad(format!("{} is not what its name says", image.config)));
+        }
+        let layers = image.layers.iter().map(|name| (name.clone(), None));
+        Self::new(
+            digest,
+            tags(image).into_iter().next(),
+            parse(&image.config, &bytes)?,
+            layers.collect(),
+        )
+    }
+
+    fn new(
+        digest: Digest,
+        name: Option<String>,
+        file: ConfigFile,
+        layers: Vec<(String, Option<(Digest, u64)>)>,
+    ) -> io::Result<Self> {
+        let platform = [file.os, file.architecture].map(Option::unwrap_or_default);
+        if platform != ["linux", "amd64"] {
+            return Err(bad(format!(
+                "it is for {}, not for linux/amd64",
+                platform.join("/")
+            )));
+        }
+        if layers.len() != file.rootfs.diff_ids.len() || layers.len() > MAX_LAYERS {
+            return Err(bad(format!(
+                "it has {} layers, and its configuration {}; at most {MAX_LAYERS} are possible",
+                layers.len(),
+                file.rootfs.diff_ids.len()
+            )));
+        }
+        let layers = layers.into_iter().zip(file.rootfs.diff_ids);
+        Ok(Self {
+            digest,
+            name,
+            config: file.config.unwrap_or_default(),
+            layers: layers
+                .map(|((name, blob), diff_id)| Layer {
+                    name,
+                    blob,
+                    diff_id,
+                })
+                .collect(),
+        })
+    }
+}
+
+fn several(names: &[String]) -> io::Error {
+    bad(format!(
+        "it has several images ({}): give one's name, as in FILE:NAME",
+        names.join(", ")
+    ))
+}
+
+/// The image for this machine.
+fn choose(manifests: &[Descriptor]) -> io::Result<&Descriptor> {
+    let platforms = |blob: &Descriptor| {
+        let platform = blob.platform.as_ref()?;
+        let variant = platform.variant.iter().map(|variant| format!("/{variant}"));
+        let variant: String = variant.collect();
+        Some(format!(
+            "{}/{}{variant}",
+            platform.os, platform.architecture
+        ))
+    };
+    // Variants ask for processors that not everyone has; attestations are for "unknown/unknown".
+    let fits = |blob: &&Descriptor| {
+        platforms(blob).is_none_or(|p| p == "linux/amd64" || p == "linux/amd64/v1")
+    };
+    let mut fitting = manifests.iter().filter(fits);
+    match (fitting.next(), fitting.next()) {
+        (Some(first), None) => Ok(first),
+        (Some(_), Some(_)) => {
+            let names = manifests.iter().map(|blob| {
+                let name = blob.annotations.get(REF_NAME);
+                name.cloned().unwrap_or_else(|| blob.digest.to_string())
+            });
+            Err(several(&names.collect::<Vec<_>>()))
+        }
+        (None, _) => {
+            let there: Vec<String> = manifests.iter().filter_map(platforms).collect();
+            Err(bad(format!(
+                "it has no image for linux/amd64, only for: {}",
+                there.join(", ")
+            )))
+        }
+    }
+}
+
+impl Layer {
+    /// Has `use_content` read the archive in the layer, and verifies digests and size of all that was read.
+    pub(super) fn read(
+        &self,
+        parts: &Parts,
+        use_content: impl FnOnce(&mut dyn Read) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let size = self.blob.as_ref().map_or(u64::MAX - 1, |(_, size)| *size);
+        let mut blob = Hashing::new(parts.read(&self.name)?.take(size + 1));
+        let mut content = Hashing::new(super::blob::unpacked(&mut blob)?);
+        use_content(&mut content)?;
+        let (diff_id, _) = content.finish()?;
+        let (digest, bytes) = blob.finish()?;
+        if let Some((wanted, size)) = &self.blob
+            && (*wanted != digest || *size != bytes)
+        {
+            return Err(bad(format!("its {bytes} bytes have the digest {digest}")));
+        }
+        if diff_id != self.diff_id {
+            return Err(bad(format!(
+                "unpacked, its digest is {diff_id} instead of {}",
+                self.diff_id
+            )));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,406 @@
+//! Reads tar archives: ustar, pax and GNU. Every size, number and name is bounded before it is used, and nothing is kept but
+//! the member at hand.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Seek};
+
+use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
+
+use super::limits::{MAX_IMAGE_BYTES, MAX_PATH, MAX_XATTRS};
+
+/// Bytes of a block; headers and content begin at multiples of it.
+pub(super) const BLOCK: usize = 512;
+/// Longest extended header in bytes: all attributes of a member, its names and what else a writer adds.
+const MAX_EXTENDED: u64 = MAX_XATTRS as u64 + (64 << 10);
+/// Most pieces of a sparse file.
+const MAX_PIECES: usize = 1 << 18;
+
+/// An error that says what is wrong with an archive.
+pub(super) fn bad(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
+}
+
+/// What a member is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Kind {
+    File,
+    Directory,
+    Symlink,
+    HardLink,
+    /// The type bits of its mode, S_IFCHR and the like.
+    Special(u32),
+}
+
+/// A member's header, its extended headers applied.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) kind: Kind,
+    pub(super) path: Vec<u8>,
+    /// Target of a link.
+    pub(super) link: Vec<u8>,
+    /// Permissions, with set-user-ID and the like.
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    /// Seconds and nanoseconds since 1970.
+    pub(super) mtime: (i64, u32),
+    /// Major and minor number of a device.
+    pub(super) device: (u32, u32),
+    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Bytes of the file.
+    pub(super) size: u64,
+    /// Offset and length of its pieces that are in the archive; the rest is zero.
+    pub(super) pieces: Vec<(u64, u64)>,
+}
+
+/// An archive that is read from its beginning to its end.
+pub(super) struct Archive<R> {
+    reader: R,
+    /// Skips as many bytes; false if there are fewer.
+    skip: fn(&mut R, u64) -> io::Result<bool>,
+    /// Bytes of content that are left of the member, and of what fills its last block.
+    left: u64,
+    padding: u64,
+    /// Bytes read.
+    position: u64,
+}
+
+impl<R: Read> Archive<R> {
+    pub(super) fn new(reader: R) -> Self {
+        Self {
+            reader,
+            skip: |reader, bytes| Ok(io::copy(&mut reader.take(bytes), &mut io::sink())? == bytes),
+            left: 0,
+            padding: 0,
+            position: 0,
+        }
+    }
+
+    /// Where the next byte is that is to be read: behind a header, the member's content.
+    pub(super) fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Goes on with the next member; `None` at the end of the archive.
+    pub(super) fn next(&mut self) -> io::Result<Option<Member>> {
+        let mut extended = Extended::default();
+        loop {
+            self.skip_content()?;
+            let mut header = Header::new_old();
+            if !self.read_header(&mut header)? {
+                return if extended.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(bad("it ends behind an extended header"))
+                };
+            }
+            let kind = header.entry_type();
+            let is_extension = matches!(
+                kind,
+                EntryType::XHeader
+                    | EntryType::XGlobalHeader
+                    | EntryType::GNULongName
+                    | EntryType::GNULongLink
+            );
+            // Where both headers have a size, pax's counts, here and where the next member begins (CVE-2025-62518).
+            let size = (extended.size.filter(|_| !is_extension))
+                .map_or_else(|| header.entry_size(), Ok)?;
+            if size > MAX_IMAGE_BYTES {
+                return Err(bad(format!("a member of {size} bytes is too large")));
+            }
+            self.left = size;
+            self.padding = size.next_multiple_of(BLOCK as u64) - size;
+            match kind {
+                EntryType::XHeader => extended.read_pax(&self.extension(size)?)?,
+                // Defaults for all members, which no writer of images has use for.
+                EntryType::XGlobalHeader => _ = self.extension(size)?,
+                EntryType::GNULongName => extended.path = Some(self.long_name(size)?),
+                EntryType::GNULongLink => extended.link = Some(self.long_name(size)?),
+                _ => return self.member(&header, size, extended).map(Some),
+            }
+        }
+    }
+
+    /// Reads from the current member's stored content.
+    pub(super) fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        self.left = (self.left.checked_sub(buf.len() as u64))
+            .ok_or_else(|| bad("a member is shorter than it says"))?;
+        self.fill(buf)
+    }
+
+    fn fill(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        self.position += buf.len() as u64;
+        self.reader.read_exact(buf).map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => bad("it is cut off"),
+            _ => e,
+        })
+    }
+
+    /// Reads what is behind the archive's end, and gives the reader back.
+    pub(super) fn finish(mut self) -> io::Result<R> {
+        io::copy(&mut self.reader, &mut io::sink())?;
+        Ok(self.reader)
+    }
+
+    fn skip_content(&mut self) -> io::Result<()> {
+        let (left, padding) = (
+            std::mem::take(&mut self.left),
+            std::mem::take(&mut self.padding),
+        );
+        self.position += left + padding;
+        if !(self.skip)(&mut self.reader, left)? {
+            return Err(bad("it is cut off"));
+        }
+        // Some writers end behind the last byte: then there is no next header either.
+        (self.skip)(&mut self.reader, padding).map(drop)
+    }
+
+    /// False at the end: a block of zeroes, or no more bytes.
+    fn read_header(&mut self, header: &mut Header) -> io::Result<bool> {
+        let block = header.as_mut_bytes();
+        let mut count = 0;
+        while let Some(rest) = block.get_mut(count..).filter(|rest| !rest.is_empty()) {
+            match self.reader.read(rest) {
+                Ok(0) if count == 0 => return Ok(false),
+                Ok(0) => return Err(bad("it is cut off")),
+                Ok(n) => count += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        self.position += BLOCK as u64;
+        if block.iter().all(|byte| *byte == 0) {
+            return Ok(false);
+        }
+        // The checksum itself counts as spaces.
+        let sum: u32 = (block.iter().enumerate())
+            .map(|(at, byte)| {
+                if (148..156).contains(&at) {
+                    32
+                } else {
+                    u32::from(*byte)
+                }
+            })
+            .sum();
+        if header.cksum().is_ok_and(|stored| stored == sum) {
+            Ok(true)
+        } else {
+            Err(bad("it is no tar archive, or damaged"))
+        }
+    }
+
+    /// The content of an extended header.
+    fn extension(&mut self, size: u64) -> io::Result<Vec<u8>> {
+        if size > MAX_EXTENDED {
+            return Err(bad(format!("an extended header of {size} bytes")));
+        }
+        let mut bytes = vec![0; size as usize];
+        self.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn long_name(&mut self, size: u64) -> io::Result<Vec<u8>> {
+        let mut name = self.extension(size)?;
+        name.truncate(name.iter().position(|b| *b == 0).unwrap_or(name.len()));
+        Ok(name)
+    }
+
+    fn member(&mut self, header: &Header, stored: u64, extended: Extended) -> io::Result<Member> {
+        let kind = header.entry_type();
+        let path = (extended.path).unwrap_or_else(|| header.path_bytes().into_owned());
+        let shown = String::from_utf8_lossy(&path).into_owned();
+        let wrong = |what: &str| bad(format!("'{shown}': {what}"));
+        if path.len() > MAX_PATH {
+            return Err(bad(format!("a name of {} bytes", path.len())));
+        }
+        let mut member = Member {
+            // Before POSIX, a directory was a file whose name ends so.
+            kind: match kind {
+                EntryType::Regular if path.ends_with(b"/") => Kind::Directory,
+                EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
+                EntryType::Directory => Kind::Directory,
+                EntryType::Symlink => Kind::Symlink,
+                EntryType::Link => Kind::HardLink,
+                EntryType::Char => Kind::Special(libc::S_IFCHR),
+                EntryType::Block => Kind::Special(libc::S_IFBLK),
+                EntryType::Fifo => Kind::Special(libc::S_IFIFO),
+                other => return Err(wrong(&format!("type {:#x}", other.as_byte()))),
+            },
+            link: (extended.link)
+                .or_else(|| Some(header.link_name_bytes()?.into_owned()))
+                .unwrap_or_default(),
+            mode: header.mode()? & 0o7777,
+            uid: id(extended.uid.map_or_else(|| header.uid(), Ok)?)
+                .ok_or_else(|| wrong("its user ID has more than 32 bits"))?,
+            gid: id(extended.gid.map_or_else(|| header.gid(), Ok)?)
+                .ok_or_else(|| wrong("its group ID has more than 32 bits"))?,
+            mtime: match extended.mtime {
+                Some(time) => time,
+                None => (i64::try_from(header.mtime()?).unwrap_or(0), 0),
+            },
+            device: (0, 0),
+            xattrs: extended.xattrs,
+            size: stored,
+            pieces: vec![(0, stored)],
+            path,
+        };
+        if matches!(member.kind, Kind::Special(_)) {
+            let (major, minor) = (header.device_major()?, header.device_minor()?);
+            member.device = (major.unwrap_or(0), minor.unwrap_or(0));
+        }
+        if kind == EntryType::GNUSparse {
+            self.read_pieces(header, stored, &mut member)
+                .map_err(|e| wrong(&format!("a damaged sparse file: {e}")))?;
+        }
+        Ok(member)
+    }
+
+    /// Where the content of an old GNU sparse file belongs.
+    fn read_pieces(&mut self, header: &Header, stored: u64, member: &mut Member) -> io::Result<()> {
+        let gnu = (header.as_gnu()).ok_or_else(|| bad("no header of GNU tar"))?;
+        member.size = gnu.real_size()?;
+        member.pieces.clear();
+        let mut end = 0u64;
+        let mut total = 0u64;
+        let mut add = |list: &[GnuSparseHeader]| {
+            for piece in list.iter().filter(|piece| !piece.is_empty()) {
+                let (offset, length) = (piece.offset()?, piece.length()?);
+                let next = offset.checked_add(length);
+                let next = next.filter(|next| offset >= end && *next <= member.size);
+                end = next.ok_or_else(|| bad("its pieces overlap"))?;
+                total += length;
+                member.pieces.push((offset, length));
+            }
+            if member.pieces.len() > MAX_PIECES {
+                return Err(bad("too many pieces"));
+            }
+            Ok(())
+        };
+        add(&gnu.sparse)?;
+        let mut more = gnu.is_extended();
+        while more {
+            let mut extension = GnuExtSparseHeader::new();
+            self.position += BLOCK as u64;
+            self.reader.read_exact(extension.as_mut_bytes())?;
+            add(extension.sparse())?;
+            more = extension.is_extended();
+        }
+        if member.size > MAX_IMAGE_BYTES || total != stored {
+            return Err(bad("its sizes do not agree"));
+        }
+        Ok(())
+    }
+}
+
+impl<R: Read + Seek> Archive<R> {
+    /// Does not read what it skips. A member that is cut off shows when it is read.
+    pub(super) fn seeking(reader: R) -> Self {
+        Self {
+            skip: |reader, bytes| {
+                let bytes = i64::try_from(bytes).map_err(io::Error::other)?;
+                reader.seek_relative(bytes).map(|()| true)
+            },
+            ..Self::new(reader)
+        }
+    }
+}
+
+fn id(number: u64) -> Option<u32> {
+    u32::try_from(number).ok()
+}
+
+/// What extended headers say of the member behind them.
+#[derive(Default)]
+struct Extended {
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    size: Option<u64>,
+    uid: Option<u64>,
+    gid: Option<u64>,
+    mtime: Option<(i64, u32)>,
+    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    seen: bool,
+}
+
+impl Extended {
+    fn is_empty(&self) -> bool {
+        !self.seen && self.path.is_none() && self.link.is_none()
+    }
+
+    /// Reads records of the form "LENGTH KEY=VALUE\n" (POSIX.1-2017, pax, "pax Extended Header"). A value may have any bytes.
+    fn read_pax(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        self.seen = true;
+        let damaged = || bad("a damaged extended header");
+        while !bytes.is_empty() {
+            let space = bytes.iter().position(|b| *b == b' ').ok_or_else(damaged)?;
+            let (length, _) = bytes.split_at_checked(space).ok_or_else(damaged)?;
+            let length = number(length).ok_or_else(damaged)?;
+            let length = usize::try_from(length).map_err(|_| damaged())?;
+            let (record, rest) = bytes.split_at_checked(length).ok_or_else(damaged)?;
+            let record = record.get(space + 1..).ok_or_else(damaged)?;
+            let record = record.strip_suffix(b"\n").ok_or_else(damaged)?;
+            let equals = record.iter().position(|b| *b == b'=');
+            let (key, value) = (equals.and_then(|at| record.split_at_checked(at)))
+                .and_then(|(key, value)| Some((key, value.get(1..)?)))
+                .ok_or_else(damaged)?;
+            self.record(key, value).ok_or_else(|| {
+                bad(format!(
+                    "an extended header with a bad {}",
+                    String::from_utf8_lossy(key)
+                ))
+            })?;
+            if key.starts_with(b"GNU.sparse.") {
+                return Err(bad(
+                    "a sparse file in pax format, which is not supported; GNU tar's own format is",
+                ));
+            }
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
+        let name = |value: &[u8]| (!value.contains(&0)).then(|| value.to_vec());
+        match key {
+            b"path" => self.path = Some(name(value)?),
+            b"linkpath" => self.link = Some(name(value)?),
+            b"size" => self.size = Some(number(value)?),
+            b"uid" => self.uid = Some(number(value)?),
+            b"gid" => self.gid = Some(number(value)?),
+            b"mtime" => self.mtime = Some(time(value)?),
+            _ => {
+                if let Some(key) = key.strip_prefix(b"SCHILY.xattr.") {
+                    self.xattrs.insert(name(key)?, value.to_vec());
+                }
+            }
+        }
+        Some(())
+    }
+}
+
+fn number(digits: &[u8]) -> Option<u64> {
+    let digits = str::from_utf8(digits).ok()?;
+    // Rust takes a sign, too.
+    digits.bytes().all(|b| b.is_ascii_digit()).then_some(())?;
+    digits.parse().ok()
+}
+
+/// Seconds with a fraction, before 1970 with a minus sign.
+fn time(text: &[u8]) -> Option<(i64, u32)> {
+    let (negative, text) = match text.strip_prefix(b"-") {
+        Some(text) => (true, text),
+        None => (false, text),
+    };
+    let mut parts = text.splitn(2, |b| *b == b'.');
+    let seconds = i64::try_from(number(parts.next()?)?).ok()?;
+    let fraction: Vec<u8> = (parts.next().unwrap_or_default().iter().copied())
+        .chain(std::iter::repeat_n(b'0', 9))
+        .take(9)
+        .collect();
+    let nanoseconds = u32::try_from(number(&fraction)?).ok()?;
+    Some(match (negative, nanoseconds) {
+        (false, nanoseconds) => (seconds, nanoseconds),
+        (true, 0) => (-seconds, 0),
+        (true, nanoseconds) => (-seconds - 1, 1_000_000_000 - nanoseconds),
+    })
+}

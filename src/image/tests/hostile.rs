@@ -1,0 +1,205 @@
+//! Images that nobody should have made.
+
+use std::fs;
+use std::path::Path;
+
+use ::tar::{Builder, EntryType, Header};
+use tempfile::TempDir;
+
+use super::{
+    Entry, Made, compressed, entry, file, gzip, header, layer, layout, make, names, store,
+};
+use crate::image::Source;
+
+#[test]
+fn hostile_names_end_in_errors() {
+    let long = "n".repeat(80) + "/";
+    let deep: Vec<Entry> = (1..9)
+        .flat_map(|number| {
+            // Each link leads 20 directories deeper.
+            let above = match number {
+                1 => String::new(),
+                _ => format!("l{}/", number - 1),
+            };
+            let target = above + &["d"; 20].join("/");
+            [
+                entry(&target, EntryType::Directory, ""),
+                entry(&format!("l{number}"), EntryType::Symlink, target.as_str()),
+            ]
+        })
+        .collect();
+    let twice = vec![
+        entry("x", EntryType::Symlink, "y"),
+        entry("y", EntryType::Symlink, "x"),
+        file("x/file", ""),
+    ];
+    for (entries, wanted) in [
+        (vec![file("../out", "")], "no file in an image can have"),
+        (
+            vec![file("a/../../out", "")],
+            "no file in an image can have",
+        ),
+        (
+            vec![entry("h", EntryType::Link, "../../etc/passwd")],
+            "out of the image",
+        ),
+        (vec![entry("h", EntryType::Link, "none")], "is not there"),
+        (
+            vec![
+                entry("d", EntryType::Directory, ""),
+                entry("h", EntryType::Link, "d"),
+            ],
+            "hard link to a directory",
+        ),
+        (
+            vec![file("f", ""), file("f/g", "")],
+            "a file where a directory has to be",
+        ),
+        (vec![file(".wh.", "")], "whiteout of nothing"),
+        (vec![entry("s", EntryType::Symlink, "")], "wrong length"),
+        (
+            vec![entry(".", EntryType::Symlink, "x")],
+            "the root is no directory",
+        ),
+        (vec![entry("t", EntryType::new(b'Z'), "")], "type 0x5a"),
+        (twice, "a loop of symbolic links"),
+        (deep, "nested directories"),
+        (vec![file(&long, "")], ""),
+    ] {
+        let made = make(&[entries]);
+        if wanted.is_empty() {
+            made.stored.unwrap();
+        } else {
+            assert!(made.error().contains(wanted), "{wanted}: {}", made.error());
+        }
+    }
+}
+
+/// An image whose only layer is these bytes.
+#[track_caller]
+fn refused(plain: &[u8], stored: &[u8], wanted: &str) {
+    let dir = TempDir::new().unwrap();
+    layout(
+        &dir.path().join("oci"),
+        &[(plain.to_vec(), stored.to_vec())],
+    );
+    let loaded = Source::File(dir.path().join("oci"), None).load(&store(dir.path()));
+    let error = crate::error_chain(&loaded.unwrap_err());
+    assert!(error.contains(wanted), "{wanted}: {error}");
+    // Nothing is left of it.
+    assert!(store(dir.path()).list().unwrap().is_empty());
+    let left = fs::read_dir(dir.path().join("store/v1")).unwrap();
+    assert!(
+        left.map(|e| e.unwrap().file_name())
+            .all(|n| n.to_str().unwrap().ends_with(".lock"))
+    );
+}
+
+#[test]
+fn damaged_archives_end_in_errors() {
+    let good = layer(&[file("a", &"x".repeat(2000))]);
+    refused(&good[..600], &good[..600], "it is cut off");
+    refused(b"no archive", b"no archive", "it is cut off");
+    let mut wrong = good.clone();
+    wrong[0] = b'b';
+    refused(&wrong, &wrong, "no tar archive, or damaged");
+    let packed = gzip(&good);
+    refused(&good, &packed[..packed.len() - 9], "");
+    refused(&good, &[&packed[..], b"behind it"].concat(), "");
+    // Another content than the configuration says.
+    refused(&wrong, &packed, "its digest is");
+    let pax = |records: &str| {
+        let mut header = header(Header::new_ustar(), EntryType::XHeader, records.len());
+        header.set_cksum();
+        let mut builder = Builder::new(Vec::new());
+        builder.append(&header, records.as_bytes()).unwrap();
+        let mut bytes = builder.into_inner().unwrap();
+        bytes.truncate(bytes.len() - 1024);
+        [bytes, good.clone()].concat()
+    };
+    for (records, wanted) in [
+        ("99 path=x\n", "damaged extended header"),
+        ("-5 path=x\n", "damaged extended header"),
+        ("9 path=x", "damaged extended header"),
+        ("10 size=x\n", "bad size"),
+        ("28 size=99999999999999999999\n", "damaged"),
+        ("20 size=99999999999\n", "too large"),
+        ("26 uid=4294967296000000\n", "damaged"),
+        ("12 path=a\0b\n", "bad path"),
+        ("22 GNU.sparse.major=1\n", "sparse"),
+        ("18 uid=4294967296\n", "more than 32 bits"),
+    ] {
+        let archive = pax(records);
+        refused(&archive, &archive, wanted);
+    }
+    // The size in the extended header counts, so that no member hides in the content of another (CVE-2025-62518).
+    let inner = layer(&[file("hidden", "x")]);
+    let length = format!("{}", inner.len());
+    let records = format!("{} size={length}\n", length.len() + 9);
+    let mut header = header(Header::new_ustar(), EntryType::Regular, 0);
+    header.set_path("outer").unwrap();
+    header.set_cksum();
+    let archive = pax(&records);
+    let archive = [
+        &archive[..1024],
+        header.as_bytes(),
+        &inner[..],
+        &[0; 1024][..],
+    ]
+    .concat();
+    let dir = TempDir::new().unwrap();
+    layout(&dir.path().join("oci"), &[(archive.clone(), archive)]);
+    let stored = Source::File(dir.path().join("oci"), None).load(&store(dir.path()));
+    let made = Made { dir, stored };
+    if let Some(tree) = made.tree() {
+        assert_eq!(names(&tree), ["outer"]);
+    }
+}
+
+#[test]
+fn what_digests_do_not_cover_is_refused() {
+    let plain = layer(&[file("a", "x")]);
+    let edit = |change: &dyn Fn(&Path)| {
+        let dir = TempDir::new().unwrap();
+        let oci = dir.path().join("oci");
+        layout(&oci, &compressed(std::slice::from_ref(&plain)));
+        change(&oci);
+        let loaded = Source::File(oci, None).load(&store(dir.path()));
+        crate::error_chain(&loaded.unwrap_err())
+    };
+    let replace = |from: &'static str, to: &'static str| {
+        move |dir: &Path| {
+            let index = fs::read_to_string(dir.join("index.json")).unwrap();
+            assert!(index.contains(from));
+            fs::write(dir.join("index.json"), index.replace(from, to)).unwrap();
+        }
+    };
+    let blobs = |change: fn(&mut Vec<u8>, usize)| {
+        move |dir: &Path| {
+            for (number, blob) in fs::read_dir(dir.join("blobs/sha256")).unwrap().enumerate() {
+                let path = blob.unwrap().path();
+                let mut bytes = fs::read(&path).unwrap();
+                change(&mut bytes, number);
+                fs::write(path, bytes).unwrap();
+            }
+        }
+    };
+    let longer = edit(&blobs(|bytes, _| bytes.push(b' ')));
+    assert!(longer.contains("is not what its digest says"), "{longer}");
+    let size = edit(&replace("\"size\":", "\"size\":9"));
+    assert!(
+        size.contains("is not what its digest says") || size.contains("bytes"),
+        "{size}"
+    );
+    let digest = edit(&replace("sha256:", "sha256:../"));
+    assert!(digest.contains("no digest of the form"), "{digest}");
+    let platform = edit(&replace(
+        "\"annotations\"",
+        "\"platform\":{\"os\":\"linux\",\"architecture\":\"arm64\"},\"annotations\"",
+    ));
+    assert!(platform.contains("only for: linux/arm64"), "{platform}");
+    let json = edit(&|dir| fs::write(dir.join("index.json"), "[".repeat(5 << 20)).unwrap());
+    assert!(json.contains("longer than 4 MiB"), "{json}");
+    let missing = edit(&|dir| fs::remove_file(dir.join("oci-layout")).unwrap());
+    assert!(missing.contains("neither index.json"), "{missing}");
+}

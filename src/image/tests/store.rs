@@ -1,0 +1,167 @@
+//! The store, and every kind of place that an image can be in.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use ::tar::{Builder, EntryType, Header};
+use tempfile::TempDir;
+
+use super::{Made, describe, entry, file, gzip, header, layer, layout, make, output, store};
+use crate::image::Source;
+use crate::image::blob::Digest;
+
+#[test]
+fn the_same_image_has_the_same_bytes_and_is_made_once() {
+    let layers = vec![vec![file("a", "x"), entry("b", EntryType::Symlink, "a")]];
+    let bytes = |made: &Made| fs::read(&made.stored.as_ref().unwrap().root).unwrap();
+    let (one, two) = (make(&layers), make(&layers));
+    assert_eq!(bytes(&one), bytes(&two));
+    // By name and by digest, from any number of processes at once.
+    let dir = one.dir.path();
+    let oci = dir.join("oci");
+    let before = fs::metadata(&one.stored.as_ref().unwrap().root)
+        .unwrap()
+        .ino();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                Source::File(oci.clone(), Some("it".into()))
+                    .load(&store(dir))
+                    .unwrap()
+            });
+        }
+    });
+    let stored = Source::Stored("it".to_owned()).load(&store(dir)).unwrap();
+    assert_eq!(fs::metadata(&stored.root).unwrap().ino(), before);
+    assert_eq!(stored.meta.config.cmd, Some(vec!["/a".to_owned()]));
+    let digest = stored.meta.digest.hex();
+    assert_eq!(store(dir).called(&digest[..12]).unwrap().len(), 1);
+    store(dir).remove(&stored).unwrap();
+    assert!(Source::Stored("it".to_owned()).load(&store(dir)).is_err());
+    assert!(
+        Source::File(oci.clone(), Some("other".into()))
+            .load(&store(dir))
+            .is_err()
+    );
+}
+
+#[test]
+fn what_a_killed_process_leaves_is_no_image() {
+    let made = make(&[vec![file("a", "x")]]);
+    let stored = made.stored.as_ref().unwrap();
+    let entry = stored.root.parent().unwrap();
+    let name = entry.file_name().unwrap().to_str().unwrap();
+    // Half an image, under the name that it has until it is whole.
+    let left = entry.with_file_name(format!(".new-{name}"));
+    fs::rename(entry, &left).unwrap();
+    fs::remove_file(left.join("image.json")).unwrap();
+    let store = store(made.dir.path());
+    assert!(store.list().unwrap().is_empty());
+    let source = Source::File(made.dir.path().join("oci"), None);
+    source.load(&store).unwrap();
+    assert!(!left.exists());
+}
+
+#[test]
+fn archives_of_every_kind_hold_the_same_image() {
+    let plain = layer(&[file("a", "x"), file("b", &"y".repeat(100_000))]);
+    let tree = |source: Source, dir: TempDir| {
+        let stored = source.load(&store(dir.path()));
+        (Made { dir, stored }).tree()
+    };
+    let zstd =
+        ruzstd::encoding::compress_to_vec(&plain[..], ruzstd::encoding::CompressionLevel::Fastest);
+    let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3], &zstd[..]].concat();
+    let (half, rest) = plain.split_at(plain.len() / 2);
+    let members = [gzip(half), gzip(rest)].concat();
+    let mut trees = Vec::new();
+    for stored in [plain.clone(), gzip(&plain), members, zstd, skipped] {
+        let dir = TempDir::new().unwrap();
+        let oci = dir.path().join("oci");
+        layout(&oci, &[(plain.clone(), stored)]);
+        // As a directory, an archive, and a compressed one.
+        let archive = dir.path().join("oci.tar");
+        let mut builder = Builder::new(Vec::new());
+        builder.append_dir_all(".", &oci).unwrap();
+        let bytes = builder.into_inner().unwrap();
+        fs::write(&archive, gzip(&bytes)).unwrap();
+        let stored = Source::File(archive.clone(), None).load(&store(&dir.path().join("x")));
+        fs::write(&archive, &bytes).unwrap();
+        let again = Source::File(archive, None).load(&store(&dir.path().join("y")));
+        assert_eq!(stored.unwrap().meta.digest, again.unwrap().meta.digest);
+        trees.push(tree(Source::File(oci, None), dir));
+    }
+    let docker = TempDir::new().unwrap();
+    let config = format!(
+        r#"{{"architecture":"amd64","os":"linux","config":{{}},"rootfs":{{"diff_ids":["{}"]}}}}"#,
+        Digest::of(&plain)
+    );
+    let name = format!("{}.json", Digest::of(config.as_bytes()).hex());
+    let manifest =
+        format!(r#"[{{"Config":"{name}","RepoTags":["it:1"],"Layers":["l/layer.tar"]}}]"#);
+    let mut builder = Builder::new(fs::File::create(docker.path().join("saved.tar")).unwrap());
+    for (name, content) in [
+        (name.as_str(), config.as_bytes()),
+        ("l/layer.tar", &plain),
+        ("manifest.json", manifest.as_bytes()),
+    ] {
+        let mut header = header(Header::new_ustar(), EntryType::Regular, content.len());
+        builder.append_data(&mut header, name, content).unwrap();
+    }
+    builder.finish().unwrap();
+    let saved = docker.path().join("saved.tar");
+    trees.push(tree(Source::File(saved, Some("it:1".into())), docker));
+    let root = TempDir::new().unwrap();
+    fs::write(root.path().join("root.tar"), &plain).unwrap();
+    trees.push(tree(Source::Root(root.path().join("root.tar")), root));
+    assert!(trees.windows(2).all(|pair| pair[0] == pair[1]), "{trees:?}");
+}
+
+#[test]
+fn a_directory_is_an_image_that_changes_with_it() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir_all(root.join("d/e")).unwrap();
+    fs::write(root.join("d/f"), vec![3; 9000]).unwrap();
+    fs::hard_link(root.join("d/f"), root.join("g")).unwrap();
+    std::os::unix::fs::symlink("d/f", root.join("s")).unwrap();
+    let load = || Source::Root(root.clone()).load(&store(dir.path())).unwrap();
+    let first = load();
+    assert_eq!(first.meta.digest, load().meta.digest);
+    let args = ["--extract=image", first.root.to_str().unwrap()];
+    if let Some((good, text)) = output(dir.path(), "fsck.erofs", &args) {
+        assert!(good, "{text}");
+        assert_eq!(describe(&dir.path().join("image")), describe(&root));
+    }
+    fs::write(root.join("d/f"), "changed").unwrap();
+    assert_ne!(first.meta.digest, load().meta.digest);
+}
+
+#[test]
+fn large_and_many_files_are_stored_sparsely() {
+    let dir = TempDir::new().unwrap();
+    let tar = dir.path().join("root.tar");
+    // 5 GiB of which two pieces are there, as GNU tar stores them.
+    let mut sparse = header(Header::new_gnu(), EntryType::GNUSparse, 8);
+    sparse.set_path("sparse").unwrap();
+    let gnu = sparse.as_gnu_mut().unwrap();
+    gnu.set_real_size(5 << 30);
+    for (piece, offset) in gnu.sparse.iter_mut().zip([4u64 << 30, (5 << 30) - 4]) {
+        piece.set_offset(offset);
+        piece.set_length(4);
+    }
+    sparse.set_cksum();
+    let mut builder = Builder::new(Vec::new());
+    builder.append(&sparse, &b"somedata"[..]).unwrap();
+    for number in 0..20_000 {
+        let mut header = header(Header::new_ustar(), EntryType::Regular, 0);
+        builder
+            .append_data(&mut header, format!("many/{number}"), &[][..])
+            .unwrap();
+    }
+    fs::write(&tar, builder.into_inner().unwrap()).unwrap();
+    let stored = Source::Root(tar).load(&store(dir.path())).unwrap();
+    assert!(stored.bytes < 16 << 20, "{stored:?}");
+    let image = fs::metadata(&stored.root).unwrap().len();
+    assert!(image > 5 << 30, "{image}");
+}

@@ -1,0 +1,167 @@
+//! An image of busybox, made here: an OCI layout, an archive.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use sha2::{Digest, Sha256};
+use tar::{Builder, EntryType, Header};
+use tempfile::TempDir;
+
+use super::linux::guest;
+use super::{Ended, minivmm, run};
+
+/// A capability of a file in an extended attribute: version 2, effective, CAP_NET_RAW.
+const NET_RAW: [u8; 20] = [
+    1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+];
+/// Files in a directory of the image.
+pub(crate) const MANY: usize = 10_000;
+
+/// The image, and a store of its own.
+pub(crate) struct Image {
+    dir: TempDir,
+}
+
+/// A layer: what is added to it goes below the root.
+struct Layer(Builder<Vec<u8>>);
+
+impl Layer {
+    fn add(&mut self, path: &str, kind: EntryType, mode: u32, owner: u64, content: &[u8]) {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(mode);
+        header.set_uid(owner);
+        header.set_gid(owner);
+        header.set_mtime(1_000_000_000);
+        let is_link = [EntryType::Symlink, EntryType::Link].contains(&kind);
+        let data = if is_link { &[] } else { content };
+        header.set_size(data.len() as u64);
+        if is_link {
+            header.set_link_name_literal(content).unwrap();
+        }
+        self.0.append_data(&mut header, path, data).unwrap();
+    }
+
+    fn done(self) -> Vec<u8> {
+        self.0.into_inner().unwrap()
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn layers() -> [Vec<u8>; 2] {
+    let busybox = guest("fetch", &["--offline", "busybox"]).join("busybox");
+    let busybox = fs::read(busybox).unwrap();
+    let mut base = Layer(Builder::new(Vec::new()));
+    for dir in ["bin", "etc", "home", "gone", "many"] {
+        base.add(dir, EntryType::Directory, 0o755, 0, b"");
+    }
+    base.add("bin/busybox", EntryType::Regular, 0o755, 0, &busybox);
+    for name in ["sh", "cat", "id", "stty", "env", "sleep", "uname"] {
+        base.add(
+            &format!("bin/{name}"),
+            EntryType::Symlink,
+            0o777,
+            0,
+            b"busybox",
+        );
+    }
+    let passwd = b"root:x:0:0:root:/root:/bin/sh\nann:x:1000:1001::/home/ann:/bin/sh\n";
+    base.add("etc/passwd", EntryType::Regular, 0o644, 0, passwd);
+    base.add(
+        "etc/group",
+        EntryType::Regular,
+        0o644,
+        0,
+        b"wheel:x:10:ann\nann:x:1001:\n",
+    );
+    base.add("etc/hosts", EntryType::Symlink, 0o777, 0, b"/nowhere");
+    base.add("home/ann", EntryType::Directory, 0o700, 1000, b"");
+    base.add("gone/file", EntryType::Regular, 0o644, 0, b"x");
+    for number in 0..MANY {
+        base.add(&format!("many/{number}"), EntryType::Regular, 0o644, 0, b"");
+    }
+    let mut upper = Layer(Builder::new(Vec::new()));
+    upper.add(".wh.gone", EntryType::Regular, 0o644, 0, b"");
+    upper.add("bin/linked", EntryType::Link, 0o755, 0, b"bin/busybox");
+    let xattrs = [
+        ("SCHILY.xattr.security.capability", &NET_RAW[..]),
+        ("SCHILY.xattr.user.note", &b"kept"[..]),
+    ];
+    upper.0.append_pax_extensions(xattrs).unwrap();
+    upper.add(
+        "bin/busybox-capable",
+        EntryType::Regular,
+        0o755,
+        0,
+        &busybox,
+    );
+    [base.done(), upper.done()]
+}
+
+impl Image {
+    pub(crate) fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        let blobs = dir.path().join("oci/blobs/sha256");
+        fs::create_dir_all(&blobs).unwrap();
+        let put = |bytes: &[u8]| {
+            let digest = hex(bytes);
+            fs::write(blobs.join(&digest), bytes).unwrap();
+            format!(r#"{{"digest":"sha256:{digest}","size":{}}}"#, bytes.len())
+        };
+        let layers = layers();
+        let ids: Vec<_> = layers
+            .iter()
+            .map(|layer| format!(r#""sha256:{}""#, hex(layer)))
+            .collect();
+        let config = format!(
+            r#"{{"os":"linux","architecture":"amd64","config":{{"Env":["FROM_IMAGE=1","A=image"],"Cmd":["sh","-c","echo default"],
+            "WorkingDir":"/etc"}},"rootfs":{{"diff_ids":[{}]}}}}"#,
+            ids.join(",")
+        );
+        let blobs = layers
+            .iter()
+            .map(|layer| put(layer))
+            .collect::<Vec<_>>()
+            .join(",");
+        let manifest = format!(
+            r#"{{"config":{},"layers":[{blobs}]}}"#,
+            put(config.as_bytes())
+        );
+        let index = format!(r#"{{"manifests":[{}]}}"#, put(manifest.as_bytes()));
+        fs::write(dir.path().join("oci/index.json"), index).unwrap();
+        fs::write(dir.path().join("oci/oci-layout"), "{}").unwrap();
+        Self { dir }
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.dir.path().join("oci")
+    }
+
+    pub(crate) fn store(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// minivmm run with the image, on this kernel.
+    pub(crate) fn command(&self, kernel: &str, options: &[&str], command: &[&str]) -> Command {
+        let mut run = minivmm(&["run", "--kernel", kernel]);
+        run.args(options).arg(self.path()).args(command);
+        run.env("XDG_CACHE_HOME", self.store());
+        run
+    }
+
+    pub(crate) fn run(&self, kernel: &str, options: &[&str], command: &[&str]) -> Ended {
+        run(&mut self.command(kernel, options, command))
+    }
+
+    /// A script for the image's shell.
+    pub(crate) fn sh(&self, kernel: &str, options: &[&str], script: &str) -> Ended {
+        self.run(kernel, options, &["sh", "-c", script])
+    }
+}

@@ -1,0 +1,241 @@
+//! Ring 3: container images as VMs. Where and how it runs, see tests/linux.rs.
+
+mod common;
+
+use std::process::Stdio;
+
+use common::image::{Image, MANY};
+use common::linux::kernel;
+use common::terminal::Terminal;
+use common::{Ended, run, run_with_input, signal, wait};
+use sha2::{Digest, Sha256};
+
+/// Debian's kernels, whose drivers are modules.
+fn cloud() -> String {
+    kernel("cloud", "bzImage")
+}
+
+#[track_caller]
+fn printed(ended: &Ended, wanted: &str) {
+    ended.assert_code(0);
+    assert_eq!((ended.out().as_str(), ended.stderr.as_str()), (wanted, ""));
+}
+
+#[test]
+fn the_image_says_what_is_run_and_arguments_go_over_it() {
+    let image = Image::new();
+    let script =
+        "pwd; echo $FROM_IMAGE $A $B $PATH; hostname; cat /etc/hostname; id -u; echo $HOME; id -g";
+    printed(&image.run(&cloud(), &[], &[]), "default\n");
+    let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    let options = [
+        "-e",
+        "A=b",
+        "--env",
+        "B=c d",
+        "-h",
+        "box",
+        "-w",
+        "/made/here",
+        "-u",
+        "ann",
+    ];
+    let script = format!("{script}; id -G; busybox pwd");
+    let wanted = format!(
+        "/made/here\n1 b c d {path}\nbox\nbox\n1000\n/home/ann\n1001\n1001 10\n/made/here\n"
+    );
+    printed(
+        &image.sh(
+            &cloud(),
+            &options,
+            &script.replace("hostname;", "busybox hostname;"),
+        ),
+        &wanted,
+    );
+    let ended = image.run(
+        &cloud(),
+        &["--entrypoint", "/bin/busybox", "-u", "7:8"],
+        &["id"],
+    );
+    printed(&ended, "uid=7 gid=8 groups=8\n");
+}
+
+#[test]
+fn statuses_are_those_of_docker() {
+    let image = Image::new();
+    let ended = image.sh(&cloud(), &[], "echo out; echo err >&2; exit 42");
+    ended.assert_code(42);
+    assert_eq!(
+        (ended.out().as_str(), ended.stderr.as_str()),
+        ("out\n", "err\n")
+    );
+    image.sh(&cloud(), &[], "kill -9 $$").assert_code(137);
+    for (options, command, code, said) in [
+        (&[][..], &["none"][..], 127, "cannot run 'none'"),
+        (&[], &["/etc/passwd"], 126, "cannot run '/etc/passwd'"),
+        (&["-u", "none"], &["id"], 125, "no user 'none'"),
+    ] {
+        let ended = image.run(&cloud(), options, command);
+        ended.assert_code(code);
+        assert!(ended.stderr.contains(said), "{}", ended.stderr);
+    }
+    let none = run(image
+        .command(&cloud(), &[], &[])
+        .env("XDG_CACHE_HOME", "relative")
+        .env("HOME", "relative"));
+    none.assert_code(2);
+}
+
+#[test]
+fn input_arrives_whole_and_ends() {
+    let image = Image::new();
+    let input: Vec<u8> = (0..4_000_000u32)
+        .flat_map(|n| [(n % 251) as u8, (n >> 8) as u8])
+        .collect();
+    let mut command = image.command(&cloud(), &["-i"], &["cat"]);
+    let ended = run_with_input(&mut command, &input);
+    ended.assert_code(0);
+    assert_eq!(
+        Sha256::digest(&ended.stdout),
+        Sha256::digest(&input),
+        "{} bytes",
+        ended.stdout.len()
+    );
+    // A program that reads nothing is not in the way of its end.
+    let mut command = image.command(&cloud(), &["-i"], &["sh", "-c", "exit 3"]);
+    run_with_input(&mut command, &input).assert_code(3);
+    // Without -i there is none.
+    let mut command = image.command(&cloud(), &[], &["sh", "-c", "cat; echo end"]);
+    printed(&run_with_input(&mut command, b"unseen"), "end\n");
+}
+
+#[test]
+fn the_root_is_the_merged_layers_and_can_be_written_to() {
+    let image = Image::new();
+    let script = "ls /many | wc -l; ls /gone 2>&1; stat -c '%h %U %G' /bin/linked /home/ann
+        mkdir /new && echo x >/new/file && rm /etc/group && mv /bin/linked /bin/moved && cat /new/file
+        chmod 700 /many/1; stat -c '%a %Y' /many/1; cat /etc/hosts | wc -l; mount | cut -d' ' -f3,5";
+    let ended = image.sh(&cloud(), &[], &format!("for i in ls wc stat mkdir rm mv chmod mount cut; do alias $i=\"busybox $i\"; done\n{script}"));
+    ended.assert_code(0);
+    let wanted = format!(
+        "{MANY}\nls: /gone: No such file or directory\n2 root root\n2 ann UNKNOWN\nx\n700 1000000000\n3\n"
+    );
+    let wanted = wanted.replace("2 ann UNKNOWN", "2 ann ann");
+    assert!(
+        ended.out().starts_with(&wanted),
+        "{}\n{}",
+        ended.out(),
+        ended.stderr
+    );
+    for mounted in [
+        "/ overlay",
+        "/proc proc",
+        "/sys sysfs",
+        "/dev devtmpfs",
+        "/dev/pts devpts",
+        "/dev/shm tmpfs",
+    ] {
+        assert!(ended.out().contains(mounted), "{mounted}: {}", ended.out());
+    }
+    let read_only = image.sh(
+        &cloud(),
+        &["--read-only"],
+        "echo x >/dev/shm/x && echo x >/x",
+    );
+    assert_ne!(read_only.code(), 0);
+    assert!(
+        read_only.stderr.contains("Read-only file system"),
+        "{}",
+        read_only.stderr
+    );
+}
+
+#[test]
+fn a_file_has_its_capabilities() {
+    let image = Image::new();
+    for (program, wanted) in [
+        ("busybox-capable", "0000000000002000"),
+        ("busybox", "0000000000000000"),
+    ] {
+        let script = format!("exec /bin/{program} grep CapEff /proc/self/status");
+        let ended = image.sh(&cloud(), &["-u", "ann"], &script);
+        printed(&ended, &format!("CapEff:\t{wanted}\n"));
+    }
+}
+
+#[test]
+fn a_terminal_is_the_programs_own() {
+    let image = Image::new();
+    let terminal = Terminal::new();
+    terminal.resize(33, 99);
+    let mut session = terminal.run(&image.command(&cloud(), &["-it"], &["sh"]));
+    terminal.wait_for("# ");
+    terminal.type_in("stty size; echo $TERM\r");
+    terminal.wait_for("33 99\r\nxterm");
+    terminal.resize(44, 88);
+    // Its SIGWINCH goes to whoever is in the foreground there.
+    session.signal("WINCH");
+    terminal.type_in("until stty size | busybox grep 44; do sleep 0.1; done\r");
+    terminal.wait_for("\r\n44 88\r\n");
+    terminal.type_in("sleep 1000\r");
+    terminal.wait_for_times("sleep 1000", 1);
+    terminal.type_in("\x03");
+    terminal.wait_for("^C");
+    terminal.type_in("exit 5\r");
+    assert_eq!(session.status(), 5, "{}", terminal.text());
+    assert!(!terminal.is_raw());
+    let without = image.run(&cloud(), &["-it"], &["sh"]);
+    without.assert_code(2);
+    assert!(
+        without.stderr.contains("-t needs a terminal"),
+        "{}",
+        without.stderr
+    );
+}
+
+#[test]
+fn signals_go_to_the_program() {
+    let image = Image::new();
+    let script = "trap 'echo got it; exit 9' TERM; echo ready; while :; do sleep 0.1; done";
+    let mut command = image.command(&cloud(), &[], &["sh", "-c", script]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    common::expect(&mut child, "ready\n");
+    signal(&child, "TERM");
+    let output = wait(child, common::PATIENCE);
+    assert_eq!(output.status.code(), Some(9));
+    assert_eq!(output.stdout, b"got it\n");
+}
+
+#[test]
+fn what_was_run_is_in_the_store() {
+    let image = Image::new();
+    printed(&image.run(&cloud(), &[], &[]), "default\n");
+    let list = |args: &[&str]| {
+        let ended = run(common::minivmm(args).env("XDG_CACHE_HOME", image.store()));
+        ended.assert_code(0);
+        ended.out()
+    };
+    let listed = list(&["images"]);
+    let digest = listed
+        .lines()
+        .nth(1)
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap()
+        .to_owned();
+    let mut again = common::minivmm(&["run", "--kernel", &cloud(), &digest]);
+    printed(
+        &run(again.env("XDG_CACHE_HOME", image.store())),
+        "default\n",
+    );
+    list(&["rmi", &digest]);
+    assert_eq!(list(&["images"]).lines().count(), 1);
+    let gone = run(again.env("XDG_CACHE_HOME", image.store()));
+    gone.assert_code(125);
+    assert!(
+        gone.stderr.contains("no such image in the store"),
+        "{}",
+        gone.stderr
+    );
+}
