@@ -4,6 +4,7 @@ mod connection;
 mod muxer;
 mod packet;
 mod serve;
+mod stream;
 #[cfg(test)]
 pub(super) mod tests;
 
