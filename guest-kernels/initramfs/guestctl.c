@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <linux/random.h>
 #include <linux/sockios.h>
+#include <linux/vm_sockets.h>
 #include <net/if.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -374,6 +375,88 @@ static int init(char **environment)
 		syscall3(SYS_pause, 0, 0, 0);
 }
 
+/* A decimal number, or VMADDR_PORT_ANY, which is no port and no context ID. */
+static unsigned port_number(const char *text)
+{
+	uint64_t value = 0;
+
+	if (!*text)
+		return VMADDR_PORT_ANY;
+	for (; *text; text++) {
+		if (*text < '0' || *text > '9' || value > VMADDR_PORT_ANY)
+			return VMADDR_PORT_ANY;
+		value = value * 10 + (uint64_t)(*text - '0');
+	}
+	return value < VMADDR_PORT_ANY ? (unsigned)value : VMADDR_PORT_ANY;
+}
+
+static int vsock_failed(const char *what)
+{
+	say(2, "guestctl: vsock: ");
+	say(2, what);
+	return 1;
+}
+
+/* Copies all that comes; 0 at its end. */
+static int copy(long from, long to)
+{
+	static char buffer[64 << 10];
+	long count, done, n;
+
+	while ((count = syscall3(SYS_read, from, (long)buffer, sizeof(buffer))) > 0)
+		for (done = 0; done < count; done += n)
+			if ((n = syscall3(SYS_write, to, (long)buffer + done, count - done)) < 0)
+				return 1;
+	return count != 0;
+}
+
+/* Sends stdin to a connection and what comes from there to stdout, each to its end. */
+static int vsock_connect(unsigned cid, unsigned port)
+{
+	struct sockaddr_vm address = { .svm_family = AF_VSOCK, .svm_port = port, .svm_cid = cid };
+	long file = syscall3(SYS_socket, AF_VSOCK, SOCK_STREAM, 0), child;
+	int failed;
+
+	if (file < 0)
+		return vsock_failed("this kernel has none, or its driver is not loaded\n");
+	if (syscall3(SYS_connect, file, (long)&address, sizeof(address)) != 0)
+		return vsock_failed("nothing listens there\n");
+	child = syscall3(SYS_fork, 0, 0, 0);
+	if (child == 0) {
+		failed = copy(0, file);
+		syscall3(SYS_shutdown, file, SHUT_WR, 0);
+		return failed;
+	}
+	failed = copy(file, 1);
+	/* The host may end first, and still want the rest. */
+	syscall6(SYS_wait4, child, 0, 0, 0, 0, 0);
+	return failed ? vsock_failed("the connection was reset\n") : 0;
+}
+
+/* Runs the command for each connection, which is its stdin and stdout. */
+static int vsock_listen(unsigned port, char **command, char **environment)
+{
+	struct sockaddr_vm address = { .svm_family = AF_VSOCK, .svm_port = port, .svm_cid = VMADDR_CID_ANY };
+	long file = syscall3(SYS_socket, AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0), connection;
+
+	if (file < 0)
+		return vsock_failed("this kernel has none, or its driver is not loaded\n");
+	if (syscall3(SYS_bind, file, (long)&address, sizeof(address)) != 0 || syscall3(SYS_listen, file, 128, 0) != 0)
+		return vsock_failed("cannot listen at this port\n");
+	for (;;) {
+		connection = syscall6(SYS_accept4, file, 0, 0, SOCK_CLOEXEC, 0, 0);
+		if (connection >= 0 && syscall3(SYS_fork, 0, 0, 0) == 0) {
+			syscall3(SYS_dup2, connection, 0, 0);
+			syscall3(SYS_dup2, connection, 1, 0);
+			execute(command, environment);
+			return vsock_failed("cannot run the command\n");
+		}
+		syscall3(SYS_close, connection, 0, 0);
+		while (syscall6(SYS_wait4, -1, 0, WNOHANG, 0, 0, 0) > 0)
+			;
+	}
+}
+
 static int run(long argc, char **argv)
 {
 	static const char usage[] =
@@ -386,6 +469,10 @@ static int run(long argc, char **argv)
 		"                          machine, /dev/urandom is reseeded and the clock set before; the argument that it was\n"
 		"                          restored with is $MINIVMM_ARGUMENT, beside $MINIVMM_INDEX and $MINIVMM_GENERATION, or,\n"
 		"                          without a command, printed\n"
+		"       guestctl vsock connect CID PORT\n"
+		"                          send stdin to a socket of the host (context ID 2), and what comes from there to stdout\n"
+		"       guestctl vsock listen PORT COMMAND [ARGUMENT...]\n"
+		"                          run COMMAND for each connection from the host, as its stdin and stdout\n"
 		"exit, mark and snapshot need root (CAP_SYS_RAWIO, snapshot also CAP_SYS_ADMIN and CAP_SYS_TIME).\n";
 	int port, value;
 
@@ -401,6 +488,11 @@ static int run(long argc, char **argv)
 	}
 	if (argc >= 3 && equal(argv[1], "snapshot") && (value = byte(argv[2])) >= 0)
 		return snapshot_and_run(value, argv + 3, argv + argc + 1);
+	if (argc == 5 && equal(argv[1], "vsock") && equal(argv[2], "connect") &&
+	    port_number(argv[3]) != VMADDR_PORT_ANY && port_number(argv[4]) != VMADDR_PORT_ANY)
+		return vsock_connect(port_number(argv[3]), port_number(argv[4]));
+	if (argc >= 5 && equal(argv[1], "vsock") && equal(argv[2], "listen") && port_number(argv[3]) != VMADDR_PORT_ANY)
+		return vsock_listen(port_number(argv[3]), argv + 4, argv + argc + 1);
 	port = argc != 3 ? 0 : equal(argv[1], "exit") ? EXIT_PORT : equal(argv[1], "mark") ? MARK_PORT : 0;
 	value = argc == 3 ? byte(argv[2]) : -1;
 	if (value >= 0 && equal(argv[1], "probe"))
