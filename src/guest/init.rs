@@ -160,6 +160,9 @@ fn enter_root(orders: &Orders) -> Result<(), Failure> {
         let _ = std::os::unix::fs::symlink(target, Path::new("/dev").join(name));
     }
     write_files(orders).map_err(cannot("write /etc/hosts"))?;
+    // While the root can be written to.
+    make_directory(Path::new(&orders.directory))
+        .map_err(cannot(format_args!("make {}", orders.directory)))?;
     if orders.read_only {
         mount_remount("/", MountFlags::RDONLY, "").map_err(cannot("make the root read-only"))?;
     }

@@ -13,7 +13,7 @@ use std::thread;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use rustix::thread::{Gid, Uid};
 
-use super::failure::{Failure, c_string, cannot, make_directory};
+use super::failure::{Failure, c_string, cannot};
 use super::orders::Orders;
 use super::streams::Channel;
 use super::users::{self, User};
@@ -36,9 +36,6 @@ pub(super) fn run(orders: &Orders, channel: &Channel) -> Result<u8, Failure> {
     let group = users::read("/etc/group").map_err(cannot("read /etc/group"))?;
     let user = User::find(&orders.user, &passwd, &group).map_err(unusable)?;
     let directory = Path::new(&orders.directory);
-    if !directory.exists() {
-        make_directory(directory).map_err(cannot(format_args!("make {}", orders.directory)))?;
-    }
     let (name, arguments) = (orders.command)
         .split_first()
         .ok_or_else(|| unusable("no command is given, and the image has none".to_owned()))?;
