@@ -7,6 +7,7 @@ COMPARE_RUNS ?= 10
 FUZZ_SECONDS ?= 60
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO := build/demo.cpio
+NET ?=
 
 MINIVMM := $(TARGET)/release/minivmm
 
@@ -23,7 +24,8 @@ build test bench lint: export CARGO_BUILD_TARGET = $(TRIPLE)
 .PHONY: help build boot boot-debian run test fuzz bench compare lint man dist kernel guests deps clean
 
 help:
-	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, small, ...); ends with poweroff'
+	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, small, ...); ends with poweroff;'
+	@echo '              NET=passt,host-loopback gives it a network, in which the gateway is this host'
 	@echo 'make boot-debian   Debian with systemd from a disk, to a login (root, minivmm); what it writes is gone afterwards'
 	@echo 'make run      a command in a container image, busybox (KERNEL=cloud, 6.12, small, ...)'
 	@echo 'make build    the static release binary, $(MINIVMM)'
@@ -49,8 +51,9 @@ build: deps
 # Without a terminal nobody can type: a command shows that the guest is up, and the guest powers off.
 boot: build
 	@guest-kernels/fetch $(KERNEL) >/dev/null
-	@guest-kernels/initramfs/build-initramfs $(DEMO)
-	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage --initrd $(DEMO) \
+	@guest-kernels/initramfs/build-initramfs $(if $(NET),--net "$$(guest-kernels/fetch $(KERNEL))" build/boot-net.cpio,$(DEMO))
+	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage \
+		--initrd $(if $(NET),build/boot-net.cpio,$(DEMO)) $(if $(NET),--net $(NET)) \
 		--append "$$([ -t 0 ] || echo '-- uname -a')"
 
 boot-debian: build

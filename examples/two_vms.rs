@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use minivmm::config::VmConfig;
 use minivmm::vmm::error::VmError;
 use minivmm::vmm::event_loop::EventLoop;
+use minivmm::vmm::networks::Networks;
 use minivmm::vmm::outcome::Outcome;
 use minivmm::vmm::prepare::{BuildTimes, Prepared};
 use minivmm::vmm::vm::{ConsoleEnds, Observers, Vm};
@@ -65,7 +66,9 @@ pub(crate) fn start(kernel: &Path, cmdline: &str) -> Result<(Vm, Captured), Box<
         size: None,
     };
     let mut times = BuildTimes::default();
-    let prepared = Prepared::new(&config, &ThreadStarter::default(), &mut times)?;
+    let threads = ThreadStarter::default();
+    let networks = Networks::open(&config, &threads)?;
+    let prepared = Prepared::new(&config, &networks, &threads, &mut times)?;
     let mut vm = Vm::build(prepared, console, Observers::default(), &mut times)?;
     vm.start::<VmError>(|| Ok(()), None)?;
     Ok((vm, output))

@@ -11,9 +11,8 @@ use super::plan::Plan;
 use super::snapshot_at::SnapshotAt;
 use crate::boot;
 use crate::config::{OnReboot, VmConfig};
-use crate::host::{kvm, tap};
+use crate::host::kvm;
 use crate::sandbox::{Paths, Role, Sandbox, SandboxError};
-use crate::vmm::prepare::MACHINE_ID;
 use crate::{console, error_chain};
 
 /// What the main thread does for `plan`.
@@ -89,10 +88,6 @@ pub(super) fn paths(plan: &Plan, pty: Option<PathBuf>) -> Paths {
                 &mut paths.read
             };
             list.push(disk.path.clone());
-        }
-        if !config.nets.is_empty() {
-            paths.write.push(tap::DEVICE.into());
-            paths.read.push(MACHINE_ID.into());
         }
         if config.disks.iter().any(|disk| disk.ephemeral) {
             paths.write.push(std::env::temp_dir());

@@ -30,6 +30,7 @@ use crate::sandbox::Role;
 use crate::vmm::control::Control;
 use crate::vmm::ending;
 use crate::vmm::error::{VmError, host};
+use crate::vmm::networks::Networks;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
 use crate::vmm::vcpu::thread::VcpuThread;
@@ -283,7 +284,8 @@ impl Fork {
             ..identity.clone()
         };
         let mut build = BuildTimes::default();
-        let parts = Prepared::restore(snapshot, config, identity, &self.threads, &mut build)?;
+        let (networks, threads) = (Networks::open(config, &self.threads)?, &self.threads);
+        let parts = Prepared::restore(snapshot, config, &networks, identity, threads, &mut build)?;
         let ends = ConsoleEnds {
             serial: sink(),
             virtio: sink(),

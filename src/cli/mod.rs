@@ -211,9 +211,12 @@ pub struct VmArgs {
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
     /// Network device, which the guest finds as eth0, enp0s0 or the like; without it there is no network:
-    /// tap=NAME|fd=N[,mac=M], as in --net tap=tap0 or --net tap=tap0,mac=02:00:00:00:00:01; may be given again
+    /// passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME|fd=N[,mac=M], as in --net passt,publish=8080:80 or
+    /// --net tap=tap0; may be given again
     ///
-    /// tap: a TAP interface of this host, which exists (ip tuntap add tap0 mode tap user $USER) and is up. fd: the same, opened by
+    /// passt: a network without any rights, by the program of that name, which is started and ends with the VM; the guest gets its address
+    /// by DHCP. publish: a port of this host that leads to one of the guest, on 127.0.0.1 unless an address is given. host-loopback: the
+    /// gateway's address leads to this host, its servers on 127.0.0.1 included. tap: a TAP interface of this host, which exists (ip tuntap add tap0 mode tap user $USER) and is up. fd: the same, opened by
     /// the caller with IFF_NO_PI and IFF_VNET_HDR. mac: the guest's address; without it, one that stays the same as long as host,
     /// kernel, disks and interface do
     #[allow(

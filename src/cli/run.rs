@@ -25,6 +25,7 @@ use crate::vmm::control::End;
 use crate::vmm::ending;
 use crate::vmm::error::{VmError, host};
 use crate::vmm::event_loop::EventLoop;
+use crate::vmm::networks::Networks;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Prepared};
 use crate::vmm::snapshot::error::SnapshotError;
@@ -75,11 +76,10 @@ pub fn run(
     let threads = confine::threads(&sandbox);
     watch.confine(&threads);
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
-    let prepared = prepare(plan, &threads, timeline)?;
+    let networks = Networks::open(config, &threads)?;
+    let prepared = prepare(plan, &networks, &threads, timeline)?;
     let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
-    let saver = plan.snapshot_at.as_ref();
-    let saver = saver.map(|at| Saver::open(at, config, source));
-    let saver = saver.transpose().map_err(VmError::from)?;
+    let saver = Saver::open(plan.snapshot_at.as_ref(), config, source).map_err(VmError::from)?;
     if let Some(source) = source {
         process::name_file_on_bus_error(source.path());
     }
@@ -94,6 +94,7 @@ pub fn run(
         plan,
         saver,
         sandbox: &sandbox,
+        networks: &networks,
         threads: &threads,
         console: &console,
         stderr: stderr.as_ref(),
@@ -158,15 +159,17 @@ fn open_consoles(
 
 fn prepare(
     plan: &Plan,
+    networks: &Networks,
     threads: &ThreadStarter,
     timeline: &mut Timeline,
 ) -> Result<Prepared, VmError> {
     let mut times = BuildTimes::default();
     let prepared = match &plan.snapshot {
-        None => Prepared::new(&plan.config, threads, &mut times),
+        None => Prepared::new(&plan.config, networks, threads, &mut times),
         Some((snapshot, identity)) => {
             let identity = identity.clone();
-            Prepared::restore(snapshot, &plan.config, identity, threads, &mut times)
+            let config = &plan.config;
+            Prepared::restore(snapshot, config, networks, identity, threads, &mut times)
         }
     };
     timeline.note_build(&times);
@@ -210,6 +213,7 @@ struct Run<'a> {
     /// Until the VM is saved.
     saver: Option<Saver>,
     sandbox: &'a Sandbox,
+    networks: &'a Networks,
     threads: &'a ThreadStarter,
     console: &'a Console,
     /// Where COM1 goes if the console is a program's stdout.
@@ -238,7 +242,7 @@ impl Run<'_> {
             log::info!("the guest reset the machine: booting again");
             watch = start_watch(self.signals, self.deadline, Some(self.console.clone()))?;
             watch.confine(self.threads);
-            prepared = prepare(self.plan, self.threads, self.timeline)?;
+            prepared = prepare(self.plan, self.networks, self.threads, self.timeline)?;
         }
     }
 

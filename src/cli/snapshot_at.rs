@@ -63,21 +63,24 @@ pub(super) struct Saver {
 }
 
 impl Saver {
-    /// Opens what it needs. `source` is what the VM was restored from.
+    /// Opens what it needs, if the VM is to be saved. `source` is what the VM was restored from.
     pub(super) fn open(
-        at: &SnapshotAt,
+        at: Option<&SnapshotAt>,
         config: &VmConfig,
         source: Option<&Snapshot>,
-    ) -> Result<Self, SnapshotError> {
+    ) -> Result<Option<Self>, SnapshotError> {
+        let Some(at) = at else {
+            return Ok(None);
+        };
         let held = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        Ok(Self {
+        Ok(Some(Self {
             at: at.clone(),
             target: Target::create(&at.path, config, source)?,
             held: held.map_err(|source| SnapshotError::Write {
                 path: at.path.clone(),
                 source,
             })?,
-        })
+        }))
     }
 
     /// Where the VM is to be held, and how that is told.

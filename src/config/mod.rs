@@ -17,7 +17,7 @@ use serde_json::Value;
 pub use boot::BootProtocol;
 pub use console::{ConsoleTarget, ConsoleTargetError};
 pub use disk::{DiskConfig, DiskFormat};
-pub use net::{MacAddress, NetConfig};
+pub use net::{MacAddress, NetConfig, PublishedPort};
 pub use units::{MemorySize, Span};
 pub use vsock::VsockConfig;
 
@@ -293,13 +293,16 @@ impl VmConfig {
         Ok(())
     }
 
-    /// The kernel command line: the default or its replacement, then what is appended.
+    /// The kernel command line: the default or its replacement, then what is appended. The default has the kernel ask passt for its
+    /// address. Not so with a TAP interface: where nobody answers, it would ask for minutes.
     pub fn kernel_cmdline(&self) -> String {
         let base = self.cmdline.as_deref().unwrap_or(match self.console {
             ConsoleKind::Serial => DEFAULT_CMDLINE,
             ConsoleKind::Virtio => VIRTIO_CMDLINE,
         });
-        join_words([base, self.append.as_deref().unwrap_or_default()])
+        let asks = self.cmdline.is_none() && self.nets.iter().any(|net| net.passt);
+        let dhcp = if asks { "ip=dhcp" } else { "" };
+        join_words([base, dhcp, self.append.as_deref().unwrap_or_default()])
     }
 }
 

@@ -1,12 +1,14 @@
 //! A network device: the value of `--net`.
 
 use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 /// How a network device is written on the command line.
-const NET_SYNTAX: &str = "tap=NAME|fd=N[,mac=M]";
+const NET_SYNTAX: &str =
+    "passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME|fd=N[,mac=M]";
 
 /// A network device. Written as its help says.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,18 +18,32 @@ pub struct NetConfig {
     pub tap: Option<String>,
     /// An open descriptor of one, which the process has inherited.
     pub fd: Option<i32>,
+    /// passt, started for this device.
+    pub passt: bool,
+    /// With passt: ports of the host that lead to the guest.
+    pub publish: Vec<PublishedPort>,
+    /// With passt: whether the address of the guest's gateway leads to the host itself.
+    pub host_loopback: bool,
     /// The guest's address; without it, one that follows from the VM.
     pub mac: Option<MacAddress>,
 }
 
 impl NetConfig {
     pub(super) fn validate(&self) -> Result<(), String> {
-        match (&self.tap, self.fd) {
-            (Some(name), None) if !name.is_empty() => Ok(()),
-            (None, Some(fd)) if fd > 2 => Ok(()),
-            (None, Some(fd)) => Err(format!("fd={fd}: file descriptors from 3 on are inherited")),
-            (Some(_), Some(_)) => Err("tap and fd exclude each other".into()),
-            _ => Err(format!("no network: write {NET_SYNTAX}")),
+        if !self.passt && (!self.publish.is_empty() || self.host_loopback) {
+            return Err("publish and host-loopback are for passt".into());
+        }
+        match (&self.tap, self.fd, self.passt) {
+            (Some(name), None, false) if !name.is_empty() => Ok(()),
+            (None, Some(fd), false) if fd > 2 => Ok(()),
+            (None, Some(fd), false) => {
+                Err(format!("fd={fd}: file descriptors from 3 on are inherited"))
+            }
+            (None, None, true) => Ok(()),
+            (None, None, false) | (Some(_), None, false) => {
+                Err(format!("no network: write {NET_SYNTAX}"))
+            }
+            _ => Err("passt, tap and fd exclude one another".into()),
         }
     }
 
@@ -64,6 +80,12 @@ impl FromStr for NetConfig {
                     config.fd = Some(fd);
                 }
                 "mac" => config.mac = Some(value.parse()?),
+                "passt" if part == key => config.passt = true,
+                "host-loopback" if part == key => config.host_loopback = true,
+                "publish" => {
+                    config.publish.push(value.parse()?);
+                    continue;
+                }
                 _ => return Err(format!("'{part}' is not known; write {NET_SYNTAX}")),
             }
             if seen.contains(&key) {
@@ -73,6 +95,67 @@ impl FromStr for NetConfig {
         }
         config.validate()?;
         Ok(config)
+    }
+}
+
+/// A port of the host that leads to one of the guest. Written as `[IP:]HOST:GUEST[/udp]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct PublishedPort {
+    /// Where the host listens.
+    pub address: SocketAddr,
+    /// The guest's port.
+    pub guest: u16,
+    /// Whether it is one of UDP and not of TCP.
+    pub is_udp: bool,
+}
+
+impl PublishedPort {
+    /// As passt wants it (passt(1), --tcp-ports).
+    pub fn passt_spec(&self) -> String {
+        let (ip, host, guest) = (self.address.ip(), self.address.port(), self.guest);
+        format!("{ip}/{host}:{guest}")
+    }
+}
+
+impl FromStr for PublishedPort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("'publish={text}': write [IP:]HOST:GUEST[/udp], as in 8080:80");
+        let (ports, is_udp) = match text.strip_suffix("/udp") {
+            Some(ports) => (ports, true),
+            None => (text, false),
+        };
+        let (address, guest) = ports.rsplit_once(':').ok_or_else(wrong)?;
+        let address = match address.parse() {
+            Ok(port) => SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            Err(_) => address.parse().map_err(|_| wrong())?,
+        };
+        let guest = guest.parse().map_err(|_| wrong())?;
+        if guest == 0 || address.port() == 0 {
+            return Err(wrong());
+        }
+        Ok(Self {
+            address,
+            guest,
+            is_udp,
+        })
+    }
+}
+
+impl TryFrom<String> for PublishedPort {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<PublishedPort> for String {
+    fn from(port: PublishedPort) -> Self {
+        let suffix = if port.is_udp { "/udp" } else { "" };
+        format!("{}:{}{suffix}", port.address, port.guest)
     }
 }
 
@@ -136,12 +219,31 @@ mod tests {
         assert_eq!(tap.tap.as_deref(), Some("tap0"));
         assert_eq!(tap.mac.unwrap().to_string(), "02:00:00:00:0a:01");
         assert_eq!(net("fd=3").unwrap().fd, Some(3));
+        let text = "passt,publish=8080:80,publish=[::1]:53:5353/udp,host-loopback";
+        let passt = net(text).unwrap();
+        assert!(passt.passt && passt.host_loopback);
+        let ports = passt.publish.iter().map(|port| String::from(*port));
+        let ports: Vec<_> = ports.collect();
+        assert_eq!(ports, ["127.0.0.1:8080:80", "[::1]:53:5353/udp"]);
+        let json = serde_json::to_string(&passt).unwrap();
+        assert_eq!(serde_json::from_str::<NetConfig>(&json).unwrap(), passt);
         for (text, word) in [
             ("", "tap=NAME"),
             ("tap", "no network"),
             ("tap=", "no network"),
             ("mac=02:00:00:00:00:01", "no network"),
             ("tap=a,fd=4", "exclude"),
+            ("passt,tap=a", "exclude"),
+            ("passt=1", "not known"),
+            ("passt,passt", "twice"),
+            ("tap=a,publish=80:80", "for passt"),
+            ("tap=a,host-loopback", "for passt"),
+            ("passt,publish=80", "HOST:GUEST"),
+            ("passt,publish=0:80", "HOST:GUEST"),
+            ("passt,publish=80:0", "HOST:GUEST"),
+            ("passt,publish=80:65536", "HOST:GUEST"),
+            ("passt,publish=localhost:80:80", "HOST:GUEST"),
+            ("passt,publish=80:80/sctp", "HOST:GUEST"),
             ("fd=2", "from 3 on"),
             ("fd=-1", "from 3 on"),
             ("fd=x", "'fd=x'"),

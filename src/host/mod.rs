@@ -7,5 +7,6 @@ pub mod limits;
 pub mod memory;
 pub mod output;
 pub mod ownership;
+pub mod passt;
 pub mod tap;
 pub mod vsock;

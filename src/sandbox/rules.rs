@@ -138,12 +138,8 @@ const SAVE_IOCTLS: &[u32] = &[
 /// What the guest's driver accepts.
 const NET_IOCTLS: &[u32] = &[libc::TUNSETOFFLOAD as u32];
 
-/// To open a disk and a network, and to make a VM.
+/// To open a disk, and to make a VM.
 const RESTART_IOCTLS: &[u32] = &[
-    0x8921, // SIOCGIFMTU
-    libc::TUNSETIFF as u32,
-    libc::TUNGETIFF as u32,
-    libc::TUNSETVNETHDRSZ as u32,
     0x125e, // BLKROGET
     0x1268, // BLKSSZGET
     libc::FIONBIO as u32,
@@ -270,6 +266,8 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_writev, &[NET]),
     any(libc::SYS_epoll_ctl, &[NET]),
     only(libc::SYS_ioctl, &[NET], When::OneOf(1, NET_IOCTLS)),
+    // passt, when it has ended.
+    any(libc::SYS_wait4, &[NET]),
     // Streams to Unix sockets, and a timer for those that do not answer.
     only(
         libc::SYS_socket,
@@ -285,6 +283,7 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_epoll_ctl, MAIN),
     any(libc::SYS_eventfd2, MAIN),
     any(libc::SYS_getppid, MAIN),
+    any(libc::SYS_shutdown, MAIN),
     any(libc::SYS_ftruncate, MAIN),
     // The length of what a VM was restored from.
     any(libc::SYS_fstat, MAIN),
@@ -337,14 +336,13 @@ pub(super) const TABLE: &[Rule] = &[
     // The cache of kernels, whose directory is there, and must be the user's own.
     any(libc::SYS_mkdir, RESTART),
     any(libc::SYS_geteuid, RESTART),
-    // To ask for an interface's MTU.
+    any(libc::SYS_epoll_create1, RESTART),
+    // The socket of a socket device, and its timer.
     only(
         libc::SYS_socket,
         RESTART,
         When::OneOf(0, &[libc::AF_UNIX as u32]),
     ),
-    any(libc::SYS_epoll_create1, RESTART),
-    // The socket of a socket device, and its timer.
     any(libc::SYS_bind, RESTART),
     any(libc::SYS_listen, RESTART),
     any(libc::SYS_timerfd_create, RESTART),

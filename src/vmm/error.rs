@@ -14,6 +14,7 @@ use crate::arch::layout;
 use crate::boot::BootError;
 use crate::config::{ConfigError, MemorySize};
 use crate::host::kvm::OpenError;
+use crate::host::passt::PasstError;
 use crate::host::tap::TapError;
 use crate::host::vsock::VsockError;
 
@@ -41,6 +42,17 @@ pub enum VmError {
     /// A socket cannot be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// passt cannot be used.
+    #[error(transparent)]
+    Passt(#[from] PasstError),
+    /// The networks that were opened are not those of the configuration.
+    #[error("the configuration has {configured} networks, of which {open} are open")]
+    Networks {
+        /// From the configuration.
+        configured: usize,
+        /// What was opened.
+        open: usize,
+    },
     /// Guest RAM cannot be made.
     #[error(transparent)]
     Memory(#[from] MemoryError),

@@ -6,6 +6,7 @@ pub mod error;
 pub mod event_loop;
 pub mod machine;
 pub mod memory;
+pub mod networks;
 pub mod outcome;
 pub mod prepare;
 pub mod snapshot;

@@ -1,7 +1,5 @@
 //! What comes first of a VM: its files opened, its memory made, its kernel loaded, KVM asked.
 
-use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -13,18 +11,18 @@ use minivmm_devices::block::{Disk, DiskMode, DiskOptions};
 use minivmm_devices::platform::control::Restored;
 use minivmm_devices::thread::ThreadStarter;
 use minivmm_devices::virtio::blk::Block;
-use minivmm_devices::virtio::net::{Link, Net, NetOptions};
+use minivmm_devices::virtio::net::Net;
 use minivmm_devices::virtio::vsock::Vsock;
 use vm_memory::GuestMemoryMmap;
 
 use super::error::{VmError, host, refused};
+use super::networks::Networks;
 use super::snapshot::load::Snapshot;
 use super::{machine, memory};
 use crate::arch::layout;
 use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
-use crate::config::{DiskConfig, MemorySize, NetConfig, VmConfig};
+use crate::config::{DiskConfig, MemorySize, VmConfig};
 use crate::host::kvm;
-use crate::host::tap::Tap;
 use crate::host::vsock::{self, SocketFile};
 
 /// When a VM's steps were done, as far as they were.
@@ -79,11 +77,12 @@ pub struct Identity {
 }
 
 impl Prepared {
-    /// Makes a VM of a snapshot, with its memory. `config` is the snapshot's, but for what was changed in it. The VM's threads are started
-    /// by `threads`.
+    /// Makes a VM of a snapshot, with its memory. `config` is the snapshot's, but for what was changed in it; `networks` are open.
+    /// The VM's threads are started by `threads`.
     pub fn restore(
         snapshot: &Arc<Snapshot>,
         config: &VmConfig,
+        networks: &Networks,
         identity: Identity,
         threads: &ThreadStarter,
         times: &mut BuildTimes,
@@ -129,17 +128,18 @@ impl Prepared {
             cmdline: meta.cmdline.clone(),
             config: config.clone(),
             disks,
-            nets: Vec::new(),
+            nets: networks.devices(config, threads)?,
             vsock,
             _vsock_file,
             threads: threads.clone(),
         })
     }
 
-    /// Opens all files, makes the VM and its RAM, and loads the kernel. The VM's threads are started by
+    /// Opens all files, makes the VM and its RAM, and loads the kernel; `networks` are open. The VM's threads are started by
     /// `threads`. `times` has what was reached when it fails.
     pub fn new(
         config: &VmConfig,
+        networks: &Networks,
         threads: &ThreadStarter,
         times: &mut BuildTimes,
     ) -> Result<Self, VmError> {
@@ -154,7 +154,6 @@ impl Prepared {
             open_disk(disk, open, config.cpus, threads)
         });
         let disks = disks.collect::<Result<_, _>>()?;
-        let nets = open_nets(config, threads)?;
         let (vsock, _vsock_file) = open_vsock(config, threads)?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {
@@ -202,7 +201,7 @@ impl Prepared {
             cmdline,
             config: config.clone(),
             disks,
-            nets,
+            nets: networks.devices(config, threads)?,
             vsock,
             _vsock_file,
             threads: threads.clone(),
@@ -239,36 +238,6 @@ fn open_disk(
     let queues = disk.queues.unwrap_or(cpus.into());
     let engine = disk.engine.unwrap_or_default();
     Block::new(opened, id, queues, engine, threads).map_err(host("a device's thread"))
-}
-
-/// Where a host's own ID is (machine-id(5)).
-pub const MACHINE_ID: &str = "/etc/machine-id";
-
-/// Opens what network devices need of the host.
-fn open_nets(config: &VmConfig, threads: &ThreadStarter) -> Result<Vec<Net>, VmError> {
-    if config.nets.is_empty() {
-        return Ok(Vec::new());
-    }
-    // The same for as long as the VM has its place, its kernel and its disks.
-    let mut vm = fs::read(MACHINE_ID).unwrap_or_default();
-    let disks = config.disks.iter().map(|disk| &disk.path);
-    for path in [&config.kernel].into_iter().chain(disks) {
-        vm.extend(path.as_os_str().as_bytes());
-    }
-    let open = |(index, net): (usize, &NetConfig)| {
-        let tap = match (&net.tap, net.fd) {
-            (Some(name), _) => Tap::open(name)?,
-            (None, fd) => Tap::from_inherited(fd.unwrap_or(-1))?,
-        };
-        let options = NetOptions {
-            mac: net.mac_address(&vm, index),
-            mtu: tap.mtu,
-        };
-        Link::packets(tap.fd, tap.set_offloads)
-            .and_then(|link| Net::new(link, options, threads))
-            .map_err(host("a network device"))
-    };
-    config.nets.iter().enumerate().map(open).collect()
 }
 
 /// Opens what a socket device needs of the host, and gives it with the name of its socket.

@@ -11,6 +11,7 @@ use minivmm_devices::thread::ThreadStarter;
 use crate::config::{DEFAULT_CMDLINE, MemorySize, VmConfig};
 use crate::tools::cpio;
 use crate::tools::measure::call;
+use crate::vmm::networks::Networks;
 use crate::vmm::prepare::{BuildTimes, Prepared};
 
 /// guestctl (guest-kernels/initramfs): first process of the virtual machine, and probe everywhere.
@@ -171,6 +172,7 @@ impl VmImage {
         // If it fails, so does the first run, which is reported.
         let _ = Prepared::new(
             &config,
+            &Networks::default(),
             &ThreadStarter::default(),
             &mut BuildTimes::default(),
         );

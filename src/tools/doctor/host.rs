@@ -54,7 +54,7 @@ pub fn check_host() -> Vec<Check> {
     let mut checks = check_kvm(open_kvm(&cpu, modules), &cpu, modules);
     checks.extend(sandbox::check_sandbox());
     checks.extend(limits::check_limits());
-    checks.push(network::check_network());
+    checks.extend(network::check_networks());
     checks
 }
 

@@ -2,8 +2,8 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use virtio_bindings::virtio_net::{
@@ -44,14 +44,15 @@ pub(super) const MEMORY_BOUND: usize = MAX_IOVECS * size_of::<libc::iovec>() + (
 /// Tells a packet device which of the features in [`OFFLOADS`] the driver has accepted.
 pub type SetOffloads = fn(BorrowedFd<'_>, u64) -> io::Result<()>;
 
+/// A link that outlives its device, for the next boot's. Only the device that runs holds the lock.
+pub type SharedLink = Arc<Mutex<Link>>;
+
 /// The way to the network. It goes up when it is made and down, for good, when its other end is gone.
 pub struct Link {
     fd: OwnedFd,
     kind: Kind,
     is_up: Arc<AtomicBool>,
     iovecs: Iovecs,
-    /// What lives as long as the link.
-    _owner: Option<Box<dyn Send>>,
 }
 
 enum Kind {
@@ -94,23 +95,21 @@ impl Link {
     /// A packet device: each read and write is one frame behind `struct virtio_net_hdr_v1`, as a TAP device has it with IFF_VNET_HDR.
     /// Without `set_offloads`, it knows neither partial checksums nor segments.
     pub fn packets(fd: OwnedFd, set_offloads: Option<SetOffloads>) -> io::Result<Self> {
-        Self::new(fd, Kind::Packets(set_offloads), None)
+        Self::new(fd, Kind::Packets(set_offloads))
     }
 
     /// A stream socket: each frame follows its length, 32 bits with the most significant byte first, as passt and QEMU have it.
-    /// `owner` is dropped after the socket.
-    pub fn stream(fd: OwnedFd, owner: Option<Box<dyn Send>>) -> io::Result<Self> {
-        Self::new(fd, Kind::Stream(Stream::default()), owner)
+    pub fn stream(fd: OwnedFd) -> io::Result<Self> {
+        Self::new(fd, Kind::Stream(Stream::default()))
     }
 
-    fn new(fd: OwnedFd, kind: Kind, owner: Option<Box<dyn Send>>) -> io::Result<Self> {
+    fn new(fd: OwnedFd, kind: Kind) -> io::Result<Self> {
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
         Ok(Self {
             fd,
             kind,
             is_up: Arc::new(AtomicBool::new(true)),
             iovecs: Iovecs::default(),
-            _owner: owner,
         })
     }
 

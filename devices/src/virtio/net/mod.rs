@@ -6,8 +6,8 @@ mod serve;
 pub(super) mod tests;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-pub use link::{Link, OFFLOADS, SetOffloads};
+pub use link::{Link, OFFLOADS, SetOffloads, SharedLink};
 
 use super::device::{Interrupt, Resources, StopMode, VirtioDevice, read_config_bytes};
 use super::queue::Virtqueue;
@@ -69,8 +69,13 @@ impl Net {
     pub const MEMORY_BOUND: usize =
         worker::MEMORY_BOUND + serve::memory_bound(QUEUE_SIZES[0]) + link::MEMORY_BOUND;
 
-    /// A device with its thread.
-    pub fn new(mut link: Link, options: NetOptions, threads: &ThreadStarter) -> io::Result<Self> {
+    /// A device with its thread. The link serves one device at a time, and another one after that.
+    pub fn new(
+        shared: SharedLink,
+        options: NetOptions,
+        threads: &ThreadStarter,
+    ) -> io::Result<Self> {
+        let link = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let mtu = options.mtu.filter(|mtu| *mtu >= MIN_MTU);
         let features = 1 << VIRTIO_NET_F_MAC
             | 1 << VIRTIO_NET_F_STATUS
@@ -82,6 +87,7 @@ impl Net {
         let [receive, transmit] = &notifiers;
         let own = vec![(0, receive.try_clone()?), (1, transmit.try_clone()?)];
         let descriptors = [link.fd()];
+        drop(link);
         let (kind, name) = (ThreadKind::Net, "virtio-net".into());
         let worker = QueueWorker::new(
             threads,
@@ -89,7 +95,10 @@ impl Net {
             name,
             own,
             &descriptors,
-            move |worker, queues| serve::serve(&mut link, options.mtu, worker, queues),
+            move |worker, queues| {
+                let mut link = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                serve::serve(&mut link, options.mtu, worker, queues)
+            },
         )?;
         Ok(Self {
             options: NetOptions { mtu, ..options },

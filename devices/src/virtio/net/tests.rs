@@ -23,14 +23,15 @@ const TRANSMIT: u16 = 1;
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
 fn device(link: io::Result<Link>) -> Box<dyn VirtioDevice> {
-    Box::new(Net::new(link.unwrap(), OPTIONS, &ThreadStarter::default()).unwrap())
+    let link = Arc::new(Mutex::new(link.unwrap()));
+    Box::new(Net::new(link, OPTIONS, &ThreadStarter::default()).unwrap())
 }
 
 /// A device to which its network sends frames without end, each of which fills a request of the conformance suite.
 pub(in crate::virtio) fn fed() -> Box<dyn VirtioDevice> {
     let (ours, mut peer) = UnixStream::pair().unwrap();
     thread::spawn(move || while peer.write_all(&framed(&[b'x'; 9])).is_ok() {});
-    device(Link::stream(ours.into(), None))
+    device(Link::stream(ours.into()))
 }
 
 fn framed(frame: &[u8]) -> Vec<u8> {
@@ -50,7 +51,7 @@ fn start(driver: &mut Driver, without: u64) {
 
 fn stream(without: u64) -> (Driver, UnixStream) {
     let (ours, peer) = UnixStream::pair().unwrap();
-    let mut driver = Driver::new(device(Link::stream(ours.into(), None)));
+    let mut driver = Driver::new(device(Link::stream(ours.into())));
     start(&mut driver, without);
     (driver, peer)
 }
@@ -399,7 +400,7 @@ fn a_restored_driver_sees_the_link_go_down_and_up() {
         ..OPTIONS
     };
     driver.restore(|| {
-        let link = Link::stream(ours.into(), None).unwrap();
+        let link = Arc::new(Mutex::new(Link::stream(ours.into()).unwrap()));
         Box::new(Net::new(link, other, &ThreadStarter::default()).unwrap())
     });
     assert!(driver.transport.resume());

@@ -1,0 +1,148 @@
+//! passt as a process of minivmm's: it starts with the VM, and ends with it however that ends. What goes through it is in tests/net.rs.
+
+mod common;
+
+use std::fs::{self, Permissions};
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command};
+use std::thread;
+use std::time::Duration;
+
+use common::limit::within;
+use common::skip::skip;
+use common::{PATIENCE, boot_tiny, run, signal, wait};
+
+fn has_passt() -> bool {
+    Command::new("passt").arg("--version").output().is_ok()
+}
+
+/// A port of 127.0.0.1 that was free a moment ago.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+fn is_open(port: u16) -> bool {
+    TcpStream::connect(("127.0.0.1", port)).is_ok()
+}
+
+/// Waits for the first words of a guest, "tiny# ".
+fn wait_for_guest(child: &mut Child) {
+    let mut word = [0; 6];
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_exact(&mut word).unwrap();
+}
+
+/// The processes that minivmm has started.
+fn children(minivmm: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{minivmm}/task")).unwrap();
+    let tasks = tasks.flatten().map(|task| task.path().join("children"));
+    let lists = tasks.filter_map(|path| fs::read_to_string(path).ok());
+    let lists: Vec<_> = lists.collect();
+    let pids = lists.iter().flat_map(|list| list.split_whitespace());
+    pids.map(str::to_owned).collect()
+}
+
+#[test]
+fn a_missing_passt_names_its_package() {
+    let mut command = boot_tiny("hello", "", &["--net", "passt"]);
+    let ended = run(command.env("PATH", "/var/empty"));
+    ended.assert_code(125);
+    let error = "error: passt is not on the PATH; install the package passt";
+    assert!(ended.stderr.contains(error), "{}", ended.stderr);
+    assert_eq!(ended.out(), "", "the guest did not run");
+}
+
+#[test]
+fn a_port_in_use_is_an_error_before_the_boot() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let net = format!("passt,publish={}:80", address.port());
+    let ended = run(&mut boot_tiny("hello", "", &["--net", &net]));
+    ended.assert_code(125);
+    let error = format!("cannot publish TCP port {address}: Address already in use");
+    assert!(ended.stderr.contains(&error), "{}", ended.stderr);
+    assert_eq!(ended.out(), "");
+}
+
+#[test]
+fn what_passt_says_minivmm_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("passt");
+    // A file that is open for writing cannot be executed, and another test may fork just then.
+    let script = "#!/bin/sh\nprintf 'No\\033such \"interface\"\\n\\nFailed to send 31 bytes to syslog\\nlast' >&2\n";
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+    let mut command = boot_tiny("ends", "ms", &["--net", "passt"]);
+    command.env("PATH", dir.path());
+    let mut child = command.spawn().unwrap();
+    wait_for_guest(&mut child);
+    let gone = within(PATIENCE, || children(child.id()).is_empty().then_some(()));
+    signal(&child, "TERM");
+    let output = wait(child, PATIENCE);
+    gone.expect("the process ends and is waited for");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(143), "the VM went on: {err}");
+    let wanted =
+        "minivmm: warning: passt: No\\u{1b}such \"interface\"\nminivmm: warning: passt: last\n";
+    assert!(err.contains(wanted), "{err}");
+    assert!(!err.contains("syslog"), "{err}");
+}
+
+#[test]
+fn passt_ends_with_the_vm_however_that_ends() {
+    if !has_passt() {
+        return skip("passt is not installed");
+    }
+    for how in ["KILL", "TERM", "poweroff"] {
+        let port = free_port();
+        let net = format!("passt,publish={port}:80");
+        let letters = if how == "poweroff" { "mwp" } else { "ms" };
+        let mut command = boot_tiny("ends", letters, &["--net", &net]);
+        command.stdin(std::process::Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        wait_for_guest(&mut child);
+        let opened = within(PATIENCE, || is_open(port).then_some(()));
+        let pids = children(child.id());
+        if how == "poweroff" {
+            let mut stdin = child.stdin.take().unwrap();
+            std::io::Write::write_all(&mut stdin, b"x").unwrap();
+        } else {
+            signal(&child, how);
+        }
+        let output = wait(child, PATIENCE);
+        opened.unwrap_or_else(|| panic!("{how}: the port opens: {output:?}"));
+        assert_eq!(pids.len(), 1, "{how}");
+        // After an end that minivmm sees, the port is free at once.
+        if how != "KILL" {
+            assert!(!is_open(port), "{how}: {output:?}");
+        }
+        let closed = within(PATIENCE, || (!is_open(port)).then_some(()));
+        closed.unwrap_or_else(|| panic!("{how}: passt is still there"));
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert!(!err.contains("passt"), "{how}: {err}");
+    }
+}
+
+#[test]
+fn a_reset_keeps_passt() {
+    if !has_passt() {
+        return skip("passt is not installed");
+    }
+    let args = ["--net", "passt", "--on-reboot", "restart"];
+    let mut child = boot_tiny("ends", "mr", &args).spawn().unwrap();
+    wait_for_guest(&mut child);
+    let first = within(PATIENCE, || {
+        Some(children(child.id())).filter(|pids| pids.len() == 1)
+    });
+    // Some more boots.
+    (0..5).for_each(|_| wait_for_guest(&mut child));
+    thread::sleep(Duration::from_millis(100));
+    let last = children(child.id());
+    signal(&child, "TERM");
+    let output = wait(child, PATIENCE);
+    assert_eq!(output.status.code(), Some(143), "{output:?}");
+    assert_eq!(first.expect("passt starts"), last);
+}
