@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use flate2::bufread::MultiGzDecoder;
@@ -146,11 +146,17 @@ impl Parts {
         }
     }
 
-    /// Opens a file; `name` is no path that leaves the directory.
+    /// Opens a file. Names come from the image's own JSON, and must not lead out of it.
     pub(super) fn read(&self, name: &str) -> io::Result<Box<dyn Read + '_>> {
         let missing = || io::Error::new(io::ErrorKind::NotFound, format!("{name} is not in it"));
         match self {
-            Self::Directory(dir) => Ok(Box::new(open_regular(&dir.join(name))?)),
+            Self::Directory(dir) => {
+                let mut parts = Path::new(name).components();
+                if !parts.all(|part| matches!(part, Component::Normal(_))) {
+                    return Err(missing());
+                }
+                Ok(Box::new(open_regular(&dir.join(name))?))
+            }
             Self::Archive { file, members } => {
                 let mut at = name.as_bytes();
                 // In the oldest format a layer may be a link to another image's.

@@ -10,6 +10,7 @@ use super::{
     Entry, Made, compressed, entry, file, gzip, header, layer, layout, make, names, store,
 };
 use crate::image::Source;
+use crate::image::blob::Digest;
 
 #[test]
 fn hostile_names_end_in_errors() {
@@ -202,4 +203,32 @@ fn what_digests_do_not_cover_is_refused() {
     assert!(json.contains("longer than 4 MiB"), "{json}");
     let missing = edit(&|dir| fs::remove_file(dir.join("oci-layout")).unwrap());
     assert!(missing.contains("neither index.json"), "{missing}");
+}
+
+#[test]
+fn names_in_an_images_json_stay_in_its_directory() {
+    let dir = TempDir::new().unwrap();
+    let saved = dir.path().join("saved");
+    fs::create_dir(&saved).unwrap();
+    let plain = layer(&[file("a", "x")]);
+    let config = format!(
+        r#"{{"architecture":"amd64","os":"linux","rootfs":{{"diff_ids":["{}"]}}}}"#,
+        Digest::of(&plain)
+    );
+    let name = format!("{}.json", Digest::of(config.as_bytes()).hex());
+    fs::write(saved.join(&name), &config).unwrap();
+    for path in ["layer.tar", "saved/layer.tar"] {
+        fs::write(dir.path().join(path), &plain).unwrap();
+    }
+    let load = |layer: &str| {
+        let manifest = format!(r#"[{{"Config":"{name}","Layers":["{layer}"]}}]"#);
+        fs::write(saved.join("manifest.json"), manifest).unwrap();
+        Source::File(saved.clone(), None).load(&store(dir.path()))
+    };
+    let absolute = dir.path().join("layer.tar");
+    for outside in ["../layer.tar", absolute.to_str().unwrap()] {
+        let error = crate::error_chain(&load(outside).unwrap_err());
+        assert!(error.contains("is not in it"), "{error}");
+    }
+    load("layer.tar").unwrap();
 }
