@@ -330,7 +330,7 @@ fn resource_limits_exit_cleanly() {
     for (limit, fragment) in [
         ("ulimit -n 4;", "(os error 24)"),
         ("ulimit -n 10;", "(os error 24)"),
-        ("ulimit -v 15000;", "ulimit -v"),
+        ("ulimit -v 20000;", "ulimit -v"),
     ] {
         let ended = run(&mut shell(limit, "", "hello", ""));
         ended.assert_code(125);
