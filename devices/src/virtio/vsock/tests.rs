@@ -80,8 +80,9 @@ pub(in crate::virtio) fn fed() -> Box<dyn VirtioDevice> {
     thread::spawn(move || {
         let mut kept = std::collections::VecDeque::new();
         while let Ok(mut stream) = UnixStream::connect(sockets.path()) {
+            // A reset of the device may have closed it already: the next one is for the driver after that.
             if stream.write_all(b"CONNECT 1\n").is_err() {
-                break;
+                continue;
             }
             kept.push_back(stream);
             if kept.len() > 16 {
