@@ -164,7 +164,7 @@ fn a_terminal_is_the_programs_own() {
     terminal.type_in("stty size; echo $TERM\r");
     terminal.wait_for("33 99\r\nxterm");
     terminal.resize(44, 88);
-    // Its SIGWINCH goes to whoever is in the foreground there.
+    // Its SIGWINCH goes to what is in the foreground there.
     session.signal("WINCH");
     terminal.type_in("until stty size | busybox grep 44; do sleep 0.1; done\r");
     terminal.wait_for("\r\n44 88\r\n");

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::list::for_each_key;
 use minivmm_devices::block::Engine;
 use minivmm_devices::virtio::blk::{MAX_ID_LEN, MAX_QUEUES};
 use serde::{Deserialize, Serialize};
@@ -88,12 +89,7 @@ impl FromStr for DiskConfig {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut config = Self::default();
-        let mut seen = Vec::new();
-        for part in text.split(',') {
-            let (key, value) = match part.split_once('=') {
-                Some((key, value)) => (key, Some(value)),
-                None => (part, None),
-            };
+        for_each_key(text, &[], |part, key, value| {
             match (key, value) {
                 ("path", Some(value)) => config.path = value.into(),
                 ("ro", None) => config.read_only = true,
@@ -125,11 +121,8 @@ impl FromStr for DiskConfig {
                     ));
                 }
             }
-            if seen.contains(&key) {
-                return Err(format!("'{part}': {key} comes twice"));
-            }
-            seen.push(key);
-        }
+            Ok(())
+        })?;
         config.validate()?;
         Ok(config)
     }

@@ -3,6 +3,7 @@
 mod boot;
 mod console;
 mod disk;
+mod list;
 mod net;
 mod units;
 mod vsock;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
+use super::list::for_each_key;
 use serde::{Deserialize, Serialize};
 
 /// How a network device is written on the command line.
@@ -70,9 +71,8 @@ impl FromStr for NetConfig {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut config = Self::default();
-        let mut seen = Vec::new();
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        for_each_key(text, &["publish"], |part, key, value| {
+            let value = value.unwrap_or_default();
             match key {
                 "tap" => config.tap = Some(value.into()),
                 "fd" => {
@@ -82,17 +82,11 @@ impl FromStr for NetConfig {
                 "mac" => config.mac = Some(value.parse()?),
                 "passt" if part == key => config.passt = true,
                 "host-loopback" if part == key => config.host_loopback = true,
-                "publish" => {
-                    config.publish.push(value.parse()?);
-                    continue;
-                }
+                "publish" => config.publish.push(value.parse()?),
                 _ => return Err(format!("'{part}' is not known; write {NET_SYNTAX}")),
             }
-            if seen.contains(&key) {
-                return Err(format!("'{part}': {key} comes twice"));
-            }
-            seen.push(key);
-        }
+            Ok(())
+        })?;
         config.validate()?;
         Ok(config)
     }

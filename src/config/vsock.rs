@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::list::for_each_key;
 use minivmm_devices::virtio::vsock::CIDS;
 use serde::{Deserialize, Serialize};
 
@@ -58,19 +59,15 @@ impl FromStr for VsockConfig {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut config = Self::default();
-        let mut seen = Vec::new();
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        for_each_key(text, &[], |part, key, value| {
+            let value = value.unwrap_or_default();
             match key {
                 "path" => config.path = Some(value.into()),
                 "cid" => config.cid = value.parse().map_err(|e| format!("'{part}': {e}"))?,
                 _ => return Err(format!("'{part}' is not known; write {VSOCK_SYNTAX}")),
             }
-            if seen.contains(&key) {
-                return Err(format!("'{part}': {key} comes twice"));
-            }
-            seen.push(key);
-        }
+            Ok(())
+        })?;
         config.path.get_or_insert_default();
         config.validate()?;
         Ok(config)

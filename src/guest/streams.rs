@@ -83,7 +83,7 @@ impl Channel {
         while let Ok(piece) = input.recv() {
             if piece.is_empty() {
                 if terminal {
-                    // Ctrl-D, as somebody would type it at the terminal.
+                    // Ctrl-D, as it is typed at a terminal.
                     let _ = to.as_ref().map(|mut to| to.write_all(b"\x04"));
                 }
                 to = None;

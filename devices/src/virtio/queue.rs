@@ -331,6 +331,22 @@ impl<'m> Chain<'m> {
     }
 }
 
+/// `len` bytes of these slices from `skip` on.
+pub(super) fn window<'a: 'b, 'b>(
+    slices: impl Iterator<Item = VolatileSlice<'a>> + Clone,
+    mut skip: usize,
+    mut len: usize,
+) -> impl Iterator<Item = VolatileSlice<'b>> + Clone {
+    slices.filter_map(move |slice| {
+        let cut = skip.min(slice.len());
+        skip -= cut;
+        let count = len.min(slice.len() - cut);
+        len -= count;
+        let part = slice.subslice(cut, count).ok();
+        part.filter(|part| !part.is_empty())
+    })
+}
+
 /// Guest memory in pieces, all of it known to be RAM. Other threads and the guest may write it at any time.
 #[derive(Default)]
 pub struct Buffers<'m> {

@@ -16,7 +16,7 @@ impl VcpuThread {
         let (jobs, taken) = sync_channel::<(Job, SyncSender<Vcpu>)>(1);
         let work = move || {
             for (job, done) in taken {
-                // Whoever gave the job waits for its end, but for a panic.
+                // The giver of the job waits for its end, but for a panic.
                 let _ = done.send(job());
             }
         };
@@ -31,7 +31,7 @@ impl VcpuThread {
         let jobs = self.0.clone();
         Box::new(move |job| {
             let (done, result) = sync_channel(1);
-            // It takes jobs as long as somebody can give one.
+            // It takes jobs as long as one can be given.
             let _ = jobs.send((job, done));
             Box::new(move || result.recv().ok())
         })

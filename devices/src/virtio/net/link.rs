@@ -12,7 +12,7 @@ use virtio_bindings::virtio_net::{
 };
 use vm_memory::VolatileSlice;
 
-use crate::virtio::queue::Buffers;
+use crate::virtio::queue::{Buffers, window};
 
 /// Length of `struct virtio_net_hdr_v1` (§ 5.1.6), in front of each frame.
 pub(super) const HEADER_LEN: usize = 12;
@@ -326,22 +326,6 @@ impl Stream {
 /// Whether a packet device no longer exists, from drivers/net/tun.c.
 fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBADFD)
-}
-
-/// `len` bytes of these slices from `skip` on.
-fn window<'a: 'b, 'b>(
-    slices: impl Iterator<Item = VolatileSlice<'a>> + Clone,
-    mut skip: usize,
-    mut len: usize,
-) -> impl Iterator<Item = VolatileSlice<'b>> + Clone {
-    slices.filter_map(move |slice| {
-        let cut = skip.min(slice.len());
-        skip -= cut;
-        let count = len.min(slice.len() - cut);
-        len -= count;
-        let part = slice.subslice(cut, count).ok();
-        part.filter(|part| !part.is_empty())
-    })
 }
 
 /// Reads at least one byte; `None` if there is none yet.

@@ -14,8 +14,8 @@ use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
 use vmm_sys_util::epoll::EventSet;
 
 use super::packet::{BOTH, HEADER_LEN, Header, NO_RECEIVE, NO_SEND, op};
-use super::stream::{parse_connect, read_line, retry, window};
-use crate::virtio::queue::Buffers;
+use super::stream::{parse_connect, read_line, retry};
+use crate::virtio::queue::{Buffers, window};
 
 /// Bytes from the guest that may wait for the host. Linux sends up to 64 KiB in a packet; two of them keep it busy.
 pub(super) const BUFFER_SIZE: usize = 128 << 10;
@@ -252,7 +252,7 @@ impl Connection {
 
     /// Writes what there is for the host, behind what waits already.
     fn forward(&mut self, payload: &Buffers<'_>, len: usize) {
-        for part in window(payload, 0, len) {
+        for part in window(payload.slices().iter().copied(), 0, len) {
             let mut done = 0;
             if self.unsent.is_empty() && self.is_writable && !self.is_broken {
                 done = self.write(&part);
@@ -396,7 +396,8 @@ impl Connection {
     /// Reads from the host what the guest has credit and `buffers` have room for.
     fn read(&mut self, buffers: &Buffers<'_>) -> usize {
         let mut done = 0;
-        for mut part in window(buffers, HEADER_LEN, self.credit() as usize) {
+        let slices = buffers.slices().iter().copied();
+        for mut part in window(slices, HEADER_LEN, self.credit() as usize) {
             match retry(|| (&self.stream).read_volatile(&mut part)) {
                 Ok(0) => self.at_end = true,
                 Ok(count) => {

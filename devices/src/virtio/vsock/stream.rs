@@ -4,28 +4,10 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use rustix::io::Errno;
-use vm_memory::{VolatileMemoryError, VolatileSlice};
-
-use crate::virtio::queue::Buffers;
+use vm_memory::VolatileMemoryError;
 
 /// Longest CONNECT line in bytes.
 const MAX_LINE: usize = 32;
-
-/// `len` bytes of these buffers from `skip` on.
-pub(super) fn window<'m>(
-    buffers: &Buffers<'m>,
-    mut skip: usize,
-    mut len: usize,
-) -> impl Iterator<Item = VolatileSlice<'m>> {
-    buffers.slices().iter().filter_map(move |slice| {
-        let cut = skip.min(slice.len());
-        skip -= cut;
-        let count = len.min(slice.len() - cut);
-        len -= count;
-        let part = slice.subslice(cut, count).ok();
-        part.filter(|part| !part.is_empty())
-    })
-}
 
 /// Has a call made again that a signal broke off.
 pub(super) fn retry(
