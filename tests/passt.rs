@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::env;
 use std::fs::{self, Permissions};
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
@@ -12,7 +13,8 @@ use std::time::Duration;
 
 use common::limit::within;
 use common::skip::skip;
-use common::{PATIENCE, boot_tiny, run, signal, wait};
+use common::{PATIENCE, boot_tiny, children, kill, run, signal, wait};
+use tempfile::TempDir;
 
 fn has_passt() -> bool {
     Command::new("passt").arg("--version").output().is_ok()
@@ -33,16 +35,6 @@ fn wait_for_guest(child: &mut Child) {
     let mut word = [0; 6];
     let stdout = child.stdout.as_mut().unwrap();
     stdout.read_exact(&mut word).unwrap();
-}
-
-/// The processes that minivmm has started.
-fn children(minivmm: u32) -> Vec<String> {
-    let tasks = fs::read_dir(format!("/proc/{minivmm}/task")).unwrap();
-    let tasks = tasks.flatten().map(|task| task.path().join("children"));
-    let lists = tasks.filter_map(|path| fs::read_to_string(path).ok());
-    let lists: Vec<_> = lists.collect();
-    let pids = lists.iter().flat_map(|list| list.split_whitespace());
-    pids.map(str::to_owned).collect()
 }
 
 #[test]
@@ -69,14 +61,20 @@ fn a_port_in_use_is_an_error_before_the_boot() {
     assert_eq!(ended.out(), "");
 }
 
-#[test]
-fn what_passt_says_minivmm_says() {
+/// A directory with this shell script as passt.
+fn fake_passt(script: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("passt");
-    // A file that is open for writing cannot be executed, and another test may fork just then.
-    let script = "#!/bin/sh\nprintf 'No\\033such \"interface\"\\n\\nFailed to send 31 bytes to syslog\\nlast' >&2\n";
-    fs::write(&path, script).unwrap();
+    fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
     fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+#[test]
+fn what_passt_says_minivmm_says() {
+    let dir = fake_passt(
+        "printf 'No\\033such \"interface\"\\n\\nFailed to send 31 bytes to syslog\\nlast' >&2",
+    );
     let mut command = boot_tiny("ends", "ms", &["--net", "passt"]);
     command.env("PATH", dir.path());
     let mut child = command.spawn().unwrap();
@@ -91,6 +89,27 @@ fn what_passt_says_minivmm_says() {
         "minivmm: warning: passt: No\\u{1b}such \"interface\"\nminivmm: warning: passt: last\n";
     assert!(err.contains(wanted), "{err}");
     assert!(!err.contains("syslog"), "{err}");
+}
+
+/// It does not see that its socket is closed.
+#[test]
+fn a_passt_that_is_stuck_ends_with_a_killed_minivmm() {
+    let dir = fake_passt("exec sleep 3600");
+    let mut command = boot_tiny("ends", "ms", &["--net", "passt"]);
+    let path = format!("{}:{}", dir.path().display(), env::var("PATH").unwrap());
+    let mut child = command.env("PATH", path).spawn().unwrap();
+    wait_for_guest(&mut child);
+    let cmdline = |pid| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let sleeps = || {
+        let mut pids = children(child.id()).into_iter();
+        pids.find(|pid| cmdline(*pid).starts_with(b"sleep"))
+    };
+    let pid = within(PATIENCE, sleeps).expect("it runs");
+    signal(&child, "KILL");
+    wait(child, PATIENCE);
+    // What is left of a process until it is waited for has no command line.
+    let ended = within(PATIENCE, || cmdline(pid).is_empty().then_some(()));
+    ended.expect("it ends");
 }
 
 #[test]
@@ -129,7 +148,7 @@ fn passt_ends_with_the_vm_however_that_ends() {
 }
 
 #[test]
-fn a_reset_keeps_passt() {
+fn a_reset_keeps_passt_and_a_signal_ends_it() {
     if !has_passt() {
         return skip("passt is not installed");
     }
@@ -143,8 +162,12 @@ fn a_reset_keeps_passt() {
     (0..5).for_each(|_| wait_for_guest(&mut child));
     thread::sleep(Duration::from_millis(100));
     let last = children(child.id());
+    // Signals that minivmm waits for itself are not blocked in it.
+    let is_sent = last.iter().all(|pid| kill(*pid, "TERM"));
+    let gone = within(PATIENCE, || children(child.id()).is_empty().then_some(()));
     signal(&child, "TERM");
     let output = wait(child, PATIENCE);
     assert_eq!(output.status.code(), Some(143), "{output:?}");
     assert_eq!(first.expect("passt starts"), last);
+    assert!(is_sent && gone.is_some(), "{output:?}");
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use minivmm_devices::thread::{ThreadKind, ThreadStarter};
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::geteuid;
+use rustix::process::{Signal, geteuid, set_parent_process_death_signal};
 
 use crate::config::{NetConfig, PublishedPort};
 use crate::escaped;
@@ -139,6 +139,7 @@ fn run(
     }
 }
 
+#[allow(unsafe_code, reason = "a step between fork and exec is unsafe")]
 fn spawn(mut command: Command, socket: UnixStream) -> io::Result<Child> {
     /// One process at a time inherits a socket: another one would keep it open.
     static INHERITING: Mutex<()> = Mutex::new(());
@@ -150,11 +151,26 @@ fn spawn(mut command: Command, socket: UnixStream) -> io::Result<Child> {
         .stderr(Stdio::piped())
         // Ctrl-C at a terminal is not for it.
         .process_group(0);
+    // SAFETY: neither allocates memory nor takes a lock.
+    unsafe { command.pre_exec(before_exec) };
     let _guard = INHERITING.lock().unwrap_or_else(PoisonError::into_inner);
     fcntl_setfd(&socket, FdFlags::empty())?;
     let child = command.spawn();
     drop(socket);
     child
+}
+
+/// Signals that are blocked here for the event loop are not for passt. It ends when its socket is closed; if it is stuck, it is killed with
+/// this thread, but as root, where it drops that with its rights (PR_SET_PDEATHSIG(2const)).
+#[allow(unsafe_code, reason = "libc has no safe call for a mask of signals")]
+fn before_exec() -> io::Result<()> {
+    // SAFETY: sigset_t is plain data, which sigemptyset fills; a null pointer asks for no old mask.
+    unsafe {
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+    }
+    Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
 }
 
 fn show(stderr: ChildStderr) {

@@ -12,6 +12,7 @@ pub(crate) mod terminal;
 
 use std::env;
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -204,6 +205,16 @@ pub(crate) fn wait(mut child: Child, patience: Duration) -> Output {
         assert!(!stderr.contains("the sandbox would refuse"), "{stderr}");
     }
     output
+}
+
+/// The processes that a process has started.
+pub(crate) fn children(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let lists =
+        tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok());
+    let lists: Vec<_> = lists.collect();
+    let pids = lists.iter().flat_map(|list| list.split_whitespace());
+    pids.map(|pid| pid.parse().unwrap()).collect()
 }
 
 /// Sends a signal to a child.
