@@ -7,14 +7,24 @@ use std::fs::{self, Permissions};
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::thread;
 use std::time::Duration;
 
 use common::limit::within;
 use common::skip::skip;
-use common::{PATIENCE, boot_tiny, children, kill, run, signal, wait};
+use common::{PATIENCE, boot_tiny, children, kill, minivmm, run, signal, wait};
 use tempfile::TempDir;
+
+/// Saves a tiny guest with this network at mark 7; restored, it prints "tiny# " and spins.
+fn save(net: &str, dir: &TempDir) -> PathBuf {
+    let path = dir.path().join("snapshot");
+    let at = format!("7={},exit", path.display());
+    let args = ["--net", net, "--snapshot-at", &at];
+    run(&mut boot_tiny("ends", "bms", &args)).assert_code(0);
+    path
+}
 
 fn has_passt() -> bool {
     Command::new("passt").arg("--version").output().is_ok()
@@ -170,4 +180,87 @@ fn a_reset_keeps_passt_and_a_signal_ends_it() {
     assert_eq!(output.status.code(), Some(143), "{output:?}");
     assert_eq!(first.expect("passt starts"), last);
     assert!(is_sent && gone.is_some(), "{output:?}");
+}
+
+#[test]
+fn a_restored_vm_has_the_network_that_its_user_names() {
+    if !has_passt() {
+        return skip("passt is not installed");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = save("passt,publish=1:80", &dir);
+    let down =
+        "minivmm: warning: net 0 has no network, and its link is down: give --net for each\n";
+    // What the snapshot says of ports is not followed.
+    for (args, passts, err) in [
+        (&[][..], 0, down),
+        (&["--net", "passt"], 1, ""),
+        (&["--net", "passt,host-loopback"], 1, ""),
+    ] {
+        let mut command = minivmm(&["restore"]);
+        let mut child = command.arg(&path).args(args).spawn().unwrap();
+        wait_for_guest(&mut child);
+        let started = within(PATIENCE, || {
+            (children(child.id()).len() == passts).then_some(())
+        });
+        signal(&child, "TERM");
+        let output = wait(child, PATIENCE);
+        assert!(started.is_some(), "{args:?}: {output:?}");
+        assert_eq!(output.status.code(), Some(143), "{output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), err);
+    }
+    for (command, args, code, why) in [
+        (
+            "restore",
+            &["--net", "passt", "--net", "tap=t"][..],
+            125,
+            "the VM had 1 network devices",
+        ),
+        (
+            "restore",
+            &["--net", "passt,mac=02:00:00:00:00:01"],
+            2,
+            "leave out mac",
+        ),
+        ("restore", &["--net", "tap="], 2, "no network"),
+        (
+            "fork",
+            &["-n", "2", "--net", "tap=t"],
+            125,
+            "cannot share a TAP interface",
+        ),
+        (
+            "fork",
+            &["-n", "2", "--net", "passt,publish=1:80"],
+            125,
+            "cannot share",
+        ),
+    ] {
+        let ended = run(minivmm(&[command]).arg(&path).args(args));
+        ended.assert_code(code);
+        assert!(ended.stderr.contains(why), "{}", ended.stderr);
+    }
+    let info = run(minivmm(&["snapshot", "info"]).arg(&path));
+    info.assert_printed(&["network        0: passt\n"]);
+}
+
+#[test]
+fn each_fork_has_a_passt_of_its_own() {
+    if !has_passt() {
+        return skip("passt is not installed");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = save("passt", &dir);
+    let args = ["fork", "-n", "3", "-j", "3", "--net", "passt"];
+    let child = minivmm(&args).arg(&path).spawn().unwrap();
+    let started = within(PATIENCE, || (children(child.id()).len() == 3).then_some(()));
+    signal(&child, "TERM");
+    let output = wait(child, PATIENCE);
+    assert!(started.is_some(), "{output:?}");
+    assert_eq!(output.status.code(), Some(143), "{output:?}");
+    assert_eq!(
+        String::from_utf8_lossy(&output.stderr),
+        "",
+        "no passt says a word"
+    );
 }

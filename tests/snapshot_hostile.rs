@@ -231,11 +231,10 @@ fn sections_that_contradict_each_other_are_refused() {
         ("\"memory\":\"16M\"", "\"memory\":\"17M\"", "for a VM of"),
         ("\"memory\":\"16M\"", "\"memory\":\"1M\"", "memory"),
         ("\"config\":", "\"confix\":", "description"),
-        // Of whose network?
         (
             "\"disks\":[],\"nets\":[]",
-            "\"nets\":[{\"tap\":\"t\"}]",
-            "it has networks",
+            "\"nets\":[{\"fd\":1}]",
+            "file descriptors from 3 on",
         ),
     ] {
         assert_refused(replace(META, from, to), true, why);

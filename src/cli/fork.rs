@@ -114,7 +114,8 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
     let json = args.json.map(JsonFile::open).transpose();
     let json = json.map_err(|e| host("the report")(io::Error::other(e)))?;
     let source = args.source.open(ConsoleTarget::None, None)?;
-    source.snapshot.check_fork().map_err(VmError::from)?;
+    let nets = &source.config.nets;
+    source.snapshot.check_fork(nets).map_err(VmError::from)?;
     process::name_file_on_bus_error(source.snapshot.path());
     // The threads that make VMs need all that a VM is made of; those that a guest reaches are confined.
     let sandbox = confine::sandbox(&source.config, Role::Main)?;

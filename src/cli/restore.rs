@@ -14,7 +14,7 @@ use super::plan::Plan;
 use super::run::RunError;
 use super::snapshot_at::SnapshotAt;
 use crate::config::{
-    ConsoleTarget, DiskConfig, OnReboot, SandboxMode, Span, VmConfig, VsockConfig,
+    ConsoleTarget, DiskConfig, NetConfig, OnReboot, SandboxMode, Span, VmConfig, VsockConfig,
 };
 use crate::vmm::error::{VmError, host};
 use crate::vmm::prepare::Identity;
@@ -65,6 +65,18 @@ pub(super) struct SnapshotSource {
     /// Use FILE as the disk with this serial number, or with this number if it has none, whatever the snapshot says of it; it must hold what the disk held
     #[arg(long = "disk", value_name = "id=ID,path=FILE", value_parser = parse_disk)]
     disks: Vec<(String, PathBuf)>,
+    /// Connect the VM's first network device, or with a further --net the next: passt[,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback], tap=NAME or fd=N; without it, the device's link is down
+    #[arg(long = "net", value_name = "passt|tap=NAME|fd=N[,...]", value_parser = parse_net)]
+    nets: Vec<NetConfig>,
+}
+
+/// Of what a network device can be given, its network.
+fn parse_net(text: &str) -> Result<NetConfig, String> {
+    let net: NetConfig = text.parse()?;
+    match net.mac {
+        None => Ok(net),
+        Some(_) => Err("the guest's address is as the snapshot says: leave out mac".into()),
+    }
 }
 
 /// Of what a disk can be given, its name and its file.
@@ -156,6 +168,16 @@ impl SnapshotSource {
         for (id, path) in &self.disks {
             snapshot.use_for_disk(id, path).map_err(VmError::from)?;
         }
+        let mut nets = self.nets;
+        let count = snapshot.meta().config.nets.len();
+        if nets.len() > count {
+            let error = format!("the VM had {count} network devices when it was saved");
+            return Err(host("the networks")(io::Error::other(error)).into());
+        }
+        for index in nets.len()..count {
+            log::warn!("net {index} has no network, and its link is down: give --net for each");
+        }
+        nets.resize_with(count, NetConfig::default);
         if self.clock == ClockMode::Realtime {
             let taken = UNIX_EPOCH + Duration::from_nanos(snapshot.meta().taken_at_ns);
             let since = SystemTime::now().duration_since(taken).unwrap_or_default();
@@ -167,10 +189,11 @@ impl SnapshotSource {
             }
             snapshot.advance_clocks(since.as_nanos().try_into().unwrap_or(0));
         }
-        // What the file says of the console's file and of what comes after is not followed: it may be anybody's.
+        // What the file says of the console's file, of networks and sockets is not followed: they may be anybody's.
         let vsock = snapshot.meta().config.vsock.clone();
         let config = VmConfig {
             serial,
+            nets,
             vsock: vsock.map(|vsock| VsockConfig {
                 path: None,
                 ..vsock

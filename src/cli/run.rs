@@ -79,7 +79,7 @@ pub fn run(
     let networks = Networks::open(config, &threads)?;
     let prepared = prepare(plan, &networks, &threads, timeline)?;
     let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
-    let saver = Saver::open(plan.snapshot_at.as_ref(), config, source).map_err(VmError::from)?;
+    let saver = Saver::open(plan.snapshot_at.as_ref(), source).map_err(VmError::from)?;
     if let Some(source) = source {
         process::name_file_on_bus_error(source.path());
     }
@@ -293,7 +293,8 @@ impl Run<'_> {
         self.log().observe();
         transcript.get().on_panic_end = None;
         let (phases, bytes) = (transcript.get().phases(), self.log().bytes_out());
-        self.timeline.end_of_boot(&vm, phases, bytes);
+        let nets = self.networks;
+        self.timeline.end_of_boot(&vm, nets, phases, bytes);
         let summary = summary(&vm);
         let interrupted = self.stop_devices(&mut vm, &end.outcome);
         started?;

@@ -92,6 +92,14 @@ fn info(file: &Path, out: &mut dyn Write) -> Result<(), SnapshotCommandError> {
     for disk in snapshot.disks() {
         line("disk", format!("{}: {}", disk.id(), disk.path().display()))?;
     }
+    for (index, net) in meta.config.nets.iter().enumerate() {
+        let what = match net.passt {
+            true => "passt",
+            false if net.is_unplugged() => "none",
+            false => "a TAP interface",
+        };
+        line("network", format!("{index}: {what}"))?;
+    }
     line("host", format!("{}, {}", meta.processor, meta.host.kernel))?;
     if snapshot.is_from_this_host() {
         line("this host", "the same, in the same boot".to_owned())?;

@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::VmConfig;
 use crate::console::Signals;
 use crate::error_chain;
 use crate::vmm::outcome::Outcome;
@@ -66,7 +65,6 @@ impl Saver {
     /// Opens what it needs, if the VM is to be saved. `source` is what the VM was restored from.
     pub(super) fn open(
         at: Option<&SnapshotAt>,
-        config: &VmConfig,
         source: Option<&Snapshot>,
     ) -> Result<Option<Self>, SnapshotError> {
         let Some(at) = at else {
@@ -75,7 +73,7 @@ impl Saver {
         let held = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Some(Self {
             at: at.clone(),
-            target: Target::create(&at.path, config, source)?,
+            target: Target::create(&at.path, source)?,
             held: held.map_err(|source| SnapshotError::Write {
                 path: at.path.clone(),
                 source,

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 const NET_SYNTAX: &str =
     "passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME|fd=N[,mac=M]";
 
-/// A network device. Written as its help says.
+/// A network device. Written as its help says. Without a network, as after a restore that names none, its link is down.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct NetConfig {
@@ -40,12 +40,15 @@ impl NetConfig {
             (None, Some(fd), false) => {
                 Err(format!("fd={fd}: file descriptors from 3 on are inherited"))
             }
-            (None, None, true) => Ok(()),
-            (None, None, false) | (Some(_), None, false) => {
-                Err(format!("no network: write {NET_SYNTAX}"))
-            }
+            (None, None, _) => Ok(()),
+            (Some(_), None, false) => Err(format!("no network: write {NET_SYNTAX}")),
             _ => Err("passt, tap and fd exclude one another".into()),
         }
+    }
+
+    /// Whether its link is down.
+    pub fn is_unplugged(&self) -> bool {
+        self.tap.is_none() && self.fd.is_none() && !self.passt
     }
 
     /// The guest's address: the one that is configured, or one that stays the same for this device, the place `index` of a VM that
@@ -87,6 +90,9 @@ impl FromStr for NetConfig {
             }
             Ok(())
         })?;
+        if config.is_unplugged() {
+            config.tap = Some(String::new());
+        }
         config.validate()?;
         Ok(config)
     }
@@ -219,6 +225,7 @@ mod tests {
         let ports = passt.publish.iter().map(|port| String::from(*port));
         let ports: Vec<_> = ports.collect();
         assert_eq!(ports, ["127.0.0.1:8080:80", "[::1]:53:5353/udp"]);
+        NetConfig::default().validate().unwrap();
         let json = serde_json::to_string(&passt).unwrap();
         assert_eq!(serde_json::from_str::<NetConfig>(&json).unwrap(), passt);
         for (text, word) in [

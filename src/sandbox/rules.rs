@@ -262,8 +262,8 @@ pub(super) const TABLE: &[Rule] = &[
         When::OneOf(1, &[IORING_REGISTER_ENABLE_RINGS]),
     ),
     // Networks.
-    any(libc::SYS_readv, &[NET]),
-    any(libc::SYS_writev, &[NET]),
+    any(libc::SYS_readv, &[NET, VSOCK]),
+    any(libc::SYS_writev, &[NET, VSOCK]),
     any(libc::SYS_epoll_ctl, &[NET]),
     only(libc::SYS_ioctl, &[NET], When::OneOf(1, NET_IOCTLS)),
     // passt, when it has ended.

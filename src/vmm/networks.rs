@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Mutex};
 
 use minivmm_devices::thread::ThreadStarter;
-use minivmm_devices::virtio::net::{Link, Net, NetOptions, SharedLink};
+use minivmm_devices::virtio::net::{Link, LinkStatus, Net, NetOptions, SharedLink};
 
 use super::error::{VmError, host};
 use crate::config::{NetConfig, VmConfig};
@@ -21,6 +21,7 @@ pub struct Networks(Vec<Network>);
 
 struct Network {
     link: SharedLink,
+    status: Arc<LinkStatus>,
     options: NetOptions,
     passt: Option<Passt>,
 }
@@ -39,18 +40,20 @@ impl Networks {
             vm.extend(path.as_os_str().as_bytes());
         }
         let open = |(index, net): (usize, &NetConfig)| {
-            let (link, mtu, passt) = if net.passt {
-                let (socket, passt) = Passt::start(net, threads)?;
-                (Link::stream(socket), Some(passt::MTU), Some(passt))
-            } else {
-                let tap = match (&net.tap, net.fd) {
-                    (Some(name), _) => Tap::open(name)?,
-                    (None, fd) => Tap::from_inherited(fd.unwrap_or(-1))?,
-                };
-                (Link::packets(tap.fd, tap.set_offloads), tap.mtu, None)
+            let packets = |tap: Tap| (Link::packets(tap.fd, tap.set_offloads), tap.mtu, None);
+            let (link, mtu, passt) = match (&net.tap, net.fd) {
+                _ if net.passt => {
+                    let (socket, passt) = Passt::start(net, threads)?;
+                    (Link::stream(socket), Some(passt::MTU), Some(passt))
+                }
+                (Some(name), _) => packets(Tap::open(name)?),
+                (None, Some(fd)) => packets(Tap::from_inherited(fd)?),
+                (None, None) => (Link::unplugged(), Some(u16::MAX), None),
             };
+            let link = link.map_err(host("a network device"))?;
             Ok(Network {
-                link: Arc::new(Mutex::new(link.map_err(host("a network device"))?)),
+                status: Arc::clone(link.status()),
+                link: Arc::new(Mutex::new(link)),
                 options: NetOptions {
                     mac: net.mac_address(&vm, index),
                     mtu,
@@ -60,6 +63,11 @@ impl Networks {
         };
         let networks: Result<_, VmError> = config.nets.iter().enumerate().map(open).collect();
         networks.map(Self)
+    }
+
+    /// What is known of each link.
+    pub fn status(&self) -> impl Iterator<Item = &LinkStatus> {
+        self.0.iter().map(|network| &*network.status)
     }
 
     /// The devices of the next boot. Fails for a passt that could not be started.

@@ -13,6 +13,7 @@ use super::net;
 use super::rng::Rng;
 use super::testing::*;
 use super::vsock;
+use super::worker::QueueWorker;
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::block::{Disk, DiskMode, Engine};
 use crate::bus::BusDevice;

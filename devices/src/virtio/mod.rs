@@ -15,8 +15,10 @@ pub mod console;
 pub mod device;
 pub mod net;
 pub mod queue;
+mod resources;
 pub mod rng;
 pub mod transport;
+mod vectored;
 pub mod vsock;
 pub mod worker;
 

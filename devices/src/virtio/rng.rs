@@ -1,13 +1,11 @@
 //! The entropy device (§ 5.4): fills buffers with the host's random numbers.
 
 use std::io;
-use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::device::{Resources, StopMode, VirtioDevice};
-use super::queue::{Chain, QueueError, Virtqueue};
+use super::device::VirtioDevice;
+use super::queue::{Chain, QueueError};
 use super::worker::{self, QueueWorker};
 use crate::state::{Record, SaveState, StateError, from_record, to_record};
 use crate::thread::{ThreadKind, ThreadStarter};
@@ -36,8 +34,7 @@ impl Rng {
     /// A device with its thread.
     pub fn new(threads: &ThreadStarter) -> io::Result<Self> {
         let (kind, name) = (ThreadKind::Rng, "virtio-rng".into());
-        let notifiers = vec![(0, EventFd::new(EFD_CLOEXEC)?)];
-        let worker = QueueWorker::new(threads, kind, name, notifiers, &[], |worker, queues| {
+        let worker = QueueWorker::new(threads, kind, name, 0..1, &[], |worker, queues| {
             let mut chain = Chain::default();
             worker.run(queues, |queue| queue.handle_all(&mut chain, give_entropy))
         })?;
@@ -60,17 +57,8 @@ impl VirtioDevice for Rng {
 
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
-    fn start(&mut self, resources: Resources) -> io::Result<()> {
-        QueueWorker::start_all(&mut self.workers, resources);
-        Ok(())
-    }
-
-    fn notify(&mut self, queue: u16) {
-        QueueWorker::notify(&self.workers, queue);
-    }
-
-    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
-        QueueWorker::stop_all(&mut self.workers, mode, wait)
+    fn workers(&mut self) -> &mut [QueueWorker] {
+        &mut self.workers
     }
 }
 

@@ -1,7 +1,6 @@
 //! Pausing, saving and restoring virtio devices.
 
 use std::collections::BTreeSet;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,10 +15,11 @@ use super::blk::Block;
 use super::conformance::{KINDS, device};
 use super::console::Console;
 use super::console::tests::{Host, SIZE};
-use super::device::{Resources, StopMode, VirtioDevice};
+use super::device::{StopMode, VirtioDevice};
 use super::queue::Virtqueue;
 use super::rng::Rng;
 use super::testing::*;
+use super::worker::QueueWorker;
 use super::{F_EVENT_IDX, F_INDIRECT_DESC};
 use crate::block::{Disk, DiskMode, Engine};
 use crate::chardev::TerminalSize;
@@ -325,12 +325,8 @@ impl VirtioDevice for Hanging {
 
     fn read_config(&self, _: u64, _: &mut [u8]) {}
 
-    fn start(&mut self, resources: Resources) -> io::Result<()> {
-        self.0.start(resources)
-    }
-
-    fn notify(&mut self, queue: u16) {
-        self.0.notify(queue);
+    fn workers(&mut self) -> &mut [QueueWorker] {
+        self.0.workers()
     }
 
     fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {

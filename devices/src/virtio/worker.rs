@@ -1,6 +1,7 @@
 //! A thread that serves queues, so that no vCPU waits for their requests.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -10,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::device::{Interrupt, Resources, StopMode};
 use super::queue::{Chain, QueueError, Virtqueue};
+use super::resources::{Interrupt, Resources, StopMode};
 use crate::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
 
 /// Requests that are completed before the driver hears of them, at most: it is told when the queue has run empty, and
@@ -29,20 +30,12 @@ pub(super) const MEMORY_BOUND: usize = STACK_SIZE + (32 << 10);
 pub struct QueueWorker {
     signal: Arc<Signal>,
     /// `None` only while it is being dropped.
-    runs: Option<Sender<Run>>,
+    runs: Option<Sender<Resources>>,
     stopped: Receiver<Vec<Virtqueue>>,
     is_running: bool,
     /// Of a worker that has stopped, while others of its device have not.
     queues: Vec<Virtqueue>,
     thread: Option<JoinHandle<()>>,
-}
-
-/// From a start of the device to its stop.
-struct Run {
-    queues: Vec<Virtqueue>,
-    mem: GuestMemoryMmap,
-    features: u64,
-    interrupt: Interrupt,
 }
 
 /// How a worker is told that there is something to do.
@@ -59,13 +52,13 @@ const DRAIN: u8 = 1;
 const CANCEL: u8 = 2;
 
 impl QueueWorker {
-    /// A worker for these queues, each with the eventfd of its notifications. From start to stop it works as `serve` does,
+    /// A worker for these queues. From start to stop it works as `serve` does,
     /// which returns once [`WorkerContext::must_stop`] says so. `descriptors` wake it too, each time that they become readable.
     pub fn new(
         threads: &ThreadStarter,
         kind: ThreadKind,
         name: String,
-        notifiers: Vec<(u16, EventFd)>,
+        queues: Range<u16>,
         descriptors: &[RawFd],
         mut serve: impl for<'m> FnMut(
             &'m WorkerContext,
@@ -75,6 +68,8 @@ impl QueueWorker {
         + 'static,
     ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
+        let notifiers = queues.map(|queue| Ok((queue, EventFd::new(EFD_CLOEXEC)?)));
+        let notifiers = notifiers.collect::<io::Result<Vec<_>>>()?;
         let events = notifiers.iter().map(|(_, event)| event.as_raw_fd());
         for fd in events.chain(descriptors.iter().copied()) {
             let edge = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
@@ -85,7 +80,7 @@ impl QueueWorker {
             epoll,
             stop: AtomicU8::new(RUN),
         });
-        let (runs, to_run) = channel::<Run>();
+        let (runs, to_run) = channel::<Resources>();
         let (has_stopped, stopped) = channel();
         let signalled = Arc::clone(&signal);
         let thread = threads.spawn(kind, name, move || {
@@ -93,6 +88,7 @@ impl QueueWorker {
                 let worker = WorkerContext {
                     mem: run.mem,
                     features: run.features,
+                    resumed: run.resumed,
                     interrupt: run.interrupt,
                     signal: Arc::clone(&signalled),
                 };
@@ -125,15 +121,15 @@ impl QueueWorker {
     }
 
     /// Starts those of a device's workers that have queues among its resources.
-    pub fn start_all(workers: &mut [Self], resources: Resources) {
-        let mut queues = resources.queues;
+    pub fn start_all(workers: &mut [Self], mut resources: Resources) {
+        let mut queues = std::mem::take(&mut resources.queues);
         for worker in workers {
             let own = queues.extract_if(.., |queue| worker.serves(queue.index()));
-            let run = Run {
+            let run = Resources {
                 queues: own.collect(),
                 mem: resources.mem.clone(),
-                features: resources.features,
                 interrupt: resources.interrupt.clone(),
+                ..resources
             };
             if !run.queues.is_empty() {
                 worker.signal.stop.store(RUN, Ordering::Release);
@@ -146,10 +142,17 @@ impl QueueWorker {
         }
     }
 
+    /// An eventfd to which a notification of this queue may be written at any time; a hypervisor does that without a way through
+    /// the vCPU's thread.
+    pub fn notifier(workers: &[Self], queue: u16) -> Option<&EventFd> {
+        let mut notifiers = workers.iter().flat_map(|worker| &worker.signal.notifiers);
+        let (_, event) = notifiers.find(|(index, _)| *index == queue)?;
+        Some(event)
+    }
+
     /// Has the worker of this queue look into it.
     pub fn notify(workers: &[Self], queue: u16) {
-        let mut notifiers = workers.iter().flat_map(|worker| &worker.signal.notifiers);
-        if let Some((_, event)) = notifiers.find(|(index, _)| *index == queue) {
+        if let Some(event) = Self::notifier(workers, queue) {
             // This cannot fail, nor block before it was written 2^64 times.
             let _ = event.write(1);
         }
@@ -208,6 +211,8 @@ pub struct WorkerContext {
     pub mem: GuestMemoryMmap,
     /// The features that the driver has accepted.
     pub features: u64,
+    /// See [`Resources::resumed`].
+    pub resumed: bool,
     interrupt: Interrupt,
     signal: Arc<Signal>,
 }

@@ -16,6 +16,7 @@ use std::fs::File;
 use std::time::Instant;
 
 use super::phases::Phases;
+use crate::vmm::networks::Networks;
 use crate::vmm::prepare::BuildTimes;
 use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
 use crate::vmm::vm::Vm;
@@ -40,6 +41,7 @@ impl Timeline {
             start,
             kernel: None,
             marks: BootMarks::default(),
+            nets: Vec::new(),
             exits: ExitProfile::default(),
             names: BTreeMap::new(),
             console_bytes: 0,
@@ -93,13 +95,23 @@ impl Timeline {
     }
 
     /// Collects what vCPUs and console recorded of a boot that has ended, and measures memory while the VM still exists.
-    pub fn end_of_boot(&mut self, vm: &Vm, phases: Phases, console_bytes: u64) {
+    pub fn end_of_boot(&mut self, vm: &Vm, nets: &Networks, phases: Phases, console_bytes: u64) {
         let Some(watch) = &mut self.0 else { return };
         watch.boots += 1;
         if watch.boots > 1 {
             return;
         }
         watch.note(Point::VcpusStopped, Instant::now());
+        for (number, link) in (0..).zip(nets.status()) {
+            for (point, at) in [
+                (Point::LinkUp, &link.first_up),
+                (Point::FirstPacketSent, &link.first_sent),
+                (Point::FirstPacketReceived, &link.first_received),
+            ] {
+                let at = at.get().map(|at| (point, *at, Some(number)));
+                watch.nets.extend(at);
+            }
+        }
         let account = watch.memory_account.take();
         match account.map(|account| PrivateMemory::read(account, vm.mem())) {
             Some(Ok(memory)) => watch.memory = Some(memory),

@@ -15,7 +15,7 @@ use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
 /// Boot marks that are kept; more are counted only.
 const MAX_BOOT_MARKS: usize = 64;
 
-/// A point in time; all but boot marks come once in a boot. In JSON the names are in snake case.
+/// A point in time; all but boot marks and those of networks come once in a boot. In JSON the names are in snake case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Point {
@@ -45,6 +45,12 @@ pub enum Point {
     LoginPrompt,
     /// The guest wrote to the boot-mark port.
     BootMark,
+    /// The driver of a network began to use its link.
+    LinkUp,
+    /// The first packet came from a network's guest.
+    FirstPacketSent,
+    /// The first packet went to it.
+    FirstPacketReceived,
     /// The last exit that the guest itself made.
     LastExit,
     /// All vCPU threads have ended.
@@ -91,6 +97,8 @@ pub(super) struct Record {
     pub(super) points: Vec<(Point, Instant)>,
     pub(super) kernel: Option<LoadedKernel>,
     pub(super) marks: BootMarks,
+    /// What happened on each network, with its number.
+    pub(super) nets: Vec<(Point, Instant, Option<u8>)>,
     pub(super) exits: ExitProfile,
     /// What the devices are called that exits went to.
     pub(super) names: BTreeMap<BusRegion, String>,

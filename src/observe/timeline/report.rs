@@ -55,7 +55,7 @@ struct Event {
     name: Point,
     /// Since the start of the process.
     at_ns: u64,
-    /// A boot mark's byte.
+    /// A boot mark's byte, a network's number.
     #[serde(skip_serializing_if = "Option::is_none")]
     value: Option<u8>,
 }
@@ -113,6 +113,7 @@ impl Report {
             .iter()
             .map(|(point, at)| (*point, *at, None))
             .chain(marks)
+            .chain(watch.nets.iter().copied())
             .collect();
         events.sort_by_key(|(_, at, _)| *at);
         let start = watch.start.at;
@@ -202,6 +203,7 @@ fn size(bytes: u64) -> String {
 impl Report {
     /// What an event is called in the table.
     fn label(&self, event: &Event) -> String {
+        let value = event.value.unwrap_or_default();
         let label = match event.name {
             Point::ProcessStart => {
                 match (self.process_start.source, self.process_start.within_ns) {
@@ -225,7 +227,12 @@ impl Report {
             Point::InitRun => "kernel: Run ... as init process",
             Point::FirstUserOutput => "first output of userspace",
             Point::LoginPrompt => "login prompt",
-            Point::BootMark => return format!("boot mark {}", event.value.unwrap_or_default()),
+            Point::BootMark => return format!("boot mark {value}"),
+            Point::LinkUp => return format!("link of net {value} up"),
+            Point::FirstPacketSent => return format!("first packet from the guest to net {value}"),
+            Point::FirstPacketReceived => {
+                return format!("first packet to the guest from net {value}");
+            }
             Point::LastExit => "last exit",
             Point::VcpusStopped => "vCPUs stopped",
             Point::MemoryMeasured => "memory measured, for this table",

@@ -157,6 +157,11 @@ pub enum SnapshotError {
     /// A disk that only one VM can write to.
     #[error("the snapshot's VM writes to the disk {}: VMs that go on side by side can only share what is read-only or ephemeral", .0.display())]
     SharedDisk(PathBuf),
+    /// A network that only one VM can have.
+    #[error(
+        "VMs that go on side by side cannot share a TAP interface or a published port: each can have a passt of its own, without ports"
+    )]
+    SharedNetwork,
     /// The file was changed while a VM ran from it.
     #[error("the snapshot {} was changed while a VM ran from it", .0.display())]
     Changed(PathBuf),

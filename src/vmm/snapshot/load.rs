@@ -18,6 +18,7 @@ use super::record::Meta;
 use super::sparse::{checksum, next_data};
 use crate::arch::cpuid;
 use crate::arch::state::VcpuState;
+use crate::config::NetConfig;
 use crate::vmm::memory::end_of_ram;
 
 /// A snapshot, ready for any number of VMs.
@@ -97,12 +98,6 @@ impl Snapshot {
                 "a kernel outside of the memory".to_owned(),
             ));
         }
-        if !config.nets.is_empty() {
-            // What a file names as a TAP device may be anybody's network.
-            return Err(FormatError::Mismatch(
-                "networks, which this minivmm cannot restore".to_owned(),
-            ));
-        }
         let file = Arc::new(file);
         let disks = SavedDisk::all(&file, &config.disks, &meta.disks, &sections.overlays)?;
         let vcpus = sections.all(Kind::Vcpu).map(VcpuState::decode);
@@ -163,8 +158,12 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Refuses a VM of which there can be only one.
-    pub fn check_fork(&self) -> Result<(), SnapshotError> {
+    /// Refuses a VM of which there can be only one. `nets` are its networks now.
+    pub fn check_fork(&self, nets: &[NetConfig]) -> Result<(), SnapshotError> {
+        let is_own = |net: &NetConfig| net.tap.is_none() && net.fd.is_none();
+        if !nets.iter().all(|net| is_own(net) && net.publish.is_empty()) {
+            return Err(SnapshotError::SharedNetwork);
+        }
         match self.disks.iter().find(|disk| disk.is_written()) {
             Some(disk) => Err(SnapshotError::SharedDisk(disk.path().to_owned())),
             None => Ok(()),

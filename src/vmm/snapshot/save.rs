@@ -23,7 +23,6 @@ use super::load::Snapshot;
 use super::record::Meta;
 use super::sparse::{SparseChecksum, is_zero};
 use crate::arch::state::{StateSupport, VcpuState};
-use crate::config::VmConfig;
 use crate::host::cpu::Cpu;
 use crate::vmm::prepare::Origin;
 use crate::vmm::vm::Vm;
@@ -66,14 +65,7 @@ impl Unpublished {
 
 impl Target {
     /// Opens the file, and whatever else is needed to write it. A VM that was restored names its `source`.
-    pub fn create(
-        path: &Path,
-        config: &VmConfig,
-        source: Option<&Snapshot>,
-    ) -> Result<Self, SnapshotError> {
-        if !config.nets.is_empty() {
-            return Err(SnapshotError::Unsupported("a VM with networks".into()));
-        }
+    pub fn create(path: &Path, source: Option<&Snapshot>) -> Result<Self, SnapshotError> {
         if source.is_some_and(|source| source.is_file(path)) {
             return Err(SnapshotError::OwnSource(path.to_owned()));
         }

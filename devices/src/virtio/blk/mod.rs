@@ -7,7 +7,6 @@ pub(super) mod tests;
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
@@ -15,13 +14,11 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 pub use request::MAX_ID_LEN;
 use request::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Requests, SEG_MAX, SIZE_MAX};
 
-use super::device::{Resources, StopMode, VirtioDevice, read_config_bytes};
-use super::queue::Virtqueue;
+use super::device::{VirtioDevice, read_config_bytes};
 use super::worker::{self, QueueWorker};
 use crate::block::ring::Ring;
 use crate::block::{Disk, Engine, SECTOR_SIZE};
@@ -49,7 +46,6 @@ pub struct Block {
     disk: Arc<Disk>,
     config: [u8; 60],
     /// Of each queue.
-    notifiers: Vec<EventFd>,
     workers: Vec<QueueWorker>,
 }
 
@@ -71,13 +67,10 @@ impl Block {
         let mut block = Self {
             config: config_space(&disk, queues),
             disk: Arc::new(disk),
-            notifiers: Vec::new(),
             workers: Vec::new(),
         };
         for queue in 0..queues {
-            let notifier = EventFd::new(EFD_CLOEXEC)?;
-            let worker = block.worker(queue, &notifier, id, engine, threads)?;
-            block.notifiers.push(notifier);
+            let worker = block.worker(queue, id, engine, threads)?;
             block.workers.push(worker);
         }
         Ok(block)
@@ -98,13 +91,11 @@ impl Block {
     fn worker(
         &self,
         queue: u16,
-        notifier: &EventFd,
         id: [u8; MAX_ID_LEN],
         engine: Engine,
         threads: &ThreadStarter,
     ) -> io::Result<QueueWorker> {
         let disk = Arc::clone(&self.disk);
-        let notifiers = vec![(queue, notifier.try_clone()?)];
         let mut ring = serve::new_ring(&disk, engine, QUEUE_SIZE);
         let descriptors: Vec<_> = ring.iter().map(Ring::fd).collect();
         let name = format!("virtio-blk {queue}");
@@ -112,7 +103,7 @@ impl Block {
             threads,
             ThreadKind::Block,
             name,
-            notifiers,
+            queue..queue + 1,
             &descriptors,
             move |worker, queues| {
                 let requests = Requests {
@@ -140,7 +131,6 @@ impl SaveState for Block {
             disk,
             // Follows from the disk and the number of queues.
             config: _,
-            notifiers: _,
             workers: _,
         } = self;
         to_record(STATE_VERSION, Saved::from(&**disk))
@@ -220,27 +210,14 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        QUEUE_SIZES.get(..self.notifiers.len()).unwrap_or_default()
+        QUEUE_SIZES.get(..self.workers.len()).unwrap_or_default()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.config, offset, data);
     }
 
-    fn start(&mut self, resources: Resources) -> io::Result<()> {
-        QueueWorker::start_all(&mut self.workers, resources);
-        Ok(())
-    }
-
-    fn notify(&mut self, queue: u16) {
-        QueueWorker::notify(&self.workers, queue);
-    }
-
-    fn notifiers(&self) -> &[EventFd] {
-        &self.notifiers
-    }
-
-    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
-        QueueWorker::stop_all(&mut self.workers, mode, wait)
+    fn workers(&mut self) -> &mut [QueueWorker] {
+        &mut self.workers
     }
 }

@@ -2,8 +2,10 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use virtio_bindings::virtio_net::{
@@ -13,6 +15,7 @@ use virtio_bindings::virtio_net::{
 use vm_memory::VolatileSlice;
 
 use crate::virtio::queue::{Buffers, window};
+use crate::virtio::vectored::{Iovecs, MAX_IOVECS, append};
 
 /// Length of `struct virtio_net_hdr_v1` (§ 5.1.6), in front of each frame.
 pub(super) const HEADER_LEN: usize = 12;
@@ -35,11 +38,8 @@ pub(super) const MAX_FRAME: usize = 65535 + 18;
 /// Shortest frame: an Ethernet header.
 const MIN_FRAME: usize = 14;
 
-/// iovecs that the kernel takes in one call (UIO_MAXIOV).
-pub(super) const MAX_IOVECS: usize = 1024;
-
 /// Most bytes of a link: its iovecs, and a frame that was sent in part.
-pub(super) const MEMORY_BOUND: usize = MAX_IOVECS * size_of::<libc::iovec>() + (128 << 10);
+pub(super) const MEMORY_BOUND: usize = Iovecs::MEMORY_BOUND + (128 << 10);
 
 /// Tells a packet device which of the features in [`OFFLOADS`] the driver has accepted.
 pub type SetOffloads = fn(BorrowedFd<'_>, u64) -> io::Result<()>;
@@ -51,8 +51,31 @@ pub type SharedLink = Arc<Mutex<Link>>;
 pub struct Link {
     fd: OwnedFd,
     kind: Kind,
-    is_up: Arc<AtomicBool>,
+    status: Arc<LinkStatus>,
     iovecs: Iovecs,
+}
+
+/// What is known of a link beside its device.
+#[derive(Debug, Default)]
+pub struct LinkStatus {
+    is_up: AtomicBool,
+    /// When a driver has first used it while it was up.
+    pub first_up: OnceLock<Instant>,
+    /// When the first frame went to the guest.
+    pub first_received: OnceLock<Instant>,
+    /// When the first one came from it.
+    pub first_sent: OnceLock<Instant>,
+}
+
+impl LinkStatus {
+    pub(super) fn is_up(&self) -> bool {
+        self.is_up.load(Ordering::Acquire)
+    }
+}
+
+/// Notes that this happens now, unless it has happened before.
+pub(super) fn note(first: &OnceLock<Instant>) {
+    first.get_or_init(Instant::now);
 }
 
 enum Kind {
@@ -73,14 +96,6 @@ struct Stream {
     /// What the other end has not taken of the frame that was sent last.
     unsent: Vec<u8>,
 }
-
-/// Room for iovecs, which mean nothing between two calls of the kernel.
-#[derive(Default)]
-struct Iovecs(Vec<libc::iovec>);
-
-#[allow(unsafe_code, reason = "iovecs are raw pointers")]
-// SAFETY: nothing follows the pointers but the call for which they were written.
-unsafe impl Send for Iovecs {}
 
 /// What became of a frame that was to be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,12 +118,22 @@ impl Link {
         Self::new(fd, Kind::Stream(Stream::default()))
     }
 
+    /// No network: a link that is down for good. A driver that has agreed on offloads may keep them: its frames go nowhere.
+    pub fn unplugged() -> io::Result<Self> {
+        let link = Self::packets(UnixDatagram::unbound()?.into(), Some(|_, _| Ok(())))?;
+        link.status.is_up.store(false, Ordering::Release);
+        Ok(link)
+    }
+
     fn new(fd: OwnedFd, kind: Kind) -> io::Result<Self> {
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
         Ok(Self {
             fd,
             kind,
-            is_up: Arc::new(AtomicBool::new(true)),
+            status: Arc::new(LinkStatus {
+                is_up: AtomicBool::new(true),
+                ..LinkStatus::default()
+            }),
             iovecs: Iovecs::default(),
         })
     }
@@ -117,9 +142,9 @@ impl Link {
         self.fd.as_raw_fd()
     }
 
-    /// Whether it is up, for the device.
-    pub(super) fn is_up(&self) -> &Arc<AtomicBool> {
-        &self.is_up
+    /// See there.
+    pub fn status(&self) -> &Arc<LinkStatus> {
+        &self.status
     }
 
     /// Features that it makes possible.
@@ -140,7 +165,7 @@ impl Link {
 
     /// The other end is gone. `true` if that is new.
     pub(super) fn went_down(&self, why: &io::Error) -> bool {
-        let is_new = self.is_up.swap(false, Ordering::AcqRel);
+        let is_new = self.status.is_up.swap(false, Ordering::AcqRel);
         if is_new {
             log::warn!("a network device has lost its link: {why}");
         }
@@ -149,7 +174,7 @@ impl Link {
 
     /// The length of a stream's frame that comes now, or `longest` of a packet device; `None` if nothing has come.
     pub(super) fn frame_len(&mut self, longest: usize) -> io::Result<Option<usize>> {
-        if !self.is_up.load(Ordering::Relaxed) {
+        if !self.status.is_up() {
             return Ok(None);
         }
         let Kind::Stream(stream) = &mut self.kind else {
@@ -159,7 +184,7 @@ impl Link {
         while stream.skip > 0 {
             let len = stream.skip.min(waste.len());
             let part = VolatileSlice::from(waste.get_mut(..len).unwrap_or_default());
-            match read(&self.fd, &mut self.iovecs, [part].into_iter())? {
+            match self.iovecs.read(&self.fd, [part].into_iter())? {
                 Some(count) => stream.skip -= count,
                 None => return Ok(None),
             }
@@ -170,7 +195,7 @@ impl Link {
                 .get_mut(stream.word_len..)
                 .unwrap_or_default()
                 .into();
-            match read(&self.fd, &mut self.iovecs, [rest].into_iter())? {
+            match self.iovecs.read(&self.fd, [rest].into_iter())? {
                 Some(count) => stream.add_to_word(count)?,
                 None => return Ok(None),
             }
@@ -195,7 +220,7 @@ impl Link {
                 let mut too_much = [0];
                 let slices = window(buffers, 0, room);
                 let slices = slices.chain([VolatileSlice::from(&mut too_much[..])]);
-                let count = read(&self.fd, &mut self.iovecs, slices)?;
+                let count = self.iovecs.read(&self.fd, slices)?;
                 Ok(count.map(|count| {
                     if count > room {
                         0
@@ -209,7 +234,7 @@ impl Link {
                 let slices = window(buffers, HEADER_LEN + done, left);
                 // With the next frame's length.
                 let slices = slices.chain([VolatileSlice::from(&mut stream.word[..])]);
-                let Some(count) = read(&self.fd, &mut self.iovecs, slices)? else {
+                let Some(count) = self.iovecs.read(&self.fd, slices)? else {
                     return Ok(None);
                 };
                 let of_frame = count.min(left);
@@ -246,20 +271,20 @@ impl Link {
     pub(super) fn send(&mut self, packet: &Buffers<'_>) -> io::Result<Sent> {
         let len = usize::try_from(packet.len()).unwrap_or(usize::MAX);
         let lengths = HEADER_LEN + MIN_FRAME..=HEADER_LEN + MAX_FRAME;
-        if !self.is_up.load(Ordering::Relaxed)
-            || !lengths.contains(&len)
-            || packet.slices().len() >= MAX_IOVECS
-        {
+        if !self.status.is_up() || !lengths.contains(&len) || packet.slices().len() >= MAX_IOVECS {
             return Ok(Sent::Done);
         }
         let slices = packet.slices().iter().copied();
         let stream = match &mut self.kind {
             Kind::Packets(_) => {
-                let result = write(&self.fd, &mut self.iovecs, slices);
+                let result = self.iovecs.write(&self.fd, slices);
                 return match result {
                     Ok(None) => Ok(Sent::Blocked),
                     Err(e) if is_gone(&e) => Err(e),
-                    Ok(Some(_)) => Ok(Sent::Done),
+                    Ok(Some(_)) => {
+                        note(&self.status.first_sent);
+                        Ok(Sent::Done)
+                    }
                     // A header that says nothing sensible, or an interface that is down.
                     Err(e) => {
                         log::debug!("a frame is lost: {e}");
@@ -278,14 +303,11 @@ impl Link {
         let all = [VolatileSlice::from(&mut word[..])]
             .into_iter()
             .chain(slices);
-        let Some(count) = write(&self.fd, &mut self.iovecs, all.clone())? else {
+        let Some(count) = self.iovecs.write(&self.fd, all.clone())? else {
             return Ok(Sent::Blocked);
         };
-        for slice in window(all, count, frame + 4 - count) {
-            let start = stream.unsent.len();
-            stream.unsent.resize(start + slice.len(), 0);
-            slice.copy_to(stream.unsent.get_mut(start..).unwrap_or_default());
-        }
+        note(&self.status.first_sent);
+        append(&mut stream.unsent, window(all, count, frame + 4 - count));
         Ok(Sent::Done)
     }
 
@@ -294,12 +316,12 @@ impl Link {
         let Kind::Stream(stream) = &mut self.kind else {
             return Ok(true);
         };
-        if !self.is_up.load(Ordering::Relaxed) {
+        if !self.status.is_up() {
             stream.unsent.clear();
         }
         while !stream.unsent.is_empty() {
             let rest = [VolatileSlice::from(&mut stream.unsent[..])];
-            match write(&self.fd, &mut self.iovecs, rest.into_iter())? {
+            match self.iovecs.write(&self.fd, rest.into_iter())? {
                 Some(count) => drop(stream.unsent.drain(..count)),
                 None => return Ok(false),
             }
@@ -326,60 +348,4 @@ impl Stream {
 /// Whether a packet device no longer exists, from drivers/net/tun.c.
 fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBADFD)
-}
-
-/// Reads at least one byte; `None` if there is none yet.
-fn read<'a>(
-    fd: &OwnedFd,
-    iovecs: &mut Iovecs,
-    slices: impl Iterator<Item = VolatileSlice<'a>>,
-) -> io::Result<Option<usize>> {
-    match transfer(libc::readv, fd, iovecs, slices)? {
-        Some(0) => Err(io::Error::new(
-            ErrorKind::UnexpectedEof,
-            "its other end is closed",
-        )),
-        count => Ok(count),
-    }
-}
-
-/// Writes at least one byte; `None` if there is no room yet.
-fn write<'a>(
-    fd: &OwnedFd,
-    iovecs: &mut Iovecs,
-    slices: impl Iterator<Item = VolatileSlice<'a>>,
-) -> io::Result<Option<usize>> {
-    transfer(libc::writev, fd, iovecs, slices)
-}
-
-#[allow(
-    unsafe_code,
-    reason = "the safe interfaces to vectored I/O want slices, which guest memory must not be made into: the guest \
-              writes it at any time"
-)]
-fn transfer<'a>(
-    call: unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int) -> libc::ssize_t,
-    fd: &OwnedFd,
-    Iovecs(iovecs): &mut Iovecs,
-    slices: impl Iterator<Item = VolatileSlice<'a>>,
-) -> io::Result<Option<usize>> {
-    iovecs.clear();
-    iovecs.extend(slices.take(MAX_IOVECS).map(|slice| libc::iovec {
-        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-        iov_len: slice.len(),
-    }));
-    loop {
-        // SAFETY: the iovecs are those of slices that outlive the call: pieces of a live mapping, or of memory that is
-        // borrowed by one of them alone. The file descriptor is open as long as `fd` is there.
-        let result = unsafe { call(fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
-        if let Ok(count) = usize::try_from(result) {
-            return Ok(Some(count));
-        }
-        let error = io::Error::last_os_error();
-        match error.kind() {
-            ErrorKind::Interrupted => {}
-            ErrorKind::WouldBlock => return Ok(None),
-            _ => return Err(error),
-        }
-    }
 }

@@ -8,19 +8,16 @@ pub(super) mod tests;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
     VIRTIO_NET_S_LINK_UP,
 };
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-pub use link::{Link, OFFLOADS, SetOffloads, SharedLink};
+pub use link::{Link, LinkStatus, OFFLOADS, SetOffloads, SharedLink};
 
-use super::device::{Interrupt, Resources, StopMode, VirtioDevice, read_config_bytes};
-use super::queue::Virtqueue;
+use super::device::{Interrupt, Resources, VirtioDevice, read_config_bytes};
 use super::worker::{self, QueueWorker};
 use crate::state::{Record, SaveState, StateError, from_record, to_record};
 use crate::thread::{ThreadKind, ThreadStarter};
@@ -50,9 +47,8 @@ pub struct NetOptions {
 pub struct Net {
     options: NetOptions,
     features: u64,
-    is_up: Arc<AtomicBool>,
+    link: Arc<LinkStatus>,
     after_restore: AfterRestore,
-    notifiers: [EventFd; 2],
     workers: [QueueWorker; 1],
 }
 
@@ -82,10 +78,7 @@ impl Net {
             | 1 << VIRTIO_NET_F_MRG_RXBUF
             | mtu.map_or(0, |_| 1 << VIRTIO_NET_F_MTU)
             | link.features();
-        let is_up = Arc::clone(link.is_up());
-        let notifiers = [EventFd::new(EFD_CLOEXEC)?, EventFd::new(EFD_CLOEXEC)?];
-        let [receive, transmit] = &notifiers;
-        let own = vec![(0, receive.try_clone()?), (1, transmit.try_clone()?)];
+        let status = Arc::clone(link.status());
         let descriptors = [link.fd()];
         drop(link);
         let (kind, name) = (ThreadKind::Net, "virtio-net".into());
@@ -93,7 +86,7 @@ impl Net {
             threads,
             kind,
             name,
-            own,
+            0..2,
             &descriptors,
             move |worker, queues| {
                 let mut link = shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -103,9 +96,8 @@ impl Net {
         Ok(Self {
             options: NetOptions { mtu, ..options },
             features,
-            is_up,
+            link: status,
             after_restore: AfterRestore::default(),
-            notifiers,
             workers: [worker],
         })
     }
@@ -122,7 +114,7 @@ impl Net {
             interrupt.config_changed();
             return 0;
         }
-        if self.is_up.load(Ordering::Acquire) {
+        if self.link.is_up() {
             VIRTIO_NET_S_LINK_UP as u16
         } else {
             0
@@ -171,16 +163,8 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
-    fn notify(&mut self, queue: u16) {
-        QueueWorker::notify(&self.workers, queue);
-    }
-
-    fn notifiers(&self) -> &[EventFd] {
-        &self.notifiers
-    }
-
-    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
-        QueueWorker::stop_all(&mut self.workers, mode, wait)
+    fn workers(&mut self) -> &mut [QueueWorker] {
+        &mut self.workers
     }
 }
 
@@ -190,9 +174,8 @@ impl SaveState for Net {
             options,
             // The transport's to check.
             features: _,
-            is_up: _,
+            link: _,
             after_restore: _,
-            notifiers: _,
             workers: _,
         } = self;
         to_record(STATE_VERSION, options)

@@ -9,8 +9,9 @@ use virtio_bindings::virtio_net::{
 use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::EventSet;
 
-use super::link::{HEADER_LEN, Link, MAX_FRAME, MAX_IOVECS, NUM_BUFFERS, Sent};
+use super::link::{HEADER_LEN, Link, MAX_FRAME, NUM_BUFFERS, Sent, note};
 use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::vectored::MAX_IOVECS;
 use crate::virtio::worker::{QueueContext, WorkerContext};
 
 /// `receiveq1` (§ 5.1.2).
@@ -38,6 +39,9 @@ pub(super) fn serve<'m>(
 ) -> Result<(), QueueError> {
     link.set_offloads(worker.features)
         .map_err(QueueError::Host)?;
+    if link.status().is_up() {
+        note(&link.status().first_up);
+    }
     let mut receiver = Receiver::new(worker.features, mtu);
     let mut transmitter = Transmitter::default();
     let served = worker.run(queues, |queue| match queue.index() {
@@ -160,6 +164,7 @@ impl<'m> Receiver<'m> {
             Ok(Some(len)) => {
                 self.done = 0;
                 self.deliver(HEADER_LEN + len, link.knows_length(), queue)?;
+                note(&link.status().first_received);
                 Ok(Step::Going)
             }
         }

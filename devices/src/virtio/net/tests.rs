@@ -3,6 +3,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Mutex;
 use std::thread;
+use std::time::Duration;
 
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_INT_CONFIG};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS};
@@ -368,6 +369,20 @@ fn frames_that_no_network_carries_are_dropped() {
     assert_eq!(peer.recv(&mut [0; 100]).unwrap(), 26);
 }
 
+/// One whose csum_start is beyond its end, say.
+#[test]
+fn a_frame_that_the_host_refuses_is_lost() {
+    let mut driver = Driver::new(device(Link::packets(
+        UnixDatagram::unbound().unwrap().into(),
+        Some(note_offloads),
+    )));
+    start(&mut driver, 0);
+    for _ in 0..3 {
+        send(&mut driver, &pattern(100, 0));
+        assert!(is_up(&mut driver));
+    }
+}
+
 #[test]
 fn the_packet_device_learns_what_the_driver_accepts() {
     let tso = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
@@ -391,16 +406,41 @@ fn a_receive_buffer_without_room_needs_a_reset() {
 }
 
 #[test]
+fn a_driver_goes_on_without_a_network() {
+    let (mut driver, _peer) = packets(0);
+    offer(&mut driver, 0..2, 100);
+    let offered = driver.offered();
+    driver.restore(|| {
+        let link = Arc::new(Mutex::new(Link::unplugged().unwrap()));
+        let any = NetOptions {
+            mtu: Some(u16::MAX),
+            ..OPTIONS
+        };
+        Box::new(Net::new(link, any, &ThreadStarter::default()).unwrap())
+    });
+    assert!(driver.transport.resume());
+    assert_eq!(driver.offered(), offered);
+    expect_down(&mut driver);
+    assert_eq!(config(&mut driver)[10..], [0xf0, 0xff], "the MTU of before");
+    // Nor does a reset bring one.
+    start(&mut driver, 0);
+    assert!(!is_up(&mut driver));
+    send(&mut driver, &pattern(100, 0));
+}
+
+#[test]
 fn a_restored_driver_sees_the_link_go_down_and_up() {
     let (mut driver, _peer) = stream(0);
     let (ours, mut peer) = UnixStream::pair().unwrap();
+    let link = Link::stream(ours.into()).unwrap();
+    let known = Arc::clone(link.status());
     offer(&mut driver, 0..2, 100);
     let other = NetOptions {
         mac: [2, 9, 9, 9, 9, 9],
         ..OPTIONS
     };
     driver.restore(|| {
-        let link = Arc::new(Mutex::new(Link::stream(ours.into()).unwrap()));
+        let link = Arc::new(Mutex::new(link));
         Box::new(Net::new(link, other, &ThreadStarter::default()).unwrap())
     });
     assert!(driver.transport.resume());
@@ -410,7 +450,14 @@ fn a_restored_driver_sees_the_link_go_down_and_up() {
         driver.set(VIRTIO_MMIO_INTERRUPT_ACK, told);
         assert_eq!(config(&mut driver)[..7], [2, 0, 0, 0, 0, 7, u8::from(up)]);
     }
+    wait("the link's use", || known.first_up.get().is_some());
+    assert!(known.first_received.get().is_none());
     // The buffers that it had offered are still there.
     peer.write_all(&framed(&[3; 60])).unwrap();
     assert_eq!(received(&mut driver).1, [3; 60]);
+    assert!(known.first_sent.get().is_none());
+    send(&mut driver, &pattern(100, 0));
+    let times = [&known.first_up, &known.first_received, &known.first_sent];
+    let times = times.map(|time| *time.get().unwrap());
+    assert!(times.is_sorted());
 }

@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::super::device::{Interrupt, Resources, StopMode, VirtioDevice};
 use super::super::queue::{QueueError, QueueState, Virtqueue, check_rings};
+use super::super::worker::QueueWorker;
 use super::super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 
 pub(super) mod state;
@@ -314,9 +315,9 @@ impl Core {
         }
     }
 
-    /// See [`VirtioDevice::notifiers`].
-    pub fn notifiers(&self) -> &[EventFd] {
-        self.device.notifiers()
+    /// See [`QueueWorker::notifier`].
+    pub fn notifier(&mut self, queue: u16) -> Option<&EventFd> {
+        QueueWorker::notifier(self.device.workers(), queue)
     }
 
     /// How often the configuration space has changed (§ 2.5.1).

@@ -1,5 +1,6 @@
 //! virtio over MMIO, version 2 (§ 4.2).
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -56,7 +57,7 @@ pub type RegisterIoeventfd = Box<dyn FnMut(u32, &EventFd) -> io::Result<()> + Se
 struct Ioeventfds {
     register: RegisterIoeventfd,
     /// By queue, notifications that came as exits.
-    notifications: Vec<u32>,
+    notifications: BTreeMap<u16, u32>,
 }
 
 impl MmioTransport {
@@ -78,7 +79,7 @@ impl MmioTransport {
     pub fn use_ioeventfds(&mut self, register: RegisterIoeventfd) {
         self.ioeventfds = Some(Ioeventfds {
             register,
-            notifications: vec![0; self.core.notifiers().len()],
+            notifications: BTreeMap::new(),
         });
     }
 
@@ -87,13 +88,11 @@ impl MmioTransport {
         let Some(ioeventfds) = &mut self.ioeventfds else {
             return;
         };
-        let index = queue as usize;
-        let (Some(count), Some(event)) = (
-            ioeventfds.notifications.get_mut(index),
-            self.core.notifiers().get(index),
-        ) else {
+        let index = u16::try_from(queue).ok();
+        let Some((index, event)) = index.and_then(|i| Some((i, self.core.notifier(i)?))) else {
             return;
         };
+        let count = ioeventfds.notifications.entry(index).or_default();
         *count = count.saturating_add(1);
         if *count == EXITS_BEFORE_IOEVENTFD
             && let Err(e) = (ioeventfds.register)(queue, event)

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
-use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
 use vmm_sys_util::epoll::EventSet;
 
 use super::packet::{BOTH, HEADER_LEN, Header, NO_RECEIVE, NO_SEND, op};
-use super::stream::{parse_connect, read_line, retry};
+use super::stream::{parse_connect, read_line};
 use crate::virtio::queue::{Buffers, window};
+use crate::virtio::vectored::{Iovecs, append};
 
 /// Bytes from the guest that may wait for the host. Linux sends up to 64 KiB in a packet; two of them keep it busy.
 pub(super) const BUFFER_SIZE: usize = 128 << 10;
@@ -252,40 +252,22 @@ impl Connection {
 
     /// Writes what there is for the host, behind what waits already.
     fn forward(&mut self, payload: &Buffers<'_>, len: usize) {
-        for part in window(payload.slices().iter().copied(), 0, len) {
-            let mut done = 0;
-            if self.unsent.is_empty() && self.is_writable && !self.is_broken {
-                done = self.write(&part);
+        let slices = payload.slices().iter().copied();
+        let mut done = 0;
+        if self.unsent.is_empty() && self.is_writable && !self.is_broken && len > 0 {
+            match Iovecs::default().write(&self.stream, window(slices.clone(), 0, len)) {
+                Ok(written) => done = written.unwrap_or(0),
+                Err(_) => self.give_up(),
             }
-            if self.is_broken {
-                self.forwarded += part.len() as u32;
-                continue;
-            }
+            self.is_writable = done == len;
+        }
+        if self.is_broken {
+            self.forwarded += len as u32;
+        } else {
             self.forwarded += done as u32;
-            let start = self.unsent.len();
-            self.unsent.resize(start + part.len() - done, 0);
-            if let Ok(rest) = part.offset(done) {
-                rest.copy_to(self.unsent.get_mut(start..).unwrap_or_default());
-            }
+            append(&mut self.unsent, window(slices, done, len - done));
         }
         self.tell_credit();
-    }
-
-    fn write(&mut self, part: &VolatileSlice<'_>) -> usize {
-        match retry(|| (&self.stream).write_volatile(part)) {
-            Ok(count) => {
-                self.is_writable = count == part.len();
-                count
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                self.is_writable = false;
-                0
-            }
-            Err(_) => {
-                self.give_up();
-                0
-            }
-        }
     }
 
     /// Writes what waits. Then the host learns that the guest sends no more, if that is so.
@@ -395,26 +377,26 @@ impl Connection {
 
     /// Reads from the host what the guest has credit and `buffers` have room for.
     fn read(&mut self, buffers: &Buffers<'_>) -> usize {
-        let mut done = 0;
         let slices = buffers.slices().iter().copied();
-        for mut part in window(slices, HEADER_LEN, self.credit() as usize) {
-            match retry(|| (&self.stream).read_volatile(&mut part)) {
-                Ok(0) => self.at_end = true,
-                Ok(count) => {
-                    done += count;
-                    if count == part.len() {
-                        continue;
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.is_readable = false,
-                Err(_) => {
-                    self.at_end = true;
+        let mut slices = window(slices, HEADER_LEN, self.credit() as usize).peekable();
+        if slices.peek().is_none() {
+            return 0;
+        }
+        let count = match Iovecs::default().read(&self.stream, slices) {
+            Ok(Some(count)) => count,
+            Ok(None) => {
+                self.is_readable = false;
+                0
+            }
+            Err(e) => {
+                self.at_end = true;
+                if e.kind() != io::ErrorKind::UnexpectedEof {
                     self.give_up();
                 }
+                0
             }
-            break;
-        }
-        self.sent += done as u32;
-        done
+        };
+        self.sent += count as u32;
+        count
     }
 }

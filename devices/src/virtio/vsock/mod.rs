@@ -10,14 +10,10 @@ pub(super) mod tests;
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
-
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 pub use muxer::{Connect, HostSide};
 
-use super::device::{Resources, StopMode, VirtioDevice, read_config_bytes};
-use super::queue::Virtqueue;
+use super::device::{VirtioDevice, read_config_bytes};
 use super::worker::{self, QueueWorker};
 use crate::state::{Record, SaveState, StateError, from_record, to_record};
 use crate::thread::{ThreadKind, ThreadStarter};
@@ -39,7 +35,6 @@ const QUEUE_SIZES: [u16; 3] = [256; 3];
 /// The device.
 pub struct Vsock {
     shared: Arc<Shared>,
-    notifiers: [EventFd; 3],
     workers: [QueueWorker; 1],
 }
 
@@ -50,11 +45,6 @@ impl Vsock {
 
     /// The device of a guest with this context ID, with its thread. Without a host side, nothing is within the guest's reach.
     pub fn new(host: Option<HostSide>, cid: u32, threads: &ThreadStarter) -> io::Result<Self> {
-        let event = || EventFd::new(EFD_CLOEXEC);
-        let notifiers = [event()?, event()?, event()?];
-        let own = (0..).zip(&notifiers);
-        let own = own.map(|(queue, event)| Ok((queue, event.try_clone()?)));
-        let own = own.collect::<io::Result<_>>()?;
         let mut muxer = Muxer::new(host)?;
         let shared = Arc::new(Shared::new(cid));
         let (kind, name) = (ThreadKind::Vsock, "virtio-vsock".into());
@@ -63,13 +53,12 @@ impl Vsock {
             threads,
             kind,
             name,
-            own,
+            0..3,
             &descriptors,
             move |worker, queues| serve::serve(&mut muxer, &seen, worker, queues),
         )?;
         Ok(Self {
             shared,
-            notifiers,
             workers: [worker],
         })
     }
@@ -95,33 +84,15 @@ impl VirtioDevice for Vsock {
         read_config_bytes(&cid.to_le_bytes(), offset, data);
     }
 
-    fn start(&mut self, resources: Resources) -> io::Result<()> {
-        self.shared.start(resources.resumed);
-        QueueWorker::start_all(&mut self.workers, resources);
-        Ok(())
-    }
-
-    fn notify(&mut self, queue: u16) {
-        QueueWorker::notify(&self.workers, queue);
-    }
-
-    fn notifiers(&self) -> &[EventFd] {
-        &self.notifiers
-    }
-
-    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
-        QueueWorker::stop_all(&mut self.workers, mode, wait)
+    fn workers(&mut self) -> &mut [QueueWorker] {
+        &mut self.workers
     }
 }
 
 impl SaveState for Vsock {
     /// Connections are not saved: their other ends are programs of this host.
     fn save(&self) -> Result<Box<Record>, StateError> {
-        let Self {
-            shared,
-            notifiers: _,
-            workers: _,
-        } = self;
+        let Self { shared, workers: _ } = self;
         to_record(STATE_VERSION, shared.cid())
     }
 

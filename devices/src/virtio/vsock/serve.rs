@@ -25,8 +25,6 @@ pub(super) const fn memory_bound(size: u16) -> usize {
 /// What device and worker know of each other.
 pub(super) struct Shared {
     cid: AtomicU32,
-    /// The driver knows the connections.
-    resumed: AtomicBool,
     /// The driver has not heard that it was restored, without the connections that it has.
     transport_reset: AtomicBool,
 }
@@ -35,21 +33,12 @@ impl Shared {
     pub(super) fn new(cid: u32) -> Self {
         Self {
             cid: AtomicU32::new(cid),
-            resumed: AtomicBool::new(false),
             transport_reset: AtomicBool::new(false),
         }
     }
 
     pub(super) fn cid(&self) -> u32 {
         self.cid.load(Ordering::Relaxed)
-    }
-
-    /// The worker starts after this.
-    pub(super) fn start(&self, resumed: bool) {
-        self.resumed.store(resumed, Ordering::Release);
-        if !resumed {
-            self.transport_reset.store(false, Ordering::Release);
-        }
     }
 
     pub(super) fn restore(&self, cid: u32) {
@@ -65,7 +54,10 @@ pub(super) fn serve<'m>(
     worker: &'m WorkerContext,
     queues: &mut [QueueContext<'m>],
 ) -> Result<(), QueueError> {
-    muxer.start(shared.cid().into(), shared.resumed.load(Ordering::Acquire));
+    if !worker.resumed {
+        shared.transport_reset.store(false, Ordering::Release);
+    }
+    muxer.start(shared.cid().into(), worker.resumed);
     let mut chain = Chain::default();
     let served = worker.run(queues, |queue| match queue.index() {
         RECEIVE => receive(muxer, &mut chain, queue),

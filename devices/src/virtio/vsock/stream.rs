@@ -1,27 +1,12 @@
-//! The host's streams: their first line, and their bytes in guest memory.
+//! The first line of the host's streams.
 
 use std::io;
 use std::os::unix::net::UnixStream;
 
 use rustix::io::Errno;
-use vm_memory::VolatileMemoryError;
 
 /// Longest CONNECT line in bytes.
 const MAX_LINE: usize = 32;
-
-/// Has a call made again that a signal broke off.
-pub(super) fn retry(
-    mut call: impl FnMut() -> Result<usize, VolatileMemoryError>,
-) -> io::Result<usize> {
-    loop {
-        match call() {
-            Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(VolatileMemoryError::IOError(e)) => return Err(e),
-            Err(e) => return Err(io::Error::other(e)),
-            Ok(count) => return Ok(count),
-        }
-    }
-}
 
 /// Reads to the end of the line and no byte more, since what follows is the guest's; `false` if it has not come yet.
 pub(super) fn read_line(stream: &UnixStream, line: &mut Vec<u8>) -> io::Result<bool> {

@@ -1,11 +1,11 @@
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
-use crate::state::{Record, SaveState, StateError};
+use crate::state::{Record, SaveState, StateError, Suspend};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::rng;
 use crate::virtio::testing::{DATA, Driver, WRITE, wait};
-use vmm_sys_util::eventfd::EFD_NONBLOCK;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE};
 
 /// A device with two queues and a further descriptor on one thread: it writes a byte to each buffer.
 struct TwoQueues {
@@ -14,15 +14,13 @@ struct TwoQueues {
 
 impl TwoQueues {
     fn new(threads: &ThreadStarter, further: EventFd, seen: Arc<AtomicUsize>) -> Self {
-        let notifier = |queue| (queue, EventFd::new(0).unwrap());
-        let notifiers = vec![notifier(0), notifier(1)];
         let descriptors = [further.as_raw_fd()];
         let name = "two queues".to_owned();
         let worker = QueueWorker::new(
             threads,
             ThreadKind::Rng,
             name,
-            notifiers,
+            0..2,
             &descriptors,
             move |worker, queues| serve(worker, queues, &further, &seen),
         );
@@ -72,17 +70,8 @@ impl VirtioDevice for TwoQueues {
 
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
-    fn start(&mut self, resources: Resources) -> io::Result<()> {
-        QueueWorker::start_all(&mut self.workers, resources);
-        Ok(())
-    }
-
-    fn notify(&mut self, queue: u16) {
-        QueueWorker::notify(&self.workers, queue);
-    }
-
-    fn stop(&mut self, mode: StopMode, wait: Duration) -> Option<Vec<Virtqueue>> {
-        QueueWorker::stop_all(&mut self.workers, mode, wait)
+    fn workers(&mut self) -> &mut [QueueWorker] {
+        &mut self.workers
     }
 }
 
@@ -115,4 +104,27 @@ fn one_thread_serves_queues_and_descriptors() {
     }
     drop(driver);
     assert_eq!(started.load(Ordering::Relaxed), 1);
+}
+
+/// Firecracker #6074: with EVENT_IDX, a device that went on looked at its queue without end.
+#[test]
+fn a_resumed_worker_sleeps() {
+    // Each turn reads a one from it.
+    let further = EventFd::new(EFD_NONBLOCK | EFD_SEMAPHORE).unwrap();
+    further.write(1 << 40).unwrap();
+    let turns = Arc::default();
+    let device = TwoQueues::new(&ThreadStarter::default(), further, Arc::clone(&turns));
+    let mut driver = Driver::new(Box::new(device));
+    driver.queues = 0..2;
+    driver.start(0);
+    driver.request(&[(DATA, 4, WRITE)]);
+    for _ in 0..20 {
+        assert!(driver.transport.pause(Duration::from_secs(20)));
+        assert!(driver.transport.resume());
+        driver.request(&[(DATA, 4, WRITE)]);
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    // A few for each start, stop and notification.
+    let turns = turns.load(Ordering::Relaxed);
+    assert!((40..1000).contains(&turns), "{turns}");
 }
