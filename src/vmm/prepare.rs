@@ -160,6 +160,10 @@ impl Prepared {
             memory::warn_without_ksm();
             memory::enable_ksm(&mem)?;
         }
+        if config.nets.iter().any(|net| net.passt) {
+            // Its process is being made just now.
+            memory::keep_from_children(&mem);
+        }
         times.memory_mapped = Some(Instant::now());
         let cache = config.kernel_cache.then(boot::default_cache_dir).flatten();
         let kernel = boot::load(
