@@ -2,7 +2,8 @@
 //! microvm, a container; and the same of VMs that go on from a snapshot.
 //!
 //! `make bench`, or `cargo bench --bench startup -- [RUNS]`. Every round runs each command once, so that what disturbs the
-//! host disturbs all alike. What is not installed is left out, and said to be.
+//! host disturbs all alike, and in another order, so that none always finds in the caches what the same one left there. What
+//! is not installed is left out, and said to be.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -80,6 +81,21 @@ impl Row {
     }
 }
 
+/// Orders that differ from round to round and are the same in each run: a linear congruential generator (MMIX's).
+struct Order(u64);
+
+impl Order {
+    fn shuffle<T>(&mut self, rows: &mut [T]) {
+        for last in (1..rows.len()).rev() {
+            self.0 = self
+                .0
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            rows.swap(last, (self.0 >> 33) as usize % (last + 1));
+        }
+    }
+}
+
 fn main() -> Outcome<()> {
     // Cargo adds --bench.
     let runs = match std::env::args().skip(1).find(|arg| arg != "--bench") {
@@ -92,8 +108,11 @@ fn main() -> Outcome<()> {
     };
     let mut tables = tables()?;
     let host = host(&[QEMU, "runc"]);
+    let mut order = Order(1);
     for round in 0..WARM_UPS + runs {
-        for row in tables.iter_mut().flatten() {
+        let mut rows: Vec<_> = tables.iter_mut().flatten().collect();
+        order.shuffle(&mut rows);
+        for row in rows {
             row.run()?;
             if round < WARM_UPS {
                 row.times.clear();
@@ -104,7 +123,9 @@ fn main() -> Outcome<()> {
     println!(
         "Whole processes, from just before posix_spawn(3) to the return of waitpid(2), in ms;"
     );
-    println!("{runs} runs of each in turn, after {WARM_UPS} that are not counted.");
+    println!(
+        "{runs} runs of each, in another order each round, after {WARM_UPS} that are not counted."
+    );
     for rows in &tables {
         print(rows)?;
     }
