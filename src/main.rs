@@ -13,7 +13,9 @@ use minivmm::cli::log::{TimedStderr, start_log};
 use minivmm::cli::plan::Plan;
 use minivmm::cli::run::RunError;
 use minivmm::cli::watch::Watch;
-use minivmm::cli::{Cli, Command, DoctorArgs, RunArgs, fork, images, process, run, snapshot};
+use minivmm::cli::{
+    Cli, Command, DoctorArgs, RunArgs, exec, fork, images, process, run, running, snapshot,
+};
 use minivmm::config::{ConfigError, Span};
 use minivmm::host::json_file::JsonFile;
 use minivmm::observe::timeline::{Point, Timeline};
@@ -23,10 +25,9 @@ use minivmm::vmm::error::{VmError, host};
 use minivmm::{Escaping, console, error_chain, guest};
 use rustix::process::getpid;
 
-/// musl's own takes memory from the kernel and gives it back in small pieces: some 60 system calls for a command line.
 #[cfg(target_env = "musl")]
 #[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+static ALLOCATOR: minivmm::host::heap::Heap = minivmm::host::heap::Heap;
 
 fn main() {
     let started = Instant::now();
@@ -66,6 +67,9 @@ fn main() {
             forked.unwrap_or_else(|e: RunError| failure(&e, ""))
         }
         Some(Command::Run(args)) => run_image(*args, started),
+        Some(Command::Exec(args)) => exec::run(args).unwrap_or_else(|e| failure(&e, "")),
+        Some(Command::Ps) => done(running::list(&mut Escaping(io::stdout()))),
+        Some(Command::Stop(args)) => done(running::stop(&args, &mut Escaping(io::stdout()))),
         Some(Command::Images) => done(images::list(&mut Escaping(io::stdout()))),
         Some(Command::Rmi(args)) => done(images::remove(&args)),
         Some(Command::Restore(mut args)) => {

@@ -2,10 +2,14 @@
 
 mod common;
 
-use std::process::Stdio;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 
 use common::image::{Image, MANY};
+use common::limit::within;
 use common::linux::kernel;
+use common::tap::Tap;
 use common::terminal::Terminal;
 use common::{Ended, run, run_with_input, signal, wait};
 use sha2::{Digest, Sha256};
@@ -196,6 +200,102 @@ fn signals_go_to_the_program() {
     let output = wait(child, common::PATIENCE);
     assert_eq!(output.status.code(), Some(9));
     assert_eq!(output.stdout, b"got it\n");
+}
+
+#[test]
+fn other_programs_run_beside_the_first_and_stop_ends_them_all() {
+    let image = Image::new();
+    let script = "trap 'echo told; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
+    let options = ["--name", "first", "--network", "none"];
+    let mut child = image
+        .command(&cloud(), &options, &["sh", "-c", script])
+        .spawn()
+        .unwrap();
+    common::expect(&mut child, "ready\n");
+    let listed = run(&mut image.minivmm(&["ps"]));
+    assert!(listed.out().contains("first"), "{}", listed.out());
+    let exec = |options: &[&str], command: &[&str]| {
+        image.minivmm(&[&["exec"], options, &["first"], command].concat())
+    };
+    let ended = run(&mut exec(
+        &["-e", "B=2", "-w", "/bin", "-u", "ann"],
+        &[
+            "sh",
+            "-c",
+            "echo $A$B $(pwd) $(id -u); echo err >&2; exit 6",
+        ],
+    ));
+    ended.assert_code(6);
+    let wrote = (ended.out(), ended.stderr.as_str());
+    assert_eq!(wrote, ("image2 /bin 1000\n".to_owned(), "err\n"));
+    run(&mut exec(&[], &["none"])).assert_code(127);
+    let input: Vec<u8> = (0..400_000u32).map(|n| (n % 251) as u8).collect();
+    let ended = run_with_input(&mut exec(&["-i"], &["cat"]), &input);
+    assert_eq!(Sha256::digest(&ended.stdout), Sha256::digest(&input));
+    // It ends with the VM, however long it would take.
+    let mut long = exec(&[], &["sh", "-c", "echo up; exec sleep 1000"])
+        .spawn()
+        .unwrap();
+    common::expect(&mut long, "up\n");
+    let taken = image.run(&cloud(), &["--name", "first"], &["true"]);
+    taken.assert_code(125);
+    assert!(
+        taken.stderr.contains("'first' is running"),
+        "{}",
+        taken.stderr
+    );
+    let stopped = run(&mut image.minivmm(&["stop", "-t", "100", "first"]));
+    printed(&stopped, "first\n");
+    let output = wait(child, common::PATIENCE);
+    assert_eq!(output.status.code(), Some(5));
+    assert_eq!(output.stdout, b"told\n");
+    assert_ne!(wait(long, common::PATIENCE).status.code(), Some(0));
+    for gone in [exec(&[], &["true"]), image.minivmm(&["stop", "first"])] {
+        let mut gone = gone;
+        let ended = run(&mut gone);
+        ended.assert_code(125);
+        assert!(
+            ended.stderr.contains("no VM with the name"),
+            "{}",
+            ended.stderr
+        );
+    }
+}
+
+#[test]
+fn the_network_leads_out_and_published_ports_lead_in() {
+    let image = Image::new();
+    // A way out, which passt wants.
+    let _tap = Tap::new("mvtap2", 1500);
+    let route = ["route", "add", "default", "via", "10.9.0.9"];
+    assert!(Command::new("ip").args(route).status().unwrap().success());
+    let server = TcpListener::bind("10.9.0.1:0").unwrap();
+    let port = server.local_addr().unwrap().port();
+    let served = std::thread::spawn(move || {
+        let (mut client, _) = server.accept().unwrap();
+        client.write_all(b"from the host").unwrap();
+    });
+    let inside = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let publish = format!("{}:80", inside.port());
+    let script = format!(
+        "busybox nc 10.9.0.1 {port} </dev/null; echo; busybox nc -l -p 80 -e busybox echo from the guest"
+    );
+    let mut command = image.command(&cloud(), &["-p", &publish], &["sh", "-c", &script]);
+    let mut child = command.spawn().unwrap();
+    common::expect(&mut child, "from the host\n");
+    served.join().unwrap();
+    // Until the guest listens, passt resets connections.
+    let answer = within(common::PATIENCE, || {
+        let mut answer = String::new();
+        let mut client = TcpStream::connect(inside).ok()?;
+        client.read_to_string(&mut answer).ok()?;
+        Some(answer).filter(|answer| !answer.is_empty())
+    });
+    assert_eq!(answer.as_deref(), Some("from the guest\n"));
+    assert_eq!(wait(child, common::PATIENCE).status.code(), Some(0));
 }
 
 #[test]

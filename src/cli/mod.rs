@@ -3,6 +3,7 @@
 mod bench;
 mod compare;
 mod confine;
+pub mod exec;
 pub mod exit_status;
 pub mod fork;
 mod guest;
@@ -17,18 +18,21 @@ mod restore;
 pub mod run;
 mod run_error;
 mod run_image;
+pub mod running;
 pub mod snapshot;
 mod snapshot_at;
 pub mod watch;
 
 pub use bench::BenchArgs;
 pub use compare::CompareArgs;
+pub use exec::ExecArgs;
 pub use fork::ForkArgs;
 pub use guest::GuestArgs;
 pub use images::RmiArgs;
 pub use log::LogArgs;
 pub use restore::RestoreArgs;
 pub use run_image::RunArgs;
+pub use running::StopArgs;
 pub use snapshot::SnapshotArgs;
 pub use snapshot_at::SnapshotAt;
 
@@ -118,6 +122,12 @@ pub enum Command {
     Snapshot(SnapshotArgs),
     /// Run a container image as a VM
     Run(Box<RunArgs>),
+    /// Run another program in a VM that runs an image
+    Exec(ExecArgs),
+    /// List the VMs that run images
+    Ps,
+    /// Stop such VMs: the program is asked to end, and the VM is ended if it does not
+    Stop(StopArgs),
     /// List the images that were run, which are ready to run again
     Images,
     /// Remove such images

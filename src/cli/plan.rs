@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::snapshot_at::SnapshotAt;
 use crate::config::VmConfig;
+use crate::run::Claim;
 use crate::vmm::prepare::Identity;
 use crate::vmm::snapshot::load::Snapshot;
 
@@ -21,6 +22,8 @@ pub struct Plan {
     pub streams: Option<Streams>,
     /// The file behind the configuration's initrd, if it has no name.
     pub initramfs: Option<File>,
+    /// The name by which other processes know it, if it has one.
+    pub claim: Option<Claim>,
 }
 
 /// What a container's program has from this process.

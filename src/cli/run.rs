@@ -36,7 +36,7 @@ use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
 const RESUME_PERIOD: Duration = Duration::from_millis(10);
 
 /// How many SIGINTs and SIGTERMs a container's program is sent, as docker does it.
-const MAX_FORWARDED: u32 = 2;
+pub const MAX_FORWARDED: u32 = 2;
 
 /// What is to be logged when a VM has ended and its console is done.
 type FinalLog = Vec<(log::Level, String)>;
@@ -153,7 +153,7 @@ fn open_consoles(
     let Some(streams) = plan.streams else {
         return Ok((console, None, input));
     };
-    let input = ConsoleInput::framed(streams.interactive).map_err(host("an eventfd"))?;
+    let (input, _) = ConsoleInput::framed(streams.interactive).map_err(host("an eventfd"))?;
     Ok((console, Some(Console::stderr(threads)?), input))
 }
 
@@ -482,7 +482,10 @@ impl Run<'_> {
             lines.push((log::Level::Warn, warning));
         }
         let console_bytes = self.log().bytes_out();
-        if let Some(level) = post_mortem::level(&outcome, console_bytes)
+        // That a program of a container's was stopped says nothing about the machine.
+        let stopped = outcome.is_external();
+        if !(stopped && self.input.credit().is_some_and(|credit| credit.is_open()))
+            && let Some(level) = post_mortem::level(&outcome, console_bytes)
             && log::log_enabled!(level)
             && let Some(vcpu) = vm.vcpus().get(usize::from(end.vcpu.unwrap_or(0)))
         {

@@ -5,18 +5,23 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use rustix::process::getpid;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::log::LogArgs;
 use super::plan::{Plan, Streams};
 use super::run::RunError;
+use super::running::running;
 use crate::boot;
 use crate::config::{
-    ConsoleKind, DEFAULT_CMDLINE, DiskConfig, DiskFormat, MAX_CPUS, MemorySize, SandboxMode, Span,
-    VmConfig, join_words,
+    ConsoleKind, DEFAULT_CMDLINE, DiskConfig, DiskFormat, MAX_CPUS, MemorySize, PublishedPort,
+    SandboxMode, Span, VmConfig, VsockConfig, join_words,
 };
 use crate::guest::{INIT, Orders};
+use crate::host::passt;
 use crate::image::{ImageConfig, Source, Store, Stored};
-use crate::run::{find_kernel, initramfs};
+use crate::run::{Claim, Info, find_kernel, initramfs, passt_network};
+use crate::tools::measure::find_program;
 use crate::vmm::error::host;
 
 /// What every program finds in its environment, unless the image or the user says otherwise.
@@ -62,15 +67,21 @@ pub struct RunArgs {
     /// Run this in place of the image's entrypoint; an empty one is none
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
+    /// Name for minivmm exec and stop [default: eight digits at random]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
     /// Name of the machine [default: the first digits of the image's digest]
     #[arg(short, long, value_name = "NAME")]
     hostname: Option<String>,
     /// Let the program write to nothing but /dev/shm and what it mounts itself
     #[arg(long)]
     read_only: bool,
-    /// Network; there is none yet
-    #[arg(long, value_name = "MODE", default_value = "none", value_parser = ["none"])]
-    network: String,
+    /// Network [default: passt where it is installed, else none]
+    #[arg(long, value_name = "MODE", value_parser = ["passt", "none"])]
+    network: Option<String>,
+    /// Have a port of this host lead to one of the program's, on 127.0.0.1 unless told otherwise; may be given again
+    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/udp]")]
+    publish: Vec<PublishedPort>,
     /// Memory, as in 512m or 2g
     #[arg(short, long, value_name = "SIZE", default_value = "512M")]
     memory: MemorySize,
@@ -114,6 +125,15 @@ pub struct RunArgs {
     command: Vec<String>,
 }
 
+/// A terminal of a program's own that takes input needs one here.
+pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<(), RunError> {
+    if tty && interactive && !rustix::termios::isatty(std::io::stdin()) {
+        let why = "-t needs a terminal on stdin; without one, give -i alone".to_owned();
+        return Err(RunError::Usage(why));
+    }
+    Ok(())
+}
+
 /// The user's store of images.
 pub(super) fn store() -> Result<Store, RunError> {
     let cache = boot::cache_dir().ok_or_else(|| {
@@ -132,10 +152,7 @@ impl RunArgs {
 
     /// Finds image and kernel and says what is to be run.
     pub fn into_plan(self) -> Result<Plan, RunError> {
-        if self.tty && self.interactive && !rustix::termios::isatty(std::io::stdin()) {
-            let why = "-t needs a terminal on stdin; without one, give -i alone".to_owned();
-            return Err(RunError::Usage(why));
-        }
+        check_terminal(self.tty, self.interactive)?;
         let kernel = match &self.kernel {
             Some(kernel) => kernel.clone(),
             None => find_kernel(&boot::cache_dir().unwrap_or_default())?,
@@ -147,6 +164,13 @@ impl RunArgs {
         };
         let stored = source.load(&store()?)?;
         let mut orders = self.orders(&stored)?;
+        let mut nets = Vec::new();
+        if self.has_network()? {
+            let (device, network) = passt_network(self.publish.clone());
+            nets.push(device);
+            orders.network = Some(network);
+        }
+        let claim = self.claim(&orders)?;
         let initrd = initramfs(&kernel, &mut orders).map_err(host("the initramfs"))?;
         let path = format!("/proc/self/fd/{}", initrd.as_raw_fd());
         let config = VmConfig {
@@ -166,6 +190,11 @@ impl RunArgs {
                 read_only: true,
                 ..DiskConfig::default()
             }],
+            nets,
+            vsock: Some(VsockConfig {
+                path: Some(claim.socket()),
+                ..VsockConfig::default()
+            }),
             console: ConsoleKind::Virtio,
             deadline: self.deadline,
             sandbox: SandboxMode::default(),
@@ -178,6 +207,7 @@ impl RunArgs {
                 interactive: self.interactive,
             }),
             initramfs: Some(initrd),
+            claim: Some(claim),
             ..Plan::default()
         })
     }
@@ -197,6 +227,7 @@ impl RunArgs {
         let directory = directory.unwrap_or_default();
         Ok(Orders {
             modules: Vec::new(),
+            later_modules: Vec::new(),
             command: command(config, self.entrypoint.as_deref(), &self.command),
             environment: self.environment(config, &hostname)?,
             user: user.unwrap_or_default(),
@@ -207,7 +238,40 @@ impl RunArgs {
             hostname,
             terminal: self.tty,
             read_only: self.read_only,
+            network: None,
         })
+    }
+
+    /// Takes the VM's name.
+    fn claim(&self, orders: &Orders) -> Result<Claim, RunError> {
+        let name = match &self.name {
+            Some(name) => name.clone(),
+            None => {
+                let mut bytes = [0; 4];
+                getrandom(&mut bytes, GetRandomFlags::empty())
+                    .map_err(|e| host("random numbers")(e.into()))?;
+                format!("{:08x}", u32::from_ne_bytes(bytes))
+            }
+        };
+        let info = Info {
+            image: self.image.clone(),
+            command: orders.command.join(" "),
+            pid: getpid().as_raw_pid(),
+        };
+        let claim = running()?.claim(&name, &info);
+        claim.map_err(|e| RunError::Usage(format!("--name: {e}")))
+    }
+
+    /// Whether the VM is to have a network.
+    fn has_network(&self) -> Result<bool, RunError> {
+        match self.network.as_deref() {
+            Some("none") if !self.publish.is_empty() => {
+                let why = "-p needs a network; leave out --network none".to_owned();
+                Err(RunError::Usage(why))
+            }
+            Some(mode) => Ok(mode != "none"),
+            None => Ok(!self.publish.is_empty() || find_program(passt::PROGRAM).is_some()),
+        }
     }
 
     /// The image's variables, those of files, and those that were given; later ones count.
@@ -245,7 +309,7 @@ fn read_text(path: &Path) -> std::io::Result<String> {
 }
 
 /// NAME=VALUE; for a name alone, the value that it has here, if it has one.
-fn variable(text: &str) -> Option<String> {
+pub(super) fn variable(text: &str) -> Option<String> {
     if text.contains('=') {
         return Some(text.to_owned());
     }
@@ -308,7 +372,7 @@ mod tests {
             "-d",
             "-v /a:/b",
             "--privileged",
-            "-p 80:80",
+            "-p 80",
             "--network bridge",
         ] {
             assert!(

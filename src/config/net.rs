@@ -27,6 +27,9 @@ pub struct NetConfig {
     pub host_loopback: bool,
     /// The guest's address; without it, one that follows from the VM.
     pub mac: Option<MacAddress>,
+    /// With passt: whether the guest's IPv4 address is a fixed one, which it need not ask for.
+    #[serde(skip)]
+    pub fixed_address: bool,
 }
 
 impl NetConfig {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use minivmm_devices::chardev::ConsoleOutput;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::guest::frames::{ERROR, HEADER, OUTPUT, TAKEN, WINDOW};
+use crate::guest::frames::{ERROR, HEADER, OUTPUT, STATUS, TAKEN, WINDOW};
 
 /// Input that is on its way to the program.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ impl Credit {
     }
 
     /// Whether the guest has said that it is ready.
-    pub(super) fn is_open(&self) -> bool {
+    pub fn is_open(&self) -> bool {
         self.open.load(Ordering::Acquire)
     }
 
@@ -65,6 +65,7 @@ pub struct FrameSink {
     left: usize,
     /// Content of a short frame.
     content: Vec<u8>,
+    status: Option<u8>,
 }
 
 impl FrameSink {
@@ -81,7 +82,13 @@ impl FrameSink {
             header: Vec::new(),
             left: 0,
             content: Vec::new(),
+            status: None,
         }
+    }
+
+    /// The exit status, of a program that was run beside the image's own, when it has come.
+    pub fn status(&self) -> Option<u8> {
+        self.status
     }
 
     /// Takes content of the frame at hand; returns how many bytes it took.
@@ -89,7 +96,7 @@ impl FrameSink {
         match self.header.first() {
             Some(&OUTPUT) => self.output.write(bytes),
             Some(&ERROR) => self.error.write(bytes),
-            Some(&TAKEN) => {
+            Some(&(TAKEN | STATUS)) => {
                 self.content.extend(bytes);
                 bytes.len()
             }
@@ -99,9 +106,13 @@ impl FrameSink {
     }
 
     fn end_of_frame(&mut self) {
-        if let [a, b, c, d] = *self.content {
-            let bytes = u32::from_le_bytes([a, b, c, d]);
-            self.credit.give_back(bytes as usize);
+        match (self.header.first(), self.content.as_slice()) {
+            (Some(&TAKEN), &[a, b, c, d]) => {
+                let bytes = u32::from_le_bytes([a, b, c, d]);
+                self.credit.give_back(bytes as usize);
+            }
+            (Some(&STATUS), &[status]) => self.status = Some(status),
+            _ => {}
         }
         self.content.clear();
         self.header.clear();

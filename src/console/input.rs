@@ -94,21 +94,22 @@ impl ConsoleInput {
         }
     }
 
-    /// Input for a container's program, in frames, of stdin if it is `interactive`. Keys are the program's own.
-    pub fn framed(interactive: bool) -> io::Result<Self> {
+    /// Input for a container's program, in frames, of stdin if it is `interactive`, and how much it may be. Keys are the program's own.
+    pub fn framed(interactive: bool) -> io::Result<(Self, Arc<Credit>)> {
         let input = if interactive {
             Self::stdin()
         } else {
             Self::none()
         };
+        let credit = Arc::new(Credit::new()?);
         let mut input = Self {
-            framed: Some(Arc::new(Credit::new()?)),
+            framed: Some(Arc::clone(&credit)),
             ..input
         };
         if input.ended {
             input.ahead.extend(frame(INPUT, &[]));
         }
-        Ok(input)
+        Ok((input, credit))
     }
 
     /// How much input a container's program may be sent.

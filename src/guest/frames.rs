@@ -1,4 +1,4 @@
-//! What goes through hvc0 in both directions: frames of one byte that says what it is, two that say how long it is, least
+//! What goes through hvc0, or a connection of the socket device, in both directions: frames of one byte that says what it is, two that say how long it is, least
 //! significant first, and the content.
 
 /// To the guest: input; an empty frame is its end. No more than [`WINDOW`] bytes are under way.
@@ -14,6 +14,9 @@ pub const ERROR: u8 = 5;
 /// To the host: how many bytes of input the program has been given, in four bytes, least significant first. The first
 /// one says that it is ready for frames: hvc0 would change bytes before that, as a terminal does.
 pub const TAKEN: u8 = 6;
+
+/// To the host: the exit status of a program that was run beside the image's own, one byte. It is the last frame.
+pub const STATUS: u8 = 7;
 
 /// Bytes of a frame without its content.
 pub const HEADER: usize = 3;

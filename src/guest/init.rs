@@ -2,15 +2,18 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, mount, mount_move, mount_remount};
 
+use super::children::Children;
+use super::exec;
 use super::failure::{Failure, cannot, make_directory};
+use super::network;
 use super::orders::{MODULES, ORDERS, Orders};
 use super::process;
 use super::streams::Channel;
@@ -50,16 +53,26 @@ fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
     early.iter().try_for_each(mount_one)?;
     let orders = fs::read(ORDERS).map_err(cannot("read the orders"))?;
     let orders: Orders = serde_json::from_slice(&orders).map_err(cannot("read the orders"))?;
+    let open = |module: &String| File::open(Path::new(MODULES).join(module));
     for module in &orders.modules {
-        load_module(&Path::new(MODULES).join(module))
-            .map_err(cannot(format_args!("load the kernel module {module}")))?;
+        let loaded = open(module).and_then(|file| load_module(&file));
+        loaded.map_err(cannot(format_args!("load the kernel module {module}")))?;
     }
+    // While they can be reached.
+    let later = orders.later_modules.iter().map(open);
+    let later = later
+        .collect::<io::Result<_>>()
+        .map_err(cannot("read a kernel module"))?;
     wait_for(CHANNEL)?;
     let opened = Channel::open(Path::new(CHANNEL)).map_err(cannot("open hvc0"))?;
     let channel = channel.insert(opened);
     enter_root(&orders)?;
-    set_names(&orders).map_err(cannot("set the host name"))?;
-    process::run(&orders, channel)
+    rustix::system::sethostname(orders.hostname.as_bytes()).map_err(cannot("set the host name"))?;
+    network::set_up(orders.network.as_ref()).map_err(cannot("set up the network"))?;
+    let children = Children::reap();
+    let program = process::start(&orders, channel, &children)?;
+    exec::serve(later, Arc::new(orders), children);
+    Ok(program.wait_and_kill_others())
 }
 
 fn mount_one(
@@ -75,9 +88,8 @@ fn mount_one(
         .map_err(cannot(format_args!("mount {kind} on {target}")))
 }
 
-fn load_module(path: &Path) -> io::Result<()> {
-    let file = File::open(path)?;
-    match rustix::system::finit_module(&file, c"", 0) {
+pub(super) fn load_module(file: &File) -> io::Result<()> {
+    match rustix::system::finit_module(file, c"", 0) {
         // It is there already.
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
         Err(e) => Err(e.into()),
@@ -159,7 +171,7 @@ fn enter_root(orders: &Orders) -> Result<(), Failure> {
         // devtmpfs may have them.
         let _ = std::os::unix::fs::symlink(target, Path::new("/dev").join(name));
     }
-    write_files(orders).map_err(cannot("write /etc/hosts"))?;
+    write_files(orders).map_err(cannot("write /etc/hosts and the like"))?;
     // While the root can be written to.
     make_directory(Path::new(&orders.directory))
         .map_err(cannot(format_args!("make {}", orders.directory)))?;
@@ -184,9 +196,12 @@ fn write_files(orders: &Orders) -> io::Result<()> {
     let hosts = format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
     );
+    let resolvers = orders.network.iter().flat_map(|net| &net.resolvers);
+    let resolvers: String = resolvers.map(|ip| format!("nameserver {ip}\n")).collect();
     for (path, text) in [
         ("/etc/hostname", format!("{name}\n")),
         ("/etc/hosts", hosts),
+        ("/etc/resolv.conf", resolvers),
     ] {
         // It may be a symbolic link to where nothing is.
         if fs::symlink_metadata(path).is_ok_and(|m| !m.is_file()) {
@@ -198,35 +213,6 @@ fn write_files(orders: &Orders) -> io::Result<()> {
         opened?.write_all(text.as_bytes())?;
     }
     Ok(())
-}
-
-/// The host's name, and the loopback device.
-fn set_names(orders: &Orders) -> io::Result<()> {
-    rustix::system::sethostname(orders.hostname.as_bytes())?;
-    let socket = rustix::net::socket(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        None,
-    );
-    let Ok(socket) = socket else {
-        // A kernel without a network.
-        return Ok(());
-    };
-    set_up_loopback(socket.as_fd());
-    Ok(())
-}
-
-#[allow(unsafe_code, reason = "there is no safe interface for SIOCSIFFLAGS")]
-fn set_up_loopback(socket: std::os::fd::BorrowedFd<'_>) {
-    use std::os::fd::AsRawFd;
-    // SAFETY: an all-zero ifreq is a valid value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = *from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: the kernel reads an ifreq, which lives until the call returns. Without a loopback device it fails.
-    unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) };
 }
 
 /// Ends the machine with this status.

@@ -1,15 +1,19 @@
 //! The guest's part of `minivmm run`: minivmm itself as the first process of a VM, which mounts an image and runs its program.
 //!
 //! The host puts the binary, [`Orders`] and kernel modules into an initramfs. Streams, signals and sizes of the terminal go through
-//! hvc0 in [frames]; the exit status goes through the exit port.
+//! hvc0 in [frames]; the exit status goes through the exit port. Other programs that the host runs there have a connection of the
+//! socket device each.
 
+mod children;
+mod exec;
 mod failure;
 pub mod frames;
 mod init;
+mod network;
 mod orders;
 mod process;
 mod streams;
 mod users;
 
 pub use init::main;
-pub use orders::{INIT, MODULES, ORDERS, Orders};
+pub use orders::{EXEC_PORT, Exec, INIT, MAX_EXEC, MODULES, Network, ORDERS, Orders};

@@ -1,5 +1,7 @@
 //! What the host tells the first process.
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use serde::{Deserialize, Serialize};
 
 /// The program's path in the initramfs, by which it knows that it is the first process there.
@@ -10,10 +12,12 @@ pub const ORDERS: &str = "/.minivmm/orders";
 pub const MODULES: &str = "/.minivmm/modules";
 
 /// What the first process is to do.
-#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Orders {
     /// Files below [`MODULES`], in the order in which they are loaded.
     pub modules: Vec<String>,
+    /// Likewise, but loaded when the program has been started.
+    pub later_modules: Vec<String>,
     /// The program and its arguments.
     pub command: Vec<String>,
     /// Its environment, NAME=VALUE.
@@ -28,4 +32,52 @@ pub struct Orders {
     pub terminal: bool,
     /// Whether its root is read-only.
     pub read_only: bool,
+    /// Its network, if it has one.
+    pub network: Option<Network>,
+}
+
+/// The network on the first interface. An address for IPv6 comes from the router.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// Bits of the network's address.
+    pub bits: u8,
+    /// The router.
+    pub gateway: Ipv4Addr,
+    /// Name servers.
+    pub resolvers: Vec<IpAddr>,
+}
+
+/// Port of the socket device at which the first process takes [`Exec`]s, as JSON with its length before it.
+pub const EXEC_PORT: u32 = 1024;
+/// Longest of them in bytes.
+pub const MAX_EXEC: u32 = 4 << 20;
+
+/// Another program that the first process is to run. What it leaves open is as the image's program has it.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Exec {
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// More of its environment.
+    pub environment: Vec<String>,
+    /// Its user.
+    pub user: Option<String>,
+    /// Where it starts.
+    pub directory: Option<String>,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+}
+
+impl Orders {
+    /// What is to be done for `exec`.
+    pub(super) fn with(&self, exec: Exec) -> Self {
+        let mut orders = self.clone();
+        orders.command = exec.command;
+        orders.environment.extend(exec.environment);
+        orders.user = exec.user.unwrap_or(orders.user);
+        orders.directory = exec.directory.unwrap_or(orders.directory);
+        orders.terminal = exec.terminal;
+        orders
+    }
 }

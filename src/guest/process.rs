@@ -7,12 +7,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::mpsc;
-use std::thread;
+use std::sync::mpsc::{self, Receiver};
+use std::thread::{self, JoinHandle};
 
-use rustix::process::{Pid, WaitOptions, WaitStatus};
 use rustix::thread::{Gid, Uid};
 
+use super::children::Children;
 use super::failure::{Failure, c_string, cannot};
 use super::orders::Orders;
 use super::streams::Channel;
@@ -29,8 +29,39 @@ struct Streams {
     terminal: Option<OwnedFd>,
 }
 
-/// Runs the program; its exit status, as a shell has it.
-pub(super) fn run(orders: &Orders, channel: &Channel) -> Result<u8, Failure> {
+/// A program that runs.
+pub(super) struct Started {
+    status: Receiver<u8>,
+    outputs: Vec<JoinHandle<()>>,
+}
+
+impl Started {
+    /// Waits for its end and for the end of its output. Its exit status, as a shell has it.
+    pub(super) fn wait(self) -> u8 {
+        // It comes always: a child is reaped when it ends.
+        let status = self.status.recv().unwrap_or(125);
+        self.outputs
+            .into_iter()
+            .for_each(|output| drop(output.join()));
+        status
+    }
+
+    /// The same for the image's program: what it has left behind goes with it.
+    pub(super) fn wait_and_kill_others(mut self) -> u8 {
+        let outputs = std::mem::take(&mut self.outputs);
+        let status = self.wait();
+        kill_all();
+        outputs.into_iter().for_each(|output| drop(output.join()));
+        status
+    }
+}
+
+/// Starts the program, with its streams at `channel`.
+pub(super) fn start(
+    orders: &Orders,
+    channel: &Channel,
+    children: &Children,
+) -> Result<Started, Failure> {
     let unusable = |text| Failure { status: 125, text };
     let passwd = users::read("/etc/passwd").map_err(cannot("read /etc/passwd"))?;
     let group = users::read("/etc/group").map_err(cannot("read /etc/group"))?;
@@ -63,10 +94,10 @@ pub(super) fn run(orders: &Orders, channel: &Channel) -> Result<u8, Failure> {
     let [stdin, stdout, stderr] = streams.program.map(Stdio::from);
     command.stdin(stdin).stdout(stdout).stderr(stderr);
     before_program(&mut command, user, orders.terminal);
-    let child = command.spawn();
+    let child = children.spawn(&mut command);
     // Our copies of the program's ends.
     drop(command);
-    let child = child.map_err(|e| Failure {
+    let (pid, status) = child.map_err(|e| Failure {
         // As shells and docker have it.
         status: if e.kind() == io::ErrorKind::NotFound {
             127
@@ -75,8 +106,6 @@ pub(super) fn run(orders: &Orders, channel: &Channel) -> Result<u8, Failure> {
         },
         text: format!("cannot run '{name}': {e}"),
     })?;
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    let pid = pid.ok_or_else(|| unusable("the program has no process ID".to_owned()))?;
 
     // The host sends no more than a window of what the program has not taken.
     let (input, pieces) = mpsc::channel();
@@ -94,13 +123,7 @@ pub(super) fn run(orders: &Orders, channel: &Channel) -> Result<u8, Failure> {
         })
         .collect();
 
-    let status = wait(pid);
-    // What the program has left behind goes with it, so that its streams end.
-    kill_all();
-    for output in outputs {
-        let _ = output.join();
-    }
-    Ok(status)
+    Ok(Started { status, outputs })
 }
 
 impl Streams {
@@ -157,28 +180,9 @@ fn before_program(command: &mut Command, user: User, terminal: bool) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// Waits for the program, and for all others that end meanwhile: this is process 1.
-fn wait(program: Pid) -> u8 {
-    loop {
-        match rustix::process::wait(WaitOptions::empty()) {
-            Ok(Some((pid, status))) if pid == program => return status_of(status),
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            // No child any more, which cannot be before the program's end.
-            Err(_) => return 125,
-        }
-    }
-}
-
-fn status_of(status: WaitStatus) -> u8 {
-    let signal = status.terminating_signal().map(|signal| 128 + signal);
-    let status = status.exit_status().or(signal).unwrap_or(125);
-    u8::try_from(status).unwrap_or(u8::MAX)
-}
-
-/// Kills all processes but this one, and waits until they are gone.
+/// Kills all processes but this one.
 #[allow(unsafe_code, reason = "no safe interface signals all processes")]
 fn kill_all() {
     // SAFETY: it sends a signal, never to the first process itself.
     unsafe { libc::kill(-1, libc::SIGKILL) };
-    while rustix::process::wait(WaitOptions::empty()).is_ok() {}
 }

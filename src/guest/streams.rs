@@ -32,6 +32,11 @@ impl Channel {
         let mut settings = tcgetattr(&file)?;
         settings.make_raw();
         tcsetattr(&file, OptionalActions::Now, &settings)?;
+        Self::stream(file)
+    }
+
+    /// The same for a connection.
+    pub(super) fn stream(file: File) -> io::Result<Self> {
         let channel = Self {
             file: Arc::new(file),
             writing: Arc::default(),
@@ -40,7 +45,7 @@ impl Channel {
         Ok(channel)
     }
 
-    fn send(&self, kind: u8, content: &[u8]) -> io::Result<()> {
+    pub(super) fn send(&self, kind: u8, content: &[u8]) -> io::Result<()> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         (&*self.file).write_all(&frame(kind, content))
     }

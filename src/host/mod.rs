@@ -1,6 +1,8 @@
 //! What the host is and offers: KVM, its processor, limits, memory figures of its processes, files for output.
 
 pub mod cpu;
+#[cfg(target_env = "musl")]
+pub mod heap;
 pub mod json_file;
 pub mod kvm;
 pub mod limits;

@@ -27,6 +27,10 @@ pub const INSTALL: &str = "install the package passt (apt-get install passt, dnf
 /// Longest packet in bytes that it takes and gives, and the MTU that it tells the guest by DHCP.
 pub const MTU: u16 = 65520;
 
+/// IPv4 address, bits of its network, and gateway of a guest whose address is fixed. What it sends leaves with the host's address.
+pub const ADDRESS: (Ipv4Addr, u8, Ipv4Addr) =
+    (Ipv4Addr::new(10, 0, 2, 15), 24, Ipv4Addr::new(10, 0, 2, 2));
+
 /// Messages of one passt that are shown, and their longest: a guest can provoke some of them.
 const MAX_LINES: usize = 100;
 const MAX_LINE: u64 = 1024;
@@ -73,8 +77,12 @@ impl Passt {
         let (ours, theirs) = UnixStream::pair().map_err(PasstError::Start)?;
         let socket = ours.try_clone().map_err(PasstError::Start)?;
         let mut command = Command::new(PROGRAM);
-        let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
-        command.args(arguments(net, &resolvers(), gateway(&routes)));
+        let gateway = if net.fixed_address {
+            Some(ADDRESS.2)
+        } else {
+            gateway(&fs::read_to_string("/proc/net/route").unwrap_or_default())
+        };
+        command.args(arguments(net, &resolvers(), gateway));
         let (start, started) = sync_channel(1);
         let (_end, ended) = sync_channel(1);
         let threads = threads.clone();
@@ -205,6 +213,12 @@ fn arguments(net: &NetConfig, resolvers: &[IpAddr], gateway: Option<Ipv4Addr>) -
     }
     let mut add = |name: &str, value: String| arguments.extend([option(name), value]);
     add("mtu", MTU.to_string());
+    if net.fixed_address {
+        let (address, bits, gateway) = ADDRESS;
+        add("address", address.to_string());
+        add("netmask", bits.to_string());
+        add("gateway", gateway.to_string());
+    }
     if geteuid().is_root() {
         // As it does by itself, but then it says so.
         add("runas", "nobody".into());
@@ -239,6 +253,16 @@ fn resolvers() -> Vec<IpAddr> {
         .filter_map(|line| line.strip_prefix("nameserver"));
     let addresses = lines.filter_map(|address| address.trim().parse().ok());
     addresses.filter(IpAddr::is_ipv4).collect()
+}
+
+/// The resolvers of a guest whose address is fixed: the host's, or the gateway, where the host's lead to the host itself.
+pub fn fixed_resolvers() -> Vec<IpAddr> {
+    let mut resolvers = resolvers();
+    resolvers.retain(|resolver| !resolver.is_loopback());
+    if resolvers.is_empty() {
+        resolvers.push(ADDRESS.2.into());
+    }
+    resolvers
 }
 
 /// The gateway of the first default route (Linux, net/ipv4/fib_trie.c: addresses are hexadecimal, in the processor's byte order).

@@ -2,6 +2,8 @@
 
 mod kernel;
 mod modules;
+mod network;
+mod running;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -10,6 +12,10 @@ use std::path::Path;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 pub use kernel::{KernelError, find as find_kernel};
+pub use network::passt_network;
+pub use running::{Claim, Info, Running, Vm};
+
+use modules::Module;
 
 use crate::guest::{INIT, MODULES, ORDERS, Orders};
 use crate::tools::cpio::{write_end, write_member};
@@ -17,8 +23,9 @@ use crate::tools::cpio::{write_end, write_member};
 /// Writes the initramfs for a guest with this kernel into a file without a name. The modules that the kernel needs are added to
 /// `orders`.
 pub fn initramfs(kernel: &Path, orders: &mut Orders) -> io::Result<File> {
-    let modules = modules::needed(kernel)?;
-    orders.modules = modules.iter().map(|(name, _)| name.clone()).collect();
+    let modules = modules::needed(kernel, orders.network.is_some())?;
+    let names = |modules: &Vec<Module>| modules.iter().map(|(name, _)| name.clone()).collect();
+    [orders.modules, orders.later_modules] = modules.each_ref().map(names);
     let program = fs::read("/proc/self/exe")?;
     let file = File::from(memfd_create("initramfs", MemfdFlags::CLOEXEC)?);
     let mut out = BufWriter::new(&file);
@@ -35,7 +42,7 @@ pub fn initramfs(kernel: &Path, orders: &mut Orders) -> io::Result<File> {
     };
     add(INIT, 0o755, &program)?;
     add(ORDERS, 0o600, &serde_json::to_vec(orders)?)?;
-    for (name, content) in &modules {
+    for (name, content) in modules.iter().flatten() {
         add(&format!("{MODULES}/{name}"), 0o600, content)?;
     }
     write_end(&mut out)?;

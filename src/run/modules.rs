@@ -16,29 +16,40 @@ const WANTED: &[&str] = &[
     "erofs",
     "overlay",
 ];
+/// What its network needs.
+const NETWORK: &[&str] = &["virtio_net"];
+/// What other programs in the VM need, for their streams.
+const LATER: &[&str] = &["vmw_vsock_virtio_transport"];
 /// Largest module in bytes, unpacked.
 const MAX_MODULE: u64 = 64 << 20;
 
-/// The modules that `kernel` needs, in the order in which they are loaded: a name for each, and what is in it. Empty where all is
-/// built in, or no modules of this kernel are there.
-pub(super) fn needed(kernel: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
+/// A module: its name, and what is in it.
+pub(super) type Module = (String, Vec<u8>);
+
+/// The modules that `kernel` needs, in the order in which they are loaded: those for a program, and those for others beside it.
+/// Empty where all is built in, or no modules of this kernel are there.
+pub(super) fn needed(kernel: &Path, network: bool) -> io::Result<[Vec<Module>; 2]> {
     let Some(tree) = tree(kernel) else {
-        return Ok(Vec::new());
+        return Ok(Default::default());
     };
     let list = match fs::read_to_string(tree.join("modules.dep")) {
         Ok(list) => list,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Default::default()),
         Err(e) => return Err(e),
     };
-    let files = in_order(&list);
-    let read = |file: &&str| {
+    let wanted = WANTED.iter().chain(NETWORK.iter().filter(|_| network));
+    let files = in_order(&list, wanted);
+    let read = |file: &&str| -> io::Result<Module> {
         let path = tree.join(file);
         let content = unpacked(&path).map_err(|e| {
             io::Error::new(e.kind(), format!("cannot read {}: {e}", path.display()))
         })?;
         Ok((format!("{}.ko", module_name(file)), content))
     };
-    files.iter().map(read).collect()
+    let mut later = in_order(&list, LATER.iter());
+    later.retain(|file| !files.contains(file));
+    let read_all = |files: &[&str]| files.iter().map(read).collect::<io::Result<_>>();
+    Ok([read_all(&files)?, read_all(&later)?])
 }
 
 /// The tree of a kernel's modules.
@@ -68,12 +79,12 @@ fn module_name(file: &str) -> String {
 
 /// The files of what is wanted and of what that needs, from modules.dep: a line for each file, behind it those that it needs, the
 /// one that is loaded first at the end.
-fn in_order(list: &str) -> Vec<&str> {
+fn in_order<'a>(list: &'a str, wanted: impl Iterator<Item = &'a &'a str>) -> Vec<&'a str> {
     let lines = list.lines().filter_map(|line| line.split_once(':'));
     let by_name: BTreeMap<String, (&str, &str)> =
         lines.map(|line| (module_name(line.0), line)).collect();
     let mut order = Vec::new();
-    for name in WANTED {
+    for name in wanted {
         if let Some((file, needs)) = by_name.get(*name) {
             let needs = needs.split_whitespace().rev();
             for file in needs.chain([*file]) {
@@ -116,7 +127,10 @@ mod tests {
                     kernel/drivers/virtio/virtio_mmio.ko: kernel/drivers/virtio/virtio.ko kernel/drivers/virtio/virtio_ring.ko\n\
                     kernel/drivers/block/virtio_blk.ko: kernel/drivers/virtio/virtio.ko kernel/drivers/virtio/virtio_ring.ko\n\
                     kernel/drivers/net/other.ko:\n";
-        let names: Vec<String> = in_order(list).into_iter().map(module_name).collect();
+        let names: Vec<String> = in_order(list, WANTED.iter())
+            .into_iter()
+            .map(module_name)
+            .collect();
         let wanted = "virtio_ring virtio virtio_mmio virtio_blk libcrc32c erofs";
         assert_eq!(names.join(" "), wanted);
         assert_eq!(module_name("a/crc32c-generic.ko.zst"), "crc32c_generic");

@@ -150,10 +150,18 @@ impl Image {
 
     /// minivmm run with the image, on this kernel.
     pub(crate) fn command(&self, kernel: &str, options: &[&str], command: &[&str]) -> Command {
-        let mut run = minivmm(&["run", "--kernel", kernel]);
+        let mut run = self.minivmm(&["run", "--kernel", kernel]);
         run.args(options).arg(self.path()).args(command);
-        run.env("XDG_CACHE_HOME", self.store());
         run
+    }
+
+    /// minivmm with the same store and the same VMs.
+    pub(crate) fn minivmm(&self, args: &[&str]) -> Command {
+        let mut command = minivmm(args);
+        command
+            .env("XDG_CACHE_HOME", self.store())
+            .env_remove("XDG_RUNTIME_DIR");
+        command
     }
 
     pub(crate) fn run(&self, kernel: &str, options: &[&str], command: &[&str]) -> Ended {

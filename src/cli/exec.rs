@@ -1,0 +1,269 @@
+//! `exec`: another program in a VM that runs an image.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput};
+use minivmm_devices::thread::ThreadStarter;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::exit_status::of_signal;
+use super::run::{MAX_FORWARDED, RunError};
+use super::run_image::{check_terminal, variable};
+use super::running::find;
+use crate::config::ConsoleTarget;
+use crate::console::{Console, ConsoleInput, FrameSink, InputOutcome, RawTerminal, Signals};
+use crate::guest::{EXEC_PORT, Exec, MAX_EXEC};
+use crate::vmm::error::host;
+use crate::vmm::event_loop::EventLoop;
+
+/// How long the guest may take to read, and until it listens: its drivers may be on their way.
+const PATIENCE: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_millis(20);
+/// Bytes that are read at once.
+const CHUNK: usize = 64 << 10;
+
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Give the program what comes on stdin
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the program a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// Set a variable, or take it from minivmm's own environment; may be given again
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Work directory [default: that of the image's program]
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// Run the program as this user [default: as the image's program]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// Name of the VM, as minivmm ps lists it
+    #[arg(value_name = "NAME")]
+    vm: String,
+    /// Program and arguments
+    #[arg(
+        value_name = "COMMAND",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    command: Vec<String>,
+}
+
+/// What the event loop waits for.
+#[derive(Clone, Copy)]
+enum Source {
+    Streams,
+    Signal,
+}
+
+/// Runs a program; its exit status.
+pub fn run(args: ExecArgs) -> Result<u8, RunError> {
+    check_terminal(args.tty, args.interactive)?;
+    let vm = find(&args.vm)?;
+    let mut environment: Vec<String> = args.env.iter().filter_map(|text| variable(text)).collect();
+    if args.tty {
+        environment.insert(0, "TERM=xterm".to_owned());
+    }
+    let exec = Exec {
+        command: args.command,
+        environment,
+        user: args.user,
+        directory: args.workdir,
+        terminal: args.tty,
+    };
+    let request = serde_json::to_vec(&exec).map_err(|e| host("the request")(e.into()))?;
+    if request.len() > MAX_EXEC as usize {
+        return Err(RunError::Usage("the command is too long".to_owned()));
+    }
+    let signals = Signals::block().map_err(host("signal handling"))?;
+    let mut guest = connect(&vm.socket()).map_err(host("the VM's socket"))?;
+    let length = (request.len() as u32).to_le_bytes();
+    guest
+        .write_all(&[&length[..], &request].concat())
+        .map_err(host("the VM's socket"))?;
+
+    let threads = ThreadStarter::default();
+    let (stdout, _) = Console::open(&ConsoleTarget::Stdio, &threads)?;
+    let stderr = Console::stderr(&threads)?;
+    let (input, credit) = ConsoleInput::framed(args.interactive).map_err(host("an eventfd"))?;
+    let terminal = match args.tty && args.interactive {
+        true => RawTerminal::enter().map_err(host("the terminal"))?,
+        false => None,
+    };
+    let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+    let room = Arc::new(room.map_err(host("an eventfd"))?);
+    for console in [&stdout, &stderr] {
+        let room = Arc::clone(&room);
+        // It is refused only when the counter is full; then its reader is awake.
+        console.on_output_ready(Arc::new(move || drop(room.write(1))));
+    }
+    let session = Session {
+        reader: guest.try_clone().map_err(host("the VM's socket"))?,
+        device: Mutex::new(Guest(guest)),
+        sink: FrameSink::new(stdout.sink(), stderr.sink(), credit),
+        pending: Vec::new(),
+        room,
+        input,
+        terminal: args.tty,
+    };
+    let result = session.run(&signals);
+    let give_up = || signals.stop_requested().is_some();
+    for console in [&stdout, &stderr] {
+        console.finish(&give_up);
+    }
+    drop(terminal);
+    result
+}
+
+/// Connects to the program that serves in the guest (Firecracker's protocol for vsock).
+fn connect(socket: &std::path::Path) -> io::Result<UnixStream> {
+    let limit = Instant::now() + PATIENCE;
+    loop {
+        let mut guest = UnixStream::connect(socket)?;
+        guest.set_write_timeout(Some(PATIENCE))?;
+        guest.set_read_timeout(Some(PATIENCE))?;
+        guest.write_all(format!("CONNECT {EXEC_PORT}\n").as_bytes())?;
+        let mut answer = Vec::new();
+        let bytes = Read::by_ref(&mut guest).take(32).bytes();
+        for byte in bytes.map_while(Result::ok) {
+            answer.push(byte);
+            if byte == b'\n' {
+                guest.set_read_timeout(None)?;
+                return Ok(guest);
+            }
+        }
+        if Instant::now() > limit {
+            let why = "its guest does not listen: its kernel may have no driver for vsock";
+            return Err(io::Error::other(why));
+        }
+        std::thread::sleep(RETRY);
+    }
+}
+
+/// The program's streams.
+struct Session {
+    reader: UnixStream,
+    device: Mutex<Guest>,
+    sink: FrameSink,
+    /// Read, and not taken by stdout or stderr yet.
+    pending: Vec<u8>,
+    /// An event when they can take more.
+    room: Arc<EventFd>,
+    input: ConsoleInput,
+    terminal: bool,
+}
+
+impl Session {
+    /// Serves the streams until the program has ended.
+    fn run(mut self, signals: &Signals) -> Result<u8, RunError> {
+        let events = self.sources(signals).map_err(host("the event loop"))?;
+        let mut forwarded = 0;
+        self.resize();
+        loop {
+            if let Some(status) = self.copy_output().map_err(host("the VM's socket"))? {
+                return Ok(status);
+            }
+            if self.input.pump(&self.device) == InputOutcome::Quit {
+                return Ok(of_signal(libc::SIGINT));
+            }
+            for source in events.wait(None).map_err(host("the event loop"))? {
+                match source {
+                    Source::Streams => {}
+                    Source::Signal => {
+                        if let Some(signal) = signals.stop_requested() {
+                            let ends = [libc::SIGINT, libc::SIGTERM].contains(&signal);
+                            forwarded += u32::from(ends);
+                            if forwarded > MAX_FORWARDED {
+                                return Ok(of_signal(signal));
+                            }
+                            self.input.send_signal(signal);
+                        }
+                        // It may have been a SIGWINCH.
+                        self.resize();
+                    }
+                }
+            }
+        }
+    }
+
+    fn sources(&self, signals: &Signals) -> io::Result<EventLoop<Source>> {
+        let mut events = EventLoop::new()?;
+        events.add(signals, false, Source::Signal)?;
+        events.add(&self.reader, true, Source::Streams)?;
+        events.add(&*self.room, true, Source::Streams)?;
+        if let Some(credit) = self.input.credit() {
+            events.add(credit.room(), true, Source::Streams)?;
+        }
+        if let Some(fd) = self.input.fd() {
+            events.add(&fd, true, Source::Streams)?;
+        }
+        Ok(events)
+    }
+
+    /// Passes on what has come, as far as stdout and stderr take it; the status, if the program has ended.
+    fn copy_output(&mut self) -> io::Result<Option<u8>> {
+        loop {
+            while !self.pending.is_empty() {
+                match self.sink.write(&self.pending) {
+                    0 => {
+                        self.sink.call_back();
+                        return Ok(None);
+                    }
+                    count => drop(self.pending.drain(..count)),
+                }
+            }
+            if let Some(status) = self.sink.status() {
+                return Ok(Some(status));
+            }
+            self.pending.resize(CHUNK, 0);
+            let read = recv(&self.reader, &mut self.pending[..], RecvFlags::DONTWAIT);
+            self.pending.truncate(read.map_or(0, |(count, _)| count));
+            match read {
+                Ok((0, _)) => return Err(io::Error::other("the VM has ended")),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    fn resize(&mut self) {
+        if self.terminal {
+            self.input.send_size();
+        }
+    }
+}
+
+/// The program's input.
+struct Guest(UnixStream);
+
+impl ConsoleDevice for Guest {
+    fn rx_space(&mut self) -> usize {
+        CHUNK
+    }
+
+    fn receive(&mut self, bytes: &[u8]) -> usize {
+        // A guest that is gone, or takes nothing for so long, shows when it is read from.
+        if self.0.write_all(bytes).is_err() {
+            let _ = self.0.shutdown(Shutdown::Both);
+        }
+        bytes.len()
+    }
+
+    fn send_break(&mut self) -> bool {
+        true
+    }
+
+    fn on_tx_space(&mut self) {}
+}

@@ -1,0 +1,252 @@
+//! The VMs of images that run now: a directory for each, in the user's runtime directory, with a file that is locked as long as its VM
+//! runs, and the socket by which its guest is reached. What a VM leaves there, the next one removes.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+use crate::host::ownership::is_ours;
+
+/// Longest name in bytes.
+const MAX_NAME: usize = 32;
+const INFO: &str = "vm.json";
+const SOCKET: &str = "vsock";
+
+/// What is known of a VM that runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Info {
+    /// Its image.
+    pub image: String,
+    /// Its program, for people.
+    pub command: String,
+    /// The process that is its VMM.
+    pub pid: i32,
+}
+
+/// A VM that runs, or that did when it was looked for.
+#[derive(Debug)]
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// What is known of it.
+    pub info: Info,
+    /// When it was started.
+    pub started: SystemTime,
+    dir: PathBuf,
+}
+
+/// A name that is this process's as long as this lives.
+#[derive(Debug)]
+pub struct Claim {
+    dir: PathBuf,
+    _lock: File,
+}
+
+/// All of the user's VMs.
+#[derive(Debug)]
+pub struct Running(PathBuf);
+
+impl Running {
+    /// Opens the directory, and makes it if it is not there: in $XDG_RUNTIME_DIR or else below `cache`.
+    pub fn open(cache: &Path) -> io::Result<Self> {
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+        let runtime = runtime.filter(|dir| dir.is_absolute());
+        let dir = match runtime {
+            Some(runtime) => runtime.join("minivmm"),
+            None => cache.join("run"),
+        };
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        if !is_ours(&fs::symlink_metadata(&dir)?) {
+            return Err(io::Error::other(format!(
+                "{} belongs to another user, or others may write to it",
+                dir.display()
+            )));
+        }
+        Ok(Self(dir))
+    }
+
+    /// Takes a name for a VM of this process.
+    pub fn claim(&self, name: &str, info: &Info) -> io::Result<Claim> {
+        if !is_name(name) {
+            let why = format!(
+                "'{name}' is no name: write up to {MAX_NAME} letters, digits, '.', '_', '-'"
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        let _guard = lock(&self.0)?;
+        let dir = self.0.join(name);
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let mut file = options
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(dir.join(INFO))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                return Err(io::Error::other(format!(
+                    "a VM with the name '{name}' is running"
+                )));
+            }
+            locked => locked?,
+        }
+        file.set_len(0)?;
+        file.write_all(&serde_json::to_vec(info)?)?;
+        Ok(Claim { dir, _lock: file })
+    }
+
+    /// Those that run, by name. What others have left is removed.
+    pub fn list(&self) -> io::Result<Vec<Vm>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.0)? {
+            let name = entry?.file_name();
+            if let Some(name) = name.to_str().filter(|name| is_name(name)) {
+                found.extend(self.find(name)?);
+            }
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+
+    /// The one with this name, if it runs.
+    pub fn find(&self, name: &str) -> io::Result<Option<Vm>> {
+        let dir = self.0.join(name);
+        if !is_name(name) || is_over(&dir)? {
+            return Ok(None);
+        }
+        let path = dir.join(INFO);
+        // A VM that has just taken its name has not written it yet.
+        let Ok(info) = serde_json::from_slice(&fs::read(&path)?) else {
+            return Ok(None);
+        };
+        Ok(Some(Vm {
+            name: name.to_owned(),
+            info,
+            started: fs::metadata(&path)?.modified()?,
+            dir,
+        }))
+    }
+}
+
+impl Claim {
+    /// Where the socket device listens.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join(SOCKET)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // The sandbox does not let the directory be removed: the next VM does it.
+        let _ = fs::remove_file(self.dir.join(INFO));
+    }
+}
+
+impl Vm {
+    /// Where its guest is reached.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join(SOCKET)
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> io::Result<bool> {
+        is_over(&self.dir)
+    }
+
+    /// Sends its VMM a signal, if it has not ended.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        let pid = Pid::from_raw(self.info.pid);
+        let pid = pid.ok_or_else(|| io::Error::other("there is no such process ID"))?;
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        // As long as the lock is held, the process ID is that of its holder.
+        if !self.has_ended()? {
+            pidfd_send_signal(process, signal)?;
+        }
+        Ok(())
+    }
+}
+
+/// Keeps other processes from taking names, and from removing what has been left, as long as it lives.
+fn lock(runtime: &Path) -> io::Result<File> {
+    let file = File::open(runtime)?;
+    flock(&file, FlockOperation::LockExclusive)?;
+    Ok(file)
+}
+
+/// Whether no process has the lock of this directory, which is removed then.
+fn is_over(dir: &Path) -> io::Result<bool> {
+    let _guard = dir.parent().map(lock).transpose()?;
+    let file = match File::open(dir.join(INFO)) {
+        Ok(file) => file,
+        // Also what was not finished.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let _ = fs::remove_dir(dir);
+            return Ok(true);
+        }
+        Err(e) => return Err(e),
+    };
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(e) => Err(e.into()),
+        Ok(()) => {
+            let _ = fs::remove_dir_all(dir);
+            Ok(true)
+        }
+    }
+}
+
+/// Whether a VM may be called so: it is the name of a directory, too.
+fn is_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.len() <= MAX_NAME
+        && name.chars().all(good)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_taken_as_long_as_its_claim_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let running = Running(dir.path().to_owned());
+        let info = Info {
+            image: "busybox".into(),
+            command: "sh".into(),
+            pid: 1,
+        };
+        let claim = running.claim("a", &info).unwrap();
+        let error = running.claim("a", &info).unwrap_err().to_string();
+        assert!(error.contains("name 'a' is running"), "{error}");
+        let vm = running.find("a").unwrap().unwrap();
+        assert_eq!((vm.info.pid, vm.socket()), (1, claim.socket()));
+        // What a process has left that was killed.
+        fs::create_dir(dir.path().join("b")).unwrap();
+        fs::write(dir.path().join("b").join(INFO), "{}").unwrap();
+        fs::create_dir(dir.path().join("c")).unwrap();
+        let names: Vec<_> = running
+            .list()
+            .unwrap()
+            .into_iter()
+            .map(|vm| vm.name)
+            .collect();
+        assert_eq!(names, ["a"]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        drop(claim);
+        assert!(vm.has_ended().unwrap() && running.find("a").unwrap().is_none());
+        for bad in ["", "../x", ".x", "a/b", &"x".repeat(33)] {
+            assert!(running.claim(bad, &info).is_err(), "{bad}");
+            assert!(running.find(bad).unwrap().is_none());
+        }
+    }
+}
