@@ -26,6 +26,8 @@ use crate::vmm::event_loop::EventLoop;
 /// How long the guest may take to read, and until it listens: its drivers may be on their way.
 const PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(20);
+/// Longest answer to that in bytes.
+const MAX_ANSWER: usize = 32;
 /// Bytes that are read at once.
 const CHUNK: usize = 64 << 10;
 
@@ -134,11 +136,13 @@ fn connect(socket: &std::path::Path) -> io::Result<UnixStream> {
         guest.set_write_timeout(Some(PATIENCE))?;
         guest.set_read_timeout(Some(PATIENCE))?;
         guest.write_all(format!("CONNECT {EXEC_PORT}\n").as_bytes())?;
-        let mut answer = Vec::new();
-        let bytes = Read::by_ref(&mut guest).take(32).bytes();
-        for byte in bytes.map_while(Result::ok) {
-            answer.push(byte);
-            if byte == b'\n' {
+        // A line, or the end, where nothing listens.
+        let mut byte = [0];
+        for _ in 0..MAX_ANSWER {
+            if guest.read_exact(&mut byte).is_err() {
+                break;
+            }
+            if byte == *b"\n" {
                 guest.set_read_timeout(None)?;
                 return Ok(guest);
             }

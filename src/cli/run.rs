@@ -38,7 +38,7 @@ const RESUME_PERIOD: Duration = Duration::from_millis(10);
 /// How many SIGINTs and SIGTERMs a container's program is sent, as docker does it.
 pub const MAX_FORWARDED: u32 = 2;
 
-/// What is to be logged when a VM has ended and its console is done.
+/// What is to be logged when the console is done.
 type FinalLog = Vec<(log::Level, String)>;
 
 /// From now on, signals that ask minivmm to end, and the deadline, end the process.
@@ -120,8 +120,7 @@ pub fn run(
             || (stopped && late)
             || deadline.is_some_and(|deadline| Instant::now() > deadline)
     };
-    let consoles = std::iter::once(&console).chain(&stderr);
-    consoles.for_each(|console| console.finish(&give_up));
+    (std::iter::once(&console).chain(&stderr)).for_each(|console| console.finish(&give_up));
     let dropped = console.bytes_dropped();
     if dropped > 0 {
         log::info!("{dropped} bytes of console output went nowhere");
@@ -483,8 +482,8 @@ impl Run<'_> {
         }
         let console_bytes = self.log().bytes_out();
         // That a program of a container's was stopped says nothing about the machine.
-        let stopped = outcome.is_external();
-        if !(stopped && self.input.credit().is_some_and(|credit| credit.is_open()))
+        let runs = self.input.credit().is_some_and(|credit| credit.is_open());
+        if !(runs && outcome.is_external())
             && let Some(level) = post_mortem::level(&outcome, console_bytes)
             && log::log_enabled!(level)
             && let Some(vcpu) = vm.vcpus().get(usize::from(end.vcpu.unwrap_or(0)))

@@ -76,7 +76,7 @@ pub struct RunArgs {
     /// Let the program write to nothing but /dev/shm and what it mounts itself
     #[arg(long)]
     read_only: bool,
-    /// Network [default: passt where it is installed, else none]
+    /// Network [default: passt where it is installed and this host has a default route, else none]
     #[arg(long, value_name = "MODE", value_parser = ["passt", "none"])]
     network: Option<String>,
     /// Have a port of this host lead to one of the program's, on 127.0.0.1 unless told otherwise; may be given again
@@ -270,7 +270,10 @@ impl RunArgs {
                 Err(RunError::Usage(why))
             }
             Some(mode) => Ok(mode != "none"),
-            None => Ok(!self.publish.is_empty() || find_program(passt::PROGRAM).is_some()),
+            None if self.publish.is_empty() => {
+                Ok(find_program(passt::PROGRAM).is_some() && passt::has_way_out())
+            }
+            None => Ok(true),
         }
     }
 

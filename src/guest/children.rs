@@ -41,8 +41,7 @@ impl Children {
         // A child that cannot become the program is waited for here: nothing is reaped meanwhile.
         let mut started = self.started();
         let child = command.spawn()?;
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| io::Error::other("it has no process ID"))?;
+        let pid = Pid::from_child(&child);
         started.insert(pid, tell);
         self.0.new.notify_one();
         Ok((pid, status))
@@ -105,14 +104,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statuses_come_to_who_asked_for_them() {
-        // In a process of its own, other tests' children would be reaped: here only the statuses are looked at.
-        let status = |script: &str| {
-            let status = Command::new("sh").args(["-c", script]).status().unwrap();
-            use std::os::unix::process::ExitStatusExt;
-            status_of(WaitStatus::new(status.into_raw()))
-        };
-        assert_eq!(status("exit 3"), 3);
-        assert_eq!(status("kill -9 $$"), 137);
+    #[allow(clippy::zombie_processes, reason = "waitpid takes it")]
+    fn a_status_is_what_a_shell_has() {
+        for (script, wanted) in [("exit 3", 3), ("kill -9 $$", 137)] {
+            let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+            let pid = Pid::from_child(&child);
+            let ended = waitpid(Some(pid), WaitOptions::empty()).unwrap();
+            assert_eq!(status_of(ended.unwrap().1), wanted);
+        }
     }
 }

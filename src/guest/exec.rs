@@ -13,7 +13,7 @@ use std::thread;
 use super::children::Children;
 use super::failure::{Failure, cannot};
 use super::frames::STATUS;
-use super::init::load_module;
+use super::modules;
 use super::orders::{EXEC_PORT, Exec, MAX_EXEC, Orders};
 use super::process;
 use super::streams::Channel;
@@ -22,11 +22,11 @@ use super::streams::Channel;
 const BACKLOG: libc::c_int = 16;
 
 /// Serves the host from now on, if the kernel can, on a thread: the image's program does not wait for the drivers.
-pub(super) fn serve(modules: Vec<File>, orders: Arc<Orders>, children: Children) {
+pub(super) fn serve(drivers: Vec<File>, orders: Arc<Orders>, children: Children) {
     thread::spawn(move || {
-        for module in &modules {
+        for module in &drivers {
             // What is missing shows at the socket.
-            let _ = load_module(module);
+            let _ = modules::load(module);
         }
         let Ok(listener) = listen() else { return };
         while let Ok(connection) = accept(&listener) {

@@ -1,6 +1,6 @@
 //! The first process: modules, mounts, names, and the end of the machine.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -13,8 +13,9 @@ use rustix::mount::{MountFlags, mount, mount_move, mount_remount};
 use super::children::Children;
 use super::exec;
 use super::failure::{Failure, cannot, make_directory};
+use super::modules;
 use super::network;
-use super::orders::{MODULES, ORDERS, Orders};
+use super::orders::{ORDERS, Orders};
 use super::process;
 use super::streams::Channel;
 
@@ -53,13 +54,12 @@ fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
     early.iter().try_for_each(mount_one)?;
     let orders = fs::read(ORDERS).map_err(cannot("read the orders"))?;
     let orders: Orders = serde_json::from_slice(&orders).map_err(cannot("read the orders"))?;
-    let open = |module: &String| File::open(Path::new(MODULES).join(module));
     for module in &orders.modules {
-        let loaded = open(module).and_then(|file| load_module(&file));
+        let loaded = modules::open(module).and_then(|file| modules::load(&file));
         loaded.map_err(cannot(format_args!("load the kernel module {module}")))?;
     }
     // While they can be reached.
-    let later = orders.later_modules.iter().map(open);
+    let later = orders.later_modules.iter().map(|name| modules::open(name));
     let later = later
         .collect::<io::Result<_>>()
         .map_err(cannot("read a kernel module"))?;
@@ -86,14 +86,6 @@ fn mount_one(
     };
     mount(*source, *target, *kind, *flags, options)
         .map_err(cannot(format_args!("mount {kind} on {target}")))
-}
-
-pub(super) fn load_module(file: &File) -> io::Result<()> {
-    match rustix::system::finit_module(file, c"", 0) {
-        // It is there already.
-        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
-        Err(e) => Err(e.into()),
-    }
 }
 
 /// Waits for a device that a driver is about to find.

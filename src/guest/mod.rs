@@ -9,6 +9,7 @@ mod exec;
 mod failure;
 pub mod frames;
 mod init;
+mod modules;
 mod network;
 mod orders;
 mod process;

@@ -265,6 +265,20 @@ pub fn fixed_resolvers() -> Vec<IpAddr> {
     resolvers
 }
 
+/// Whether this host has a network that passt could lead to: without a default route, it gives up.
+pub fn has_way_out() -> bool {
+    let read = |file| fs::read_to_string(file).unwrap_or_default();
+    let v6 = read("/proc/net/ipv6_route");
+    gateway(&read("/proc/net/route")).is_some() || v6.lines().any(is_way_out_v6)
+}
+
+/// Whether this line of /proc/net/ipv6_route is a default route: destination and length of its prefix come first, the interface last. A
+/// host without one has one that refuses all packets, on lo.
+fn is_way_out_v6(line: &str) -> bool {
+    let is_default = line.starts_with(&format!("{:032x} 00", 0));
+    is_default && line.split_whitespace().last() != Some("lo")
+}
+
 /// The gateway of the first default route (Linux, net/ipv4/fib_trie.c: addresses are hexadecimal, in the processor's byte order).
 fn gateway(routes: &str) -> Option<Ipv4Addr> {
     let mut lines = routes.lines().map(|line| line.split_whitespace().skip(1));
@@ -346,6 +360,20 @@ mod tests {
         let with_host = line("passt,host-loopback", &[own]);
         assert!(!with_host.contains("--dns") && !with_host.contains("--no-map-gw"));
         assert!(line("passt", &[own]).contains("--no-map-gw"));
+    }
+
+    #[test]
+    fn a_default_route_is_a_way_out() {
+        let zeros = "0".repeat(32);
+        let line = |length, interface| {
+            let (next, counts) = (
+                "fd000000000000000000000000000001",
+                "00000400 00000003 00000000",
+            );
+            format!("{zeros} {length} {zeros} 00 {next} {counts} 00000003 {interface:>8}")
+        };
+        assert!(is_way_out_v6(&line("00", "eth0")));
+        assert!(!is_way_out_v6(&line("00", "lo")) && !is_way_out_v6(&line("80", "eth0")));
     }
 
     #[test]
