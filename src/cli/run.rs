@@ -481,9 +481,8 @@ impl Run<'_> {
             lines.push((log::Level::Warn, warning));
         }
         let console_bytes = self.log().bytes_out();
-        // That a program of a container's was stopped says nothing about the machine.
-        let runs = self.input.credit().is_some_and(|credit| credit.is_open());
-        if !(runs && outcome.is_external())
+        // That a container's program was stopped says nothing about the machine.
+        if !(outcome.is_external() && self.input.credit().is_some_and(|credit| credit.is_open()))
             && let Some(level) = post_mortem::level(&outcome, console_bytes)
             && log::log_enabled!(level)
             && let Some(vcpu) = vm.vcpus().get(usize::from(end.vcpu.unwrap_or(0)))
