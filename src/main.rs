@@ -17,7 +17,7 @@ use minivmm::cli::{
     Cli, Command, DoctorArgs, RunArgs, exec, fork, images, process, run, running, snapshot,
 };
 use minivmm::config::{ConfigError, Span};
-use minivmm::host::json_file::JsonFile;
+use minivmm::host::report_file::ReportFile;
 use minivmm::observe::timeline::{Point, Timeline};
 use minivmm::tools::error::ToolError;
 use minivmm::tools::{bench, compare, doctor};
@@ -153,7 +153,7 @@ fn run_vm(
         Err(status) => return status,
     };
     timeline.note(Point::ConfigRead);
-    let file = match wanted.flatten().map(JsonFile::open).transpose() {
+    let file = match wanted.flatten().map(ReportFile::open).transpose() {
         Ok(file) => file,
         Err(e) => return failure(&e, ""),
     };
@@ -169,7 +169,7 @@ fn run_vm(
     match (timeline.finish(status), file) {
         (Some(report), Some(file)) => {
             let _watch = Watch::start(signals, None, None);
-            if let Err(e) = file.write(&report) {
+            if let Err(e) = file.write_json(&report) {
                 failure(&e, "");
             }
         }

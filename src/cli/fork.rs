@@ -25,7 +25,7 @@ use super::run::RunError;
 use crate::config::{ConsoleTarget, Span};
 use crate::console::{Console, Signals};
 use crate::error_chain;
-use crate::host::json_file::JsonFile;
+use crate::host::report_file::ReportFile;
 use crate::sandbox::Role;
 use crate::vmm::control::Control;
 use crate::vmm::ending;
@@ -111,7 +111,7 @@ struct Running {
 
 /// Runs the VMs, and gives the process's exit status.
 pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
-    let json = args.json.map(JsonFile::open).transpose();
+    let json = args.json.map(ReportFile::open).transpose();
     let json = json.map_err(|e| host("the report")(io::Error::other(e)))?;
     let source = args.source.open(ConsoleTarget::None, None)?;
     let nets = &source.config.nets;
@@ -164,7 +164,7 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
     }
     let stop = fork.running().stop.clone();
     if let Some(json) = json {
-        json.write(&reports)
+        json.write_json(&reports)
             .map_err(|e| host("the report")(io::Error::other(e)))?;
     }
     Ok(match stop {

@@ -3,12 +3,12 @@
 pub mod cpu;
 #[cfg(target_env = "musl")]
 pub mod heap;
-pub mod json_file;
 pub mod kvm;
 pub mod limits;
 pub mod memory;
 pub mod output;
 pub mod ownership;
 pub mod passt;
+pub mod report_file;
 pub mod tap;
 pub mod vsock;

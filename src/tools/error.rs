@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use crate::host::json_file::JsonFileError;
+use crate::host::report_file::ReportFileError;
 
 /// Why a tool could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +21,7 @@ pub enum ToolError {
     },
     /// The results have no place.
     #[error(transparent)]
-    Output(#[from] JsonFileError),
+    Output(#[from] ReportFileError),
     /// A signal asked this process to stop.
     #[error("stopped by signal {0}")]
     Stopped(i32),

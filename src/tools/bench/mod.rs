@@ -5,7 +5,6 @@ mod vmm;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::error::{ToolError, cannot};
 use super::measure::{self, GuestShare, HostFacts, Output, Progress, Run, Summary, Watch};
@@ -49,11 +48,9 @@ pub struct BenchOptions {
     pub max_ratio: f64,
 }
 
-/// A VMM, the times of its runs, and what else was found.
+/// A VMM, and what was found.
 struct Row {
     vmm: Vmm,
-    /// To the first instruction, to the first output, to the marker, to the end.
-    times: [Vec<Duration>; 4],
     report: VmmReport,
 }
 
@@ -108,7 +105,7 @@ pub fn run(options: &BenchOptions, out: &mut dyn Write) -> Result<bool, ToolErro
         runs: options.runs,
         warmup: options.warmup,
         host,
-        vmms: rows.into_iter().map(Row::report).collect(),
+        vmms: rows.into_iter().map(|row| row.report).collect(),
     }
     .with_ratios();
     output.write(&report, Report::table, out)?;
@@ -179,7 +176,6 @@ impl Row {
     fn new(vmm: Vmm) -> Self {
         let text = |word: &std::ffi::OsString| word.to_string_lossy().into_owned();
         Self {
-            times: Default::default(),
             report: VmmReport {
                 name: vmm.name.into(),
                 version: vmm.version(),
@@ -230,24 +226,12 @@ impl Row {
                 true => None,
                 false => self.vmm.first_instruction(options.timeout.0, signals)?,
             };
-            let found = [first_instruction, first_output, run.marker, run.end];
-            for (times, time) in self.times.iter_mut().zip(found) {
-                times.extend(time);
-            }
+            Summary::add(&mut report.first_instruction, first_instruction);
+            Summary::add(&mut report.first_output, first_output);
+            Summary::add(&mut report.marker, run.marker);
+            Summary::add(&mut report.end, run.end);
         }
         Ok(())
-    }
-
-    fn report(self) -> VmmReport {
-        let times = self.times.map(|times| Summary::new(&times));
-        let [first_instruction, first_output, marker, end] = times;
-        VmmReport {
-            first_instruction,
-            first_output,
-            marker,
-            end,
-            ..self.report
-        }
     }
 }
 

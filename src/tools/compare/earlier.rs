@@ -2,12 +2,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use super::report::{Report, RowReport};
 use super::row::Row;
 use crate::tools::error::{ToolError, cannot};
-use crate::tools::measure::Summary;
 
 /// Why an earlier report does not fit.
 #[derive(Debug, thiserror::Error)]
@@ -18,9 +16,6 @@ pub(super) enum MisfitError {
     /// Figures would be missing on one side.
     #[error("it is of other runtimes, or other versions of them")]
     Runtimes,
-    /// Not a time.
-    #[error("{0} ms is not a time")]
-    NoTime(f64),
 }
 
 impl Report {
@@ -58,21 +53,19 @@ impl Report {
         }
         self.runs = self.runs.saturating_add(earlier.runs);
         for (row, earlier) in rows.iter_mut().zip(earlier.rows) {
-            row.warm = [times(earlier.warm_first_output)?, times(earlier.warm_end)?];
-            row.cold = [times(earlier.cold_first_output)?, times(earlier.cold_end)?];
-            row.report.statuses = earlier.statuses;
-            row.report.peak_kib = earlier.peak_kib;
-            row.report.processes = earlier.processes;
             // What failed stays left out.
-            row.report.error = earlier.error;
+            row.report = RowReport {
+                warm_first_output: earlier.warm_first_output,
+                warm_end: earlier.warm_end,
+                cold_first_output: earlier.cold_first_output,
+                cold_end: earlier.cold_end,
+                statuses: earlier.statuses,
+                peak_kib: earlier.peak_kib,
+                processes: earlier.processes,
+                error: earlier.error,
+                ..std::mem::take(&mut row.report)
+            };
         }
         Ok(())
     }
-}
-
-/// The times of all runs.
-fn times(summary: Option<Summary>) -> Result<Vec<Duration>, MisfitError> {
-    let samples = summary.map_or(Vec::new(), |summary| summary.samples_ms);
-    let time = |ms: f64| Duration::try_from_secs_f64(ms / 1e3).map_err(|_| MisfitError::NoTime(ms));
-    samples.into_iter().map(time).collect()
 }

@@ -9,7 +9,7 @@ mod row;
 mod runtime;
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 use rustix::process::{WaitOptions, getpid, set_child_subreaper};
 
 use super::error::{ToolError, cannot};
-use super::measure::{self, HostFacts, Output, Progress, Run, Watch};
+use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
 use crate::config::{MemorySize, Span};
 use crate::console::Signals;
 use crate::error_chain;
-use crate::host::output;
+use crate::host::report_file::ReportFile;
 
 use image::{Image, PROBE_STATUS, VmImage};
 use processes::{Seen, daemons_bytes};
@@ -88,7 +88,10 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     let kernel = kernel(options)?;
     let earlier = options.add.as_deref().map(Report::read).transpose()?;
     let output = Output::open(options.json.as_deref())?;
-    let page = options.html.as_deref().map(open_page).transpose()?;
+    let page = options.html.clone().map(ReportFile::open_html);
+    let page = page
+        .transpose()
+        .map_err(|e| ToolError::Usage(format!("--html: {}", error_chain(&e))))?;
     let scratch = tempfile::Builder::new()
         .prefix("minivmm-compare-")
         .tempdir()
@@ -142,33 +145,13 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     }
     done?;
 
-    report.rows = rows.into_iter().map(Row::report).collect();
+    report.rows = rows.into_iter().map(|row| row.report).collect();
     report.compare();
-    if let Some(mut page) = page {
-        // What cannot be emptied, a FIFO or a device, is written to as it is.
-        let _ = page.set_len(0);
-        page.write_all(html::page(&report).as_bytes())
-            .map_err(cannot("write the results"))?;
+    if let Some(page) = page {
+        page.write(&html::page(&report))?;
     }
     output.write(&report, Report::table, out)?;
     Ok(report.rows.iter().all(|row| row.error.is_none()))
-}
-
-/// Opens the file for the HTML report, before time is spent on the measurement. Nothing but an earlier report is overwritten.
-fn open_page(path: &Path) -> Result<fs::File, ToolError> {
-    let shown = path.display();
-    let mut start = Vec::new();
-    if path.is_file() {
-        fs::File::open(path)
-            .and_then(|file| file.take(1).read_to_end(&mut start))
-            .map_err(cannot(format!("read {shown}")))?;
-    }
-    if !matches!(start[..], [] | [b'<']) {
-        return Err(ToolError::Usage(format!(
-            "--html {shown}: exists and is not HTML; remove it or name another file"
-        )));
-    }
-    output::open(path).map_err(cannot(format!("write to {shown}")))
 }
 
 /// The kernel that was named, or the host's own.
@@ -211,11 +194,11 @@ impl Comparison<'_> {
                     self.show(&format!("{title} cold"), row);
                     // It worked before.
                     let _ = drop_caches();
-                    self.timed(row, |row| &mut row.cold)?;
+                    self.timed(row, true)?;
                 }
                 // After a cold run, all that it has read is in memory again.
                 self.show(&format!("{title} warm"), row);
-                self.timed(row, |row| &mut row.warm)?;
+                self.timed(row, false)?;
             }
         }
         self.inspect(
@@ -272,7 +255,9 @@ impl Comparison<'_> {
         let release = String::from_utf8_lossy(&run.stdout).trim().to_owned();
         if status != Some(PROBE_STATUS) || release.is_empty() || release.contains('\n') {
             // Those of a virtual machine that did something else.
-            (row.warm, row.cold) = Default::default();
+            let report = &mut row.report;
+            (report.warm_first_output, report.warm_end) = (None, None);
+            (report.cold_first_output, report.cold_end) = (None, None);
             let how = run
                 .status
                 .map_or("killed".into(), |status| status.to_string());
@@ -300,19 +285,20 @@ impl Comparison<'_> {
     }
 
     /// A run that counts.
-    fn timed(
-        &mut self,
-        row: &mut Row,
-        times: fn(&mut Row) -> &mut [Vec<Duration>; 2],
-    ) -> Result<(), ToolError> {
+    fn timed(&mut self, row: &mut Row, cold: bool) -> Result<(), ToolError> {
         let Some(run) = self.run(row, Job::Command, None)? else {
             return Ok(());
         };
-        measure::note_status(&mut row.report.statuses, &run);
-        let [first_output, end] = times(row);
-        first_output.extend(run.first_output);
-        end.extend(run.end);
-        row.report.output = String::from_utf8_lossy(&run.stdout).into_owned();
+        let report = &mut row.report;
+        measure::note_status(&mut report.statuses, &run);
+        let (first_output, end) = if cold {
+            (&mut report.cold_first_output, &mut report.cold_end)
+        } else {
+            (&mut report.warm_first_output, &mut report.warm_end)
+        };
+        Summary::add(first_output, run.first_output);
+        Summary::add(end, run.end);
+        report.output = String::from_utf8_lossy(&run.stdout).into_owned();
         Ok(())
     }
 

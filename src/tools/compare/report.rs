@@ -92,35 +92,6 @@ pub(super) struct RowReport {
     pub(super) error: Option<String>,
 }
 
-/// How it was measured.
-pub(super) const METHOD: &[&str] = &[
-    "Every time counts from just before the fork and exec of the runtime's command on this host. First output is the first byte of \
-     the command's output that arrives here; the end is the end of that process.",
-    "In each round every runtime ran the command once, one runtime after another; where cold runs were asked for, once cold and right after it once warm.",
-    "Before that, every container runtime and the restored virtual machine ran twice, and the booting one's kernel was loaded once, so \
-     that all were warm. In an emulated host a guest is the slower the more ran before it; other runs of the booting one therefore came \
-     last. The snapshot that minivmm restore goes on from was taken after the first boot, when the guest was about to execute the command.",
-    "All had the same root: crun, runc and podman a copy of the directory, docker an image imported from that copy, minivmm that \
-     copy packed as an initramfs, which a restored virtual machine has in its memory. crun and runc had their own default configuration (spec), podman and docker their defaults, none \
-     a network, none any input.",
-    "Memory is the private memory (smaps_rollup) of all processes of a run together, the most that was seen in a run of its own, \
-     in looks every 5 ms. minivmm's contains what its guest touched, of a restored one what it wrote to and what nobody else had mapped.",
-    "Kernel and status come from a run of a small program that prints uname's release and ends with status 42.",
-];
-
-/// What it does not show.
-pub(super) const LIMITS: &[&str] = &[
-    "A look every 5 ms does not see what lives shorter. The host's kernel memory (page tables, namespaces, KVM) is not counted, nor \
-     are files that several processes map, nor the page cache: it holds a container's files, while a virtual machine's are in its \
-     own memory.",
-    "Percentiles are measured times (nearest rank): with few runs, p90 and p99 are the slowest run.",
-    "In the virtual machine, stdout and stderr are one serial line. It has the root in memory, so nothing is written to a disk; \
-     file capabilities and other extended attributes are not there.",
-    "Root in a container lacks most capabilities (it may not read a file of another owner that says so); root in the virtual machine \
-     has all, of its own kernel.",
-    "What is shared says how a runtime is set up, not how strong the boundary is.",
-];
-
 impl Report {
     /// Compares medians with those of the first container runtime that worked, and what all printed.
     pub(super) fn compare(&mut self) {
@@ -216,7 +187,7 @@ impl Report {
 
 impl RowReport {
     /// What the command shares with the host, and what not.
-    pub(super) fn sharing(&self) -> String {
+    fn sharing(&self) -> String {
         let namespaces = match &self.own_namespaces[..] {
             [] => String::new(),
             names => format!("; own namespaces: {}", names.join(", ")),
@@ -226,7 +197,7 @@ impl RowReport {
 }
 
 /// A size in MiB, as people read it.
-pub(super) fn mib(bytes: u64) -> String {
+fn mib(bytes: u64) -> String {
     match bytes {
         0 => "-".into(),
         _ => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),

@@ -1,21 +1,16 @@
 //! What is known of one runtime while the comparison runs.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use super::image::{Image, VmImage};
 use super::report::RowReport;
 use super::runtime::{Job, Runtime};
-use crate::tools::measure::{self, Summary};
+use crate::tools::measure;
 
-/// A runtime, the times of its runs, and what else was found.
+/// A runtime, and what was found.
 pub(super) struct Row {
     pub(super) runtime: Runtime,
     pub(super) program: PathBuf,
-    /// To the first output and to the end, with all in the page cache.
-    pub(super) warm: [Vec<Duration>; 2],
-    /// The same after the page cache was dropped.
-    pub(super) cold: [Vec<Duration>; 2],
     pub(super) report: RowReport,
 }
 
@@ -27,8 +22,6 @@ impl Row {
         let command = runtime.command(&program, image, vm, Job::Command);
         Self {
             runtime,
-            warm: Default::default(),
-            cold: Default::default(),
             report: RowReport {
                 name: runtime.name().into(),
                 is_vm,
@@ -51,19 +44,6 @@ impl Row {
                 ..RowReport::default()
             },
             program,
-        }
-    }
-
-    /// With what was measured.
-    pub(super) fn report(self) -> RowReport {
-        let [warm_first_output, warm_end] = self.warm.map(|times| Summary::new(&times));
-        let [cold_first_output, cold_end] = self.cold.map(|times| Summary::new(&times));
-        RowReport {
-            warm_first_output,
-            warm_end,
-            cold_first_output,
-            cold_end,
-            ..self.report
         }
     }
 }

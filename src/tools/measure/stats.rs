@@ -25,7 +25,20 @@ pub struct Summary {
 impl Summary {
     /// `None` without a run.
     pub fn new(times: &[Duration]) -> Option<Self> {
-        let samples: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1e3).collect();
+        Self::of(times.iter().map(milliseconds).collect())
+    }
+
+    /// Adds a run, if it was timed, to those that were summed up before.
+    pub(crate) fn add(summary: &mut Option<Self>, time: Option<Duration>) {
+        if let Some(time) = time {
+            let before = summary.take();
+            let mut samples = before.map_or(Vec::new(), |summary| summary.samples_ms);
+            samples.push(milliseconds(&time));
+            *summary = Self::of(samples);
+        }
+    }
+
+    fn of(samples: Vec<f64>) -> Option<Self> {
         let mut sorted = samples.clone();
         sorted.sort_by(f64::total_cmp);
         let (min, max) = (*sorted.first()?, *sorted.last()?);
@@ -42,6 +55,10 @@ impl Summary {
             samples_ms: samples,
         })
     }
+}
+
+fn milliseconds(time: &Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 #[cfg(test)]

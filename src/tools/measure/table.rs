@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::stats::Summary;
-use crate::host::json_file::JsonFile;
+use crate::host::report_file::ReportFile;
 use crate::tools::error::{ToolError, cannot};
 
 /// Where results go: a table or JSON to the output, JSON to a file.
 pub(crate) struct Output {
     json_only: bool,
-    file: Option<JsonFile>,
+    file: Option<ReportFile>,
 }
 
 impl Output {
@@ -23,7 +23,7 @@ impl Output {
         let file = json.filter(|_| !json_only).map(PathBuf::from);
         Ok(Self {
             json_only,
-            file: file.map(JsonFile::open).transpose()?,
+            file: file.map(ReportFile::open).transpose()?,
         })
     }
 
@@ -43,7 +43,7 @@ impl Output {
         }
         .map_err(cannot("write the results"))?;
         if let Some(file) = self.file {
-            file.write(report)?;
+            file.write_json(report)?;
         }
         Ok(())
     }
