@@ -15,7 +15,7 @@ use tempfile::NamedTempFile;
 /// What the guest ends with when the host's kernel has done, or answered, the call.
 const DONE: i32 = 77;
 
-/// Letters of devices/src/attack.rs.
+/// Letters of tests/attack/port.rs.
 const THREADS: [(char, &str); 6] = [
     ('v', "vcpu0"),
     ('b', "virtio-blk 0"),
@@ -25,7 +25,7 @@ const THREADS: [(char, &str); 6] = [
     ('m', "minivmm"),
 ];
 
-/// Letters of devices/src/attack.rs, and what is called, as the sandbox says it.
+/// Letters of tests/attack/port.rs, and what is called, as the sandbox says it.
 const CALLS: [(char, &str); 17] = [
     ('x', "execve ("),
     ('o', "openat ("),

@@ -19,6 +19,7 @@
 )]
 
 #[cfg(feature = "attack-port")]
+#[path = "../../tests/attack/port.rs"]
 pub mod attack;
 pub mod block;
 pub mod bus;

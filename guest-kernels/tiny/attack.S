@@ -1,4 +1,4 @@
-# A guest that has broken out, for builds of minivmm with the feature attack-port (devices/src/attack.rs). The first letter of the
+# A guest that has broken out, for builds of minivmm with the feature attack-port (tests/attack/port.rs). The first letter of the
 # command line says what to call, the second one in which thread; minivmm ends it. With an 'e' for the third it ends with 5
 # after having told the port, which is all that there is to do where there is no such port; with an 'h' it starts no devices.
 .include "tiny.inc"

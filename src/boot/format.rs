@@ -48,173 +48,147 @@ impl Compression {
             .map(|(_, compression)| compression)
     }
 
-    /// The name of the kernel's option for it, after `CONFIG_RD_` and `CONFIG_KERNEL_`.
-    pub fn config_suffix(self) -> &'static str {
+    /// Its name, that of the kernel's option for it after `CONFIG_RD_` and `CONFIG_KERNEL_`, and the program that decompresses it.
+    fn names(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Compression::Gzip => "GZIP",
-            Compression::Bzip2 => "BZIP2",
-            Compression::Lzma => "LZMA",
-            Compression::Xz => "XZ",
-            Compression::Lzo => "LZO",
-            Compression::Lz4Frame | Compression::Lz4Legacy => "LZ4",
-            Compression::Zstd => "ZSTD",
+            Self::Gzip => ("gzip", "GZIP", "gzip"),
+            Self::Bzip2 => ("bzip2", "BZIP2", "bzip2"),
+            Self::Lzma => ("LZMA", "LZMA", "xz"),
+            Self::Xz => ("xz", "XZ", "xz"),
+            Self::Lzo => ("LZO", "LZO", "lzop"),
+            Self::Lz4Frame => ("LZ4 (frame format)", "LZ4", "lz4"),
+            Self::Lz4Legacy => ("LZ4 (legacy format)", "LZ4", "lz4"),
+            Self::Zstd => ("zstd", "ZSTD", "zstd"),
         }
     }
 
-    /// The command that decompresses a file to its standard output.
-    fn command(self) -> &'static str {
-        match self {
-            Compression::Gzip => "gzip -dc",
-            Compression::Bzip2 => "bzip2 -dc",
-            Compression::Lzma | Compression::Xz => "xz -dc",
-            Compression::Lzo => "lzop -dc",
-            Compression::Lz4Frame | Compression::Lz4Legacy => "lz4 -dc",
-            Compression::Zstd => "zstd -dc",
-        }
+    /// The name of the kernel's option for it, after `CONFIG_RD_` and `CONFIG_KERNEL_`.
+    pub fn config_suffix(self) -> &'static str {
+        self.names().1
     }
 }
 
 impl fmt::Display for Compression {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Compression::Gzip => "gzip",
-            Compression::Bzip2 => "bzip2",
-            Compression::Lzma => "LZMA",
-            Compression::Xz => "xz",
-            Compression::Lzo => "LZO",
-            Compression::Lz4Frame => "LZ4 (frame format)",
-            Compression::Lz4Legacy => "LZ4 (legacy format)",
-            Compression::Zstd => "zstd",
-        })
+        f.write_str(self.names().0)
     }
 }
 
 /// What a file is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum FileKind {
     BzImage,
     Elf,
     Cpio,
-    OldCpio,
     Compressed(Compression),
-    Arm64Image,
-    RiscvImage,
-    EfiZboot,
-    EfiApplication,
-    UImage,
-    AndroidBoot,
-    DeviceTree,
-    Qcow2,
-    Tar,
-    Script,
+    Foreign(&'static Foreign),
     Unknown,
 }
+
+/// A kind of file that is neither a kernel for this machine nor an initrd.
+#[derive(Debug)]
+pub(crate) struct Foreign {
+    /// Where its magic number is.
+    offset: usize,
+    magic: &'static [u8],
+    /// What it is, with its article.
+    what: &'static str,
+    /// What to do where a kernel is wanted.
+    hint: &'static str,
+}
+
+const fn kind(
+    offset: usize,
+    magic: &'static [u8],
+    what: &'static str,
+    hint: &'static str,
+) -> Foreign {
+    Foreign {
+        offset,
+        magic,
+        what,
+        hint,
+    }
+}
+
+const FOREIGN: [Foreign; 12] = [
+    kind(0, b"070707", OLD_CPIO, NOT_THE_INITRD),
+    kind(0, b"\xc7\x71", OLD_CPIO, NOT_THE_INITRD),
+    kind(0x38, b"ARM\x64", "a kernel for ARM64 (AArch64 Image)", X86),
+    kind(0x38, b"RSC\x05", "a kernel for RISC-V (Image)", X86),
+    kind(4, b"zimg", "a compressed EFI kernel image (zboot)", X86),
+    kind(
+        0,
+        b"MZ",
+        "an EFI application without a Linux setup header",
+        "if it is a unified kernel image, take the kernel out: objcopy -O binary -j .linux FILE bzImage",
+    ),
+    kind(0, b"\x27\x05\x19\x56", "a U-Boot image (uImage)", ORIGIN),
+    kind(0, b"ANDROID!", "an Android boot image", UNPACK),
+    kind(0, b"\xd0\x0d\xfe\xed", "a device tree or FIT image", ORIGIN),
+    kind(0, b"QFI\xfb", "a qcow2 disk image", UNPACK),
+    kind(257, b"ustar", "a tar archive", UNPACK),
+    kind(0, b"#!", "a script", ORIGIN),
+];
+const OLD_CPIO: &str = "a cpio archive in an old format, which no kernel unpacks";
+const NOT_THE_INITRD: &str = "give a cpio archive as the initrd, and a kernel as the kernel";
+const X86: &str = "this VM is x86-64: give a kernel built for x86_64 (amd64)";
+const ORIGIN: &str = "give the bzImage (vmlinuz) or vmlinux that it is for";
+const UNPACK: &str = "unpack it and give the kernel that is in it";
 
 impl FileKind {
     /// Recognizes a file by its first bytes.
     pub(crate) fn identify(head: &[u8]) -> Self {
         // A bzImage with an EFI stub is a PE file as well, so its own magic is asked first.
         if has_magic(head, 0x202, b"HdrS") {
-            return FileKind::BzImage;
+            return Self::BzImage;
         }
-        const MAGICS: [(usize, &[u8], FileKind); 15] = [
-            (0, b"\x7fELF", FileKind::Elf),
-            (0, b"070701", FileKind::Cpio),
-            (0, b"070702", FileKind::Cpio),
-            (0, b"070707", FileKind::OldCpio),
-            (0, b"\xc7\x71", FileKind::OldCpio),
-            (0x38, b"ARM\x64", FileKind::Arm64Image),
-            (0x38, b"RSC\x05", FileKind::RiscvImage),
-            (4, b"zimg", FileKind::EfiZboot),
-            (0, b"MZ", FileKind::EfiApplication),
-            (0, b"\x27\x05\x19\x56", FileKind::UImage),
-            (0, b"ANDROID!", FileKind::AndroidBoot),
-            (0, b"\xd0\x0d\xfe\xed", FileKind::DeviceTree),
-            (0, b"QFI\xfb", FileKind::Qcow2),
-            (257, b"ustar", FileKind::Tar),
-            (0, b"#!", FileKind::Script),
-        ];
-        MAGICS
-            .into_iter()
-            .find(|(offset, magic, _)| has_magic(head, *offset, magic))
-            .map(|(_, _, kind)| kind)
-            .or_else(|| Compression::identify(head).map(FileKind::Compressed))
-            .unwrap_or(FileKind::Unknown)
+        if head.starts_with(b"\x7fELF") {
+            return Self::Elf;
+        }
+        if head.starts_with(b"070701") || head.starts_with(b"070702") {
+            return Self::Cpio;
+        }
+        let foreign = FOREIGN
+            .iter()
+            .find(|kind| has_magic(head, kind.offset, kind.magic));
+        foreign
+            .map(Self::Foreign)
+            .or_else(|| Compression::identify(head).map(Self::Compressed))
+            .unwrap_or(Self::Unknown)
     }
 }
 
 /// The error about a file that was given as the kernel and is neither a bzImage nor ELF.
 pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> BootError {
-    let path = input.path();
-    let shown = path.display();
     let (what, hint) = match kind {
         FileKind::BzImage | FileKind::Elf | FileKind::Unknown => {
             if let Ok(Some(foreign)) = foreign::refuse(input, true) {
                 return foreign;
             }
             return BootError::NotAKernel {
-                path: path.to_owned(),
+                path: input.path().to_owned(),
                 len: input.len(),
                 head: hex(head),
             };
         }
-        FileKind::Cpio | FileKind::OldCpio => (
+        FileKind::Cpio => (
             "a cpio archive, as initrds are".to_owned(),
-            "give it as the initrd, and a kernel as the kernel".to_owned(),
+            NOT_THE_INITRD.to_owned(),
         ),
         FileKind::Compressed(compression) => (
             format!("compressed with {compression}"),
             format!(
-                "if it is a vmlinux, decompress it first: {} {shown} > vmlinux; if it is an initrd, give it as that",
-                compression.command()
+                "if it is a vmlinux, decompress it first: {} -dc {} > vmlinux; if it is an initrd, give it as that",
+                compression.names().2,
+                input.path().display()
             ),
         ),
-        FileKind::Arm64Image => (
-            "a kernel for ARM64 (AArch64 Image)".to_owned(),
-            "this VM is x86-64: give a kernel built for x86_64 (amd64)".to_owned(),
-        ),
-        FileKind::RiscvImage => (
-            "a kernel for RISC-V (Image)".to_owned(),
-            "this VM is x86-64: give a kernel built for x86_64 (amd64)".to_owned(),
-        ),
-        FileKind::EfiZboot => (
-            "a compressed EFI kernel image (zboot) of another architecture".to_owned(),
-            "this VM is x86-64: give a kernel built for x86_64 (amd64)".to_owned(),
-        ),
-        FileKind::EfiApplication => (
-            "an EFI application without a Linux setup header".to_owned(),
-            format!(
-                "if it is a unified kernel image, take the kernel out: objcopy -O binary -j .linux {shown} bzImage"
-            ),
-        ),
-        FileKind::UImage => (
-            "a U-Boot image (uImage)".to_owned(),
-            "give the bzImage or vmlinux it was made from".to_owned(),
-        ),
-        FileKind::AndroidBoot => (
-            "an Android boot image".to_owned(),
-            "unpack it (unpack_bootimg) and give the kernel that is in it".to_owned(),
-        ),
-        FileKind::DeviceTree => (
-            "a device tree or FIT image".to_owned(),
-            "give the bzImage or vmlinux it was made from".to_owned(),
-        ),
-        FileKind::Qcow2 => (
-            "a qcow2 disk image".to_owned(),
-            "give the kernel that is in it".to_owned(),
-        ),
-        FileKind::Tar => (
-            "a tar archive".to_owned(),
-            "unpack it and give the kernel that is in it".to_owned(),
-        ),
-        FileKind::Script => (
-            "a script".to_owned(),
-            "give a bzImage (vmlinuz) or a vmlinux".to_owned(),
-        ),
+        FileKind::Foreign(foreign) => (foreign.what.to_owned(), foreign.hint.to_owned()),
     };
     BootError::WrongKind {
         role: Role::Kernel,
-        path: path.to_owned(),
+        path: input.path().to_owned(),
         what,
         hint,
     }
@@ -223,29 +197,13 @@ pub(crate) fn not_a_kernel(input: &InputFile, kind: FileKind, head: &[u8]) -> Bo
 /// Rejects files that cannot be an initrd. Unknown formats pass: the kernel may support them.
 pub(crate) fn check_initrd_kind(input: &InputFile, head: &[u8]) -> Result<(), BootError> {
     let (what, hint) = match FileKind::identify(head) {
-        FileKind::BzImage => (
-            "a Linux kernel (bzImage)",
-            "give it as the kernel, and a cpio archive as the initrd",
+        FileKind::BzImage => ("a Linux kernel (bzImage)", NOT_THE_INITRD),
+        FileKind::Elf => ("an ELF file", NOT_THE_INITRD),
+        FileKind::Foreign(foreign) => (
+            foreign.what,
+            "an initrd is a cpio archive: (cd DIR && find . | cpio -o -H newc) > initrd.cpio",
         ),
-        FileKind::Elf => (
-            "an ELF file",
-            "an initrd is a cpio archive; this may be a kernel",
-        ),
-        FileKind::Arm64Image | FileKind::RiscvImage | FileKind::EfiZboot => (
-            "a kernel for another architecture",
-            "an initrd is a cpio archive",
-        ),
-        FileKind::EfiApplication => ("an EFI application", "an initrd is a cpio archive"),
-        FileKind::Tar => (
-            "a tar archive, which no kernel unpacks",
-            "repack it: (cd DIR && find . | cpio -o -H newc) > initrd.cpio",
-        ),
-        FileKind::OldCpio => (
-            "a cpio archive in an old format, which no kernel unpacks",
-            "repack it in the newc format (cpio -o -H newc)",
-        ),
-        FileKind::Qcow2 => ("a qcow2 disk image", "an initrd is a cpio archive"),
-        _ => return Ok(()),
+        FileKind::Cpio | FileKind::Compressed(_) | FileKind::Unknown => return Ok(()),
     };
     Err(BootError::WrongKind {
         role: Role::Initrd,

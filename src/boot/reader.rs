@@ -4,26 +4,17 @@ use std::io::{self, Read};
 
 use super::input::InputFile;
 
-/// A kernel or initrd file, read in order from an offset.
+/// A kernel or initrd file, read in order.
 pub struct FileReader<'a> {
     input: &'a InputFile,
     /// Offset of the next byte.
-    pub at: u64,
+    at: u64,
 }
 
 impl<'a> FileReader<'a> {
-    /// A reader that begins at offset `at`.
-    pub fn new(input: &'a InputFile, at: u64) -> Self {
-        Self { input, at }
-    }
-
-    /// Skips bytes without reading them.
-    pub fn skip(&mut self, count: u64) -> io::Result<()> {
-        self.at = self.at.saturating_add(count);
-        if self.at > self.input.len() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(())
+    /// A reader that begins at the file's beginning.
+    pub fn new(input: &'a InputFile) -> Self {
+        Self { input, at: 0 }
     }
 }
 

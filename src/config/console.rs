@@ -4,12 +4,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Where the guest's console goes. Written `stdio`, `pty`, `file=F` or `none`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum ConsoleTarget {
     /// minivmm's own stdin and stdout.
     #[default]
@@ -40,20 +38,6 @@ impl FromStr for ConsoleTarget {
                 _ => Err(ConsoleTargetError(text.to_owned())),
             },
         }
-    }
-}
-
-impl TryFrom<String> for ConsoleTarget {
-    type Error = ConsoleTargetError;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
-    }
-}
-
-impl From<ConsoleTarget> for String {
-    fn from(mode: ConsoleTarget) -> Self {
-        mode.to_string()
     }
 }
 

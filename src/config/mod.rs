@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 pub use boot::BootProtocol;
@@ -21,6 +21,25 @@ pub use disk::{DiskConfig, DiskFormat};
 pub use net::{MacAddress, NetConfig, PublishedPort};
 pub use units::{MemorySize, Span};
 pub use vsock::VsockConfig;
+
+/// Has types that a configuration file writes as the command line does.
+macro_rules! written_as_text {
+    ($($type:ty),+) => {$(
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(deserializer)?;
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    )+};
+}
+written_as_text!(ConsoleTarget, MacAddress, MemorySize, PublishedPort, Span);
 
 /// Default parameters for every console. Each saves boot time, except `panic=-1`, which resets after a panic instead of
 /// hanging.

@@ -102,8 +102,7 @@ impl FromStr for NetConfig {
 }
 
 /// A port of the host that leads to one of the guest. Written as `[IP:]HOST:GUEST[/udp]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublishedPort {
     /// Where the host listens.
     pub address: SocketAddr,
@@ -147,24 +146,15 @@ impl FromStr for PublishedPort {
     }
 }
 
-impl TryFrom<String> for PublishedPort {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<PublishedPort> for String {
-    fn from(port: PublishedPort) -> Self {
-        let suffix = if port.is_udp { "/udp" } else { "" };
-        format!("{}:{}{suffix}", port.address, port.guest)
+impl fmt::Display for PublishedPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let suffix = if self.is_udp { "/udp" } else { "" };
+        write!(f, "{}:{}{suffix}", self.address, self.guest)
     }
 }
 
 /// The address of one network interface. Written as six bytes in hexadecimal, with colons.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MacAddress([u8; 6]);
 
 impl FromStr for MacAddress {
@@ -190,20 +180,6 @@ impl FromStr for MacAddress {
     }
 }
 
-impl TryFrom<String> for MacAddress {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<MacAddress> for String {
-    fn from(mac: MacAddress) -> Self {
-        mac.to_string()
-    }
-}
-
 impl fmt::Display for MacAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
@@ -225,7 +201,7 @@ mod tests {
         let text = "passt,publish=8080:80,publish=[::1]:53:5353/udp,host-loopback";
         let passt = net(text).unwrap();
         assert!(passt.passt && passt.host_loopback);
-        let ports = passt.publish.iter().map(|port| String::from(*port));
+        let ports = passt.publish.iter().map(ToString::to_string);
         let ports: Vec<_> = ports.collect();
         assert_eq!(ports, ["127.0.0.1:8080:80", "[::1]:53:5353/udp"]);
         NetConfig::default().validate().unwrap();

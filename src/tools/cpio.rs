@@ -13,9 +13,7 @@ use rustix::fs::{major, minor};
 pub(super) const TRAILER: &[u8] = b"TRAILER!!!";
 
 /// Bytes of a header before the name.
-const HEADER_LEN: usize = 110;
-/// Longest member name (PATH_MAX).
-const MAX_NAME_LEN: u32 = 4096;
+pub(super) const HEADER_LEN: usize = 110;
 
 /// What stands before a member's content.
 #[derive(Debug, Default)]
@@ -40,34 +38,6 @@ impl Header {
             size,
             ..Self::default()
         }
-    }
-
-    /// Reads a header; the content follows. Only name and size are kept.
-    pub(super) fn read(archive: &mut impl Read) -> io::Result<Self> {
-        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-        let mut header = [0; HEADER_LEN];
-        archive.read_exact(&mut header)?;
-        if !is_member(&header) {
-            return Err(invalid("not a member of an archive".into()));
-        }
-        let field = |index: usize| {
-            let digits = header.get(6 + 8 * index..14 + 8 * index)?;
-            u32::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()
-        };
-        let (Some(size), Some(name_len)) = (field(6), field(11)) else {
-            return Err(invalid("its sizes are no numbers".into()));
-        };
-        if !(1..=MAX_NAME_LEN).contains(&name_len) {
-            return Err(invalid(format!("its name has {name_len} bytes")));
-        }
-        let name_len = name_len as usize;
-        let mut name = vec![0; name_len + padding(HEADER_LEN + name_len)];
-        archive.read_exact(&mut name)?;
-        name.truncate(name_len);
-        if name.last() == Some(&0) {
-            name.pop();
-        }
-        Ok(Self::new(&name, size))
     }
 
     /// Writes a header; the content has to follow, and [`padding`] after it.

@@ -20,8 +20,9 @@ use common::{project, tiny};
 use host::{host, load};
 use minivmm::config::DEFAULT_CMDLINE;
 use minivmm::console::Signals;
+use minivmm::observe::memory::GuestShare;
 use minivmm::tools::bench::{DEMO_MARKER, QEMU_MICROVM};
-use minivmm::tools::measure::{self, GuestShare, Summary, Watch};
+use minivmm::tools::measure::{self, Summary, Watch};
 
 /// Rounds, unless the command line says otherwise.
 const ROUNDS: usize = 5;

@@ -63,8 +63,9 @@ pub struct VcpuState {
     tsc_khz: u32,
 }
 
-/// The structures whose size never changes.
-#[derive(Debug, Clone, Copy)]
+/// The structures whose size never changes, one behind the other as [`VcpuState::encode`] has them.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C, packed)]
 struct FixedState {
     mp_state: kvm_mp_state,
     regs: kvm_regs,
@@ -141,14 +142,14 @@ impl VcpuState {
             debugregs,
             lapic,
             events,
-        } = &self.fixed;
+        } = self.fixed;
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::Nonsense("CPUID"))?;
         fd.set_cpuid2(&cpuid).map_err(refused("KVM_SET_CPUID2"))?;
         self.restore_tsc_frequency(fd, support)?;
-        fd.set_mp_state(*mp_state)
+        fd.set_mp_state(mp_state)
             .map_err(refused("KVM_SET_MP_STATE"))?;
-        fd.set_regs(regs).map_err(refused("KVM_SET_REGS"))?;
-        let mut sregs = *sregs;
+        fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))?;
+        let mut sregs = sregs;
         if support.emulated_by_qemu {
             // KVM on AMD reports TR as a busy TSS whatever the processor has (svm_get_segment). Where the processor is QEMU's, a guest
             // goes on with that, and QEMU takes I/O permissions only from a TSS that is not busy (check_io): all port accesses outside
@@ -159,16 +160,16 @@ impl VcpuState {
         restore_xsave(fd, &self.xsave, support.xsave_len)?;
         // A host without XSAVE has none, and refuses even that.
         if xcrs.nr_xcrs != 0 {
-            fd.set_xcrs(xcrs).map_err(refused("KVM_SET_XCRS"))?;
+            fd.set_xcrs(&xcrs).map_err(refused("KVM_SET_XCRS"))?;
         }
-        fd.set_debug_regs(debugregs)
+        fd.set_debug_regs(&debugregs)
             .map_err(refused("KVM_SET_DEBUGREGS"))?;
-        fd.set_lapic(lapic).map_err(refused("KVM_SET_LAPIC"))?;
+        fd.set_lapic(&lapic).map_err(refused("KVM_SET_LAPIC"))?;
         if first {
             self.unsettle_tsc(fd)?;
         }
         set_msrs(fd, &self.msrs)?;
-        fd.set_vcpu_events(events)
+        fd.set_vcpu_events(&events)
             .map_err(refused("KVM_SET_VCPU_EVENTS"))
     }
 
@@ -226,15 +227,6 @@ impl VcpuState {
             msrs,
             tsc_khz,
         } = self;
-        let FixedState {
-            mp_state,
-            regs,
-            sregs,
-            xcrs,
-            debugregs,
-            lapic,
-            events,
-        } = fixed;
         let head = [
             *tsc_khz,
             cpuid.len() as u32,
@@ -243,13 +235,7 @@ impl VcpuState {
         ];
         [
             head.as_bytes(),
-            mp_state.as_bytes(),
-            regs.as_bytes(),
-            sregs.as_bytes(),
-            xcrs.as_bytes(),
-            debugregs.as_bytes(),
-            lapic.as_bytes(),
-            events.as_bytes(),
+            fixed.as_bytes(),
             xsave,
             cpuid.as_bytes(),
             msrs.as_bytes(),
@@ -269,15 +255,7 @@ impl VcpuState {
         {
             return Err(DecodeError);
         }
-        let fixed = FixedState {
-            mp_state: take(&mut rest)?,
-            regs: take(&mut rest)?,
-            sregs: take(&mut rest)?,
-            xcrs: take(&mut rest)?,
-            debugregs: take(&mut rest)?,
-            lapic: take(&mut rest)?,
-            events: take(&mut rest)?,
-        };
+        let fixed = take(&mut rest)?;
         let xsave = rest.split_off(..xsave).ok_or(DecodeError)?.to_vec();
         let cpuid = take_all(&mut rest, cpuid)?;
         let msrs = take_all(&mut rest, msrs)?;
@@ -425,7 +403,7 @@ mod tests {
         let bytes = state().encode();
         let decoded = VcpuState::decode(&bytes).unwrap();
         assert_eq!(decoded.encode(), bytes);
-        assert_eq!(decoded.fixed.regs.rip, 0x1234);
+        assert_eq!({ decoded.fixed.regs }.rip, 0x1234);
         assert_eq!(decoded.msrs[1].data, 9);
     }
 

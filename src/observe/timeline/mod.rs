@@ -6,25 +6,28 @@
 //!
 //! It is the timeline of the first boot; a guest that resets the machine and boots again adds to the number of boots.
 
-mod memory;
 mod process_start;
 mod record;
 mod report;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::BufReader;
 use std::time::Instant;
 
+use super::memory::GuestShare;
 use super::phases::Phases;
 use crate::vmm::networks::Networks;
 use crate::vmm::prepare::BuildTimes;
 use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
 use crate::vmm::vm::Vm;
-use memory::{MemoryBound, PrivateMemory};
 use process_start::ProcessStart;
-use record::Record;
 pub use record::{BootMarks, Point};
+use record::{MemoryBound, Record};
 pub use report::Report;
+
+/// The kernel's account of this process's memory, made when it is read. It is to be opened before the guest runs: then nothing can.
+const SMAPS: &str = "/proc/self/smaps";
 
 /// The timeline of a process that boots a VM; the default is off.
 #[derive(Debug, Default)]
@@ -45,7 +48,7 @@ impl Timeline {
             exits: ExitProfile::default(),
             names: BTreeMap::new(),
             console_bytes: 0,
-            memory_account: File::open(memory::ACCOUNT).ok(),
+            memory_account: File::open(SMAPS).ok(),
             memory: None,
             memory_bounds: Vec::new(),
             boots: 0,
@@ -113,13 +116,11 @@ impl Timeline {
             }
         }
         let account = watch.memory_account.take();
-        match account.map(|account| PrivateMemory::read(account, vm.mem())) {
-            Some(Ok(memory)) => watch.memory = Some(memory),
+        let ram = vm.config().memory.bytes;
+        match account.map(|smaps| GuestShare::from_smaps(BufReader::new(smaps), ram)) {
+            Some(Ok(memory)) => watch.memory = memory,
             Some(Err(e)) => log::info!("cannot measure the memory of minivmm: {e}"),
-            None => log::info!(
-                "cannot measure the memory of minivmm without {}",
-                memory::ACCOUNT
-            ),
+            None => log::info!("cannot measure the memory of minivmm without {SMAPS}"),
         }
         watch.memory_bounds = MemoryBound::of(vm);
         watch.note(Point::MemoryMeasured, Instant::now());

@@ -7,10 +7,13 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::memory::{MemoryBound, PrivateMemory};
 use super::process_start::ProcessStart;
 use crate::boot::LoadedKernel;
+use crate::console::OUTPUT_MEMORY_BOUND;
+use crate::observe::memory::GuestShare;
+use crate::vmm::vcpu;
 use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
+use crate::vmm::vm::Vm;
 
 /// Boot marks that are kept; more are counted only.
 const MAX_BOOT_MARKS: usize = 64;
@@ -105,7 +108,7 @@ pub(super) struct Record {
     pub(super) console_bytes: u64,
     /// What the memory is to be measured with.
     pub(super) memory_account: Option<File>,
-    pub(super) memory: Option<PrivateMemory>,
+    pub(super) memory: Option<GuestShare>,
     pub(super) memory_bounds: Vec<MemoryBound>,
     pub(super) boots: u32,
 }
@@ -116,5 +119,29 @@ impl Record {
         if self.points.iter().all(|(noted, _)| *noted != point) {
             self.points.push((point, at));
         }
+    }
+}
+
+/// Most that a device takes beside guest RAM, whatever its guest does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct MemoryBound {
+    pub(super) name: String,
+    pub(super) bytes: u64,
+}
+
+impl MemoryBound {
+    /// Those of all that a guest can reach.
+    pub(super) fn of(vm: &Vm) -> Vec<Self> {
+        let vcpus = vm.vcpus().iter();
+        let vcpus = vcpus.map(|vcpu| (format!("vCPU {}", vcpu.index), vcpu::MEMORY_BOUND));
+        let output = ("console output".to_owned(), OUTPUT_MEMORY_BOUND);
+        vcpus
+            .chain([output])
+            .chain(vm.machine().memory_bounds.iter().cloned())
+            .map(|(name, bytes)| Self {
+                name,
+                bytes: bytes as u64,
+            })
+            .collect()
     }
 }

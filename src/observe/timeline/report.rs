@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::memory::{MemoryBound, PrivateMemory};
 use super::process_start::Source;
-use super::record::{Point, Record};
+use super::record::{MemoryBound, Point, Record};
 use crate::boot::{KernelFormat, Loading};
+use crate::observe::memory::GuestShare;
 use crate::vmm::machine::COM1;
 use crate::vmm::vcpu::profile::{Cost, KINDS};
 
@@ -35,7 +35,7 @@ pub struct Report {
     exits: Exits,
     console: ConsoleCost,
     /// Of the process when the guest has ended; null if there was none, or no /proc.
-    memory: Option<PrivateMemory>,
+    memory: Option<GuestShare>,
     /// What the guest can make minivmm take beside its RAM, by device.
     memory_bounds: Vec<MemoryBound>,
 }

@@ -7,10 +7,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::error::{ToolError, cannot};
-use super::measure::{self, GuestShare, HostFacts, Output, Progress, Run, Summary, Watch};
+use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
 use crate::config::{Span, VmConfig};
 use crate::console::Signals;
 use crate::error_chain;
+use crate::observe::memory::GuestShare;
 use crate::vmm::snapshot::load::Snapshot;
 
 pub use report::ANY_BYTE;

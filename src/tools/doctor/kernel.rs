@@ -56,7 +56,7 @@ pub fn inspect_kernel(path: &Path) -> KernelReport {
 }
 
 fn scan_file(input: &InputFile) -> Found {
-    scan::scan(FileReader::new(input, 0)).unwrap_or_default()
+    scan::scan(FileReader::new(input)).unwrap_or_default()
 }
 
 fn check_info(info: &KernelInfo) -> Vec<Check> {

@@ -1,15 +1,13 @@
-//! Measuring other programs from outside: when a process first says something, says a certain thing, and ends; how much
-//! memory it holds; what the host was like meanwhile.
+//! Measuring other programs from outside: when a process first says something, says a certain thing, and ends; what the
+//! host was like meanwhile.
 
 mod host;
-mod memory;
 mod process;
 mod progress;
 mod stats;
 mod table;
 
 pub use host::HostFacts;
-pub use memory::GuestShare;
 pub use process::{Run, Watch, find_program, run, shown};
 pub(crate) use process::{call, first_line, last_lines, note_status};
 pub use progress::Progress;

@@ -1,12 +1,17 @@
 //! What a VMM's process holds in memory that no other process has, and how much of it is its guest's.
 
-use procfs::process::{MemoryMap, Process};
+use std::io::BufRead;
+
+use procfs::process::{MemoryMap, MemoryMaps, Process};
+use procfs::{FromBufRead, ProcResult};
+use serde::Serialize;
 
 use crate::arch::layout::MMIO_GAP_START;
 use crate::host::memory::private_bytes;
 
-/// The private memory of another process that is a VMM, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Memory of a VMM's process that no other process shares, in bytes: resident or swapped out, in anonymous or file pages. What
+/// the kernel keeps for it, KVM's page tables among it, is not part of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct GuestShare {
     /// Within the guest's RAM: what the guest has touched.
     pub guest_bytes: u64,
@@ -15,14 +20,18 @@ pub struct GuestShare {
 }
 
 impl GuestShare {
-    /// Reads it of a process whose guest has `ram` bytes. VMMs do not agree on a name for the guest's RAM, but it has a size: it is the
-    /// adjoining mappings that add up to exactly so much, or to the two parts that lie below and above minivmm's MMIO gap.
-    /// `None` without such mappings or such a process.
+    /// Reads it of another process whose guest has `ram` bytes. `None` without such a process.
     pub fn read(pid: u32, ram: u64) -> Option<Self> {
-        let maps = Process::new(pid as i32).ok()?.smaps().ok()?;
-        Self::of(&maps.0, ram)
+        Self::of(&Process::new(pid as i32).ok()?.smaps().ok()?.0, ram)
     }
 
+    /// Reads it from /proc/PID/smaps. The kernel goes through page tables for that: it takes milliseconds with a large guest.
+    pub fn from_smaps(smaps: impl BufRead, ram: u64) -> ProcResult<Option<Self>> {
+        Ok(Self::of(&MemoryMaps::from_buf_read(smaps)?.0, ram))
+    }
+
+    /// VMMs do not agree on a name for the guest's RAM, but it has a size: it is the adjoining mappings that add up to exactly so
+    /// much, or to the two parts that lie below and above minivmm's MMIO gap. `None` without such mappings.
     fn of(maps: &[MemoryMap], ram: u64) -> Option<Self> {
         let guest_bytes = adjoining(maps, ram).or_else(|| {
             let high = ram.checked_sub(MMIO_GAP_START)?;
@@ -59,13 +68,36 @@ fn adjoining(maps: &[MemoryMap], size: u64) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::BufReader;
+
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
-    use procfs::FromBufRead;
-    use procfs::process::MemoryMaps;
+    use crate::vmm::memory;
 
     fn share(smaps: &str, ram: u64) -> Option<GuestShare> {
-        let maps = MemoryMaps::from_buf_read(smaps.as_bytes()).unwrap();
-        GuestShare::of(&maps.0, ram)
+        GuestShare::from_smaps(smaps.as_bytes(), ram).unwrap()
+    }
+
+    #[test]
+    fn what_the_guest_has_touched_is_the_guests() {
+        // No other test's guest has so much.
+        const SIZE: u64 = 67 << 20;
+        let mem = memory::create(SIZE).unwrap();
+        let read = || {
+            let smaps = BufReader::new(File::open("/proc/self/smaps").unwrap());
+            GuestShare::from_smaps(smaps, SIZE).unwrap().unwrap()
+        };
+        let before = read();
+        assert!(
+            before.guest_bytes < SIZE && before.own_bytes > 0,
+            "{before:?}"
+        );
+        for page in (0..SIZE).step_by(4096) {
+            mem.write_obj(1u8, GuestAddress(page)).unwrap();
+        }
+        assert_eq!(read().guest_bytes, SIZE);
     }
 
     const SMAPS: &str = "\
