@@ -13,9 +13,7 @@ use minivmm::cli::log::{TimedStderr, start_log};
 use minivmm::cli::plan::Plan;
 use minivmm::cli::run::RunError;
 use minivmm::cli::watch::Watch;
-use minivmm::cli::{
-    Cli, Command, DoctorArgs, RunArgs, exec, fork, images, process, run, running, snapshot,
-};
+use minivmm::cli::{Cli, Command, DoctorArgs, exec, fork, images, process, run, running, snapshot};
 use minivmm::config::{ConfigError, Span};
 use minivmm::host::report_file::ReportFile;
 use minivmm::observe::timeline::{Point, Timeline};
@@ -56,32 +54,31 @@ fn main() {
         Some(Command::Compare(args)) => {
             tool_status(compare::run(&args.into(), &mut Escaping(io::stdout())))
         }
-        Some(Command::Snapshot(args)) => match snapshot::run(&args, &mut Escaping(io::stdout())) {
-            Ok(()) => 0,
-            Err(e) => failure(&e, ""),
-        },
+        Some(Command::Snapshot(args)) => done(snapshot::run(&args, &mut Escaping(io::stdout()))),
         Some(Command::Fork(args)) => {
             let forked = console::Signals::block()
                 .map_err(|e| host("signal handling")(e).into())
                 .and_then(|signals| fork::run(args, &signals));
-            forked.unwrap_or_else(|e: RunError| failure(&e, ""))
+            forked.unwrap_or_else(|e: RunError| failure(&e))
         }
-        Some(Command::Run(args)) => run_image(*args, started),
-        Some(Command::Exec(args)) => exec::run(args).unwrap_or_else(|e| failure(&e, "")),
+        Some(Command::Run(mut args)) => {
+            let (deadline, timeline) = (args.deadline, args.timeline.take());
+            run_vm(|| args.into_plan(), deadline, started, timeline)
+        }
+        Some(Command::Exec(args)) => exec::run(args).unwrap_or_else(|e| failure(&e)),
         Some(Command::Ps) => done(running::list(&mut Escaping(io::stdout()))),
         Some(Command::Stop(args)) => done(running::stop(&args, &mut Escaping(io::stdout()))),
         Some(Command::Images) => done(images::list(&mut Escaping(io::stdout()))),
         Some(Command::Rmi(args)) => done(images::remove(&args)),
         Some(Command::Restore(mut args)) => {
             let (deadline, timeline) = (args.deadline, args.timeline.take());
-            let plan = || args.into_plan().map_err(|e| failure(&e, ""));
-            run_vm(plan, deadline, started, timeline)
+            run_vm(|| args.into_plan(), deadline, started, timeline)
         }
         None => {
             let (args, snapshot_at) = (cli.vm, cli.snapshot_at);
             let deadline = args.deadline;
             let plan = || {
-                let mut config = args.into_config().map_err(|e| usage_error(&e))?;
+                let mut config = args.into_config().map_err(VmError::from)?;
                 // The guest is to learn of each restore.
                 config.generation_id |= snapshot_at.is_some();
                 Ok(Plan {
@@ -98,25 +95,9 @@ fn main() {
     exit(status.into())
 }
 
-/// Runs a container image.
-fn run_image(mut args: RunArgs, started: Instant) -> u8 {
-    let (deadline, timeline) = (args.deadline, args.timeline.take());
-    let plan = || {
-        args.into_plan().map_err(|e| {
-            let status = failure(&e, "");
-            if matches!(e, RunError::Usage(_)) {
-                USAGE
-            } else {
-                status
-            }
-        })
-    };
-    run_vm(plan, deadline, started, timeline)
-}
-
 /// The status of what was done or failed.
-fn done(result: Result<(), RunError>) -> u8 {
-    result.map_or_else(|e| failure(&e, ""), |()| 0)
+fn done(result: Result<(), impl Error>) -> u8 {
+    result.map_or_else(|e| failure(&e), |()| 0)
 }
 
 /// Prints help, or what is wrong with the command line, which may have come from anywhere.
@@ -132,7 +113,7 @@ fn wrong_command_line(error: &clap::Error) -> ! {
 /// Runs the VM. Where a timeline is asked for, it is given however the VM ends, but not if the command line was wrong
 /// or the preparation hung.
 fn run_vm(
-    plan: impl FnOnce() -> Result<Plan, u8>,
+    plan: impl FnOnce() -> Result<Plan, RunError>,
     deadline: Option<Span>,
     started: Instant,
     wanted: Option<Option<PathBuf>>,
@@ -145,32 +126,30 @@ fn run_vm(
     let deadline = deadline.and_then(|span| span.after(started));
     let watch = match run::watch(deadline) {
         Ok(watch) => watch,
-        Err(e) => return failure(&e, ""),
+        Err(e) => return failure(&e),
     };
     let signals = Arc::clone(watch.signals());
     let plan = match plan() {
         Ok(plan) => plan,
-        Err(status) => return status,
+        Err(e) => return vm_failure(&e),
     };
     timeline.note(Point::ConfigRead);
     let file = match wanted.flatten().map(ReportFile::open).transpose() {
         Ok(file) => file,
-        Err(e) => return failure(&e, ""),
+        Err(e) => return failure(&e),
     };
     let status = match run::run(&plan, started, watch, &mut timeline) {
         Ok(outcome) => exit_status(&outcome),
-        Err(RunError::Vm(VmError::Config(e))) => return usage_error(&e),
-        Err(e @ RunError::Vm(VmError::TooManyDevices(_))) => {
-            failure(&e, "");
-            return USAGE;
-        }
-        Err(e) => failure(&e, ""),
+        Err(e) => match vm_failure(&e) {
+            USAGE => return USAGE,
+            status => status,
+        },
     };
     match (timeline.finish(status), file) {
         (Some(report), Some(file)) => {
             let _watch = Watch::start(signals, None, None);
             if let Err(e) = file.write_json(&report) {
-                failure(&e, "");
+                failure(&e);
             }
         }
         (Some(report), None) => TimedStderr.print(&report.to_string()),
@@ -180,26 +159,26 @@ fn run_vm(
 }
 
 /// What the command line says can be wrong; what a file says is one of the things that minivmm cannot go on with.
-fn usage_error(error: &ConfigError) -> u8 {
-    let status = failure(error, run::config_hint(error));
+fn vm_failure(error: &RunError) -> u8 {
+    console::restore_terminal();
+    if let RunError::Vm(VmError::Config(error)) = error {
+        log::error!("{}{}", error_chain(error), run::config_hint(error));
+    } else {
+        failure(error);
+    }
     match error {
-        ConfigError::Read { .. } | ConfigError::TooLarge { .. } | ConfigError::Parse { .. } => {
-            status
-        }
-        ConfigError::NoKernel
-        | ConfigError::Sandbox
-        | ConfigError::Cpus(_)
-        | ConfigError::Disk { .. }
-        | ConfigError::Net(_)
-        | ConfigError::Vsock(_)
-        | ConfigError::Memory(..) => USAGE,
+        RunError::Vm(VmError::Config(
+            ConfigError::Read { .. } | ConfigError::TooLarge { .. } | ConfigError::Parse { .. },
+        )) => VMM_FAILED,
+        RunError::Vm(VmError::Config(_) | VmError::TooManyDevices(_)) | RunError::Usage(_) => USAGE,
+        _ => VMM_FAILED,
     }
 }
 
-/// Prints an error and its causes, once, on one line, and what to do.
-fn failure(error: &dyn Error, hint: &str) -> u8 {
+/// Prints an error and its causes, once, on one line.
+fn failure(error: &dyn Error) -> u8 {
     console::restore_terminal();
-    log::error!("{}{hint}", error_chain(error));
+    log::error!("{}", error_chain(error));
     VMM_FAILED
 }
 
@@ -208,7 +187,7 @@ fn tool_status(result: Result<bool, ToolError>) -> u8 {
     match result {
         Ok(good) => u8::from(!good),
         Err(e) => {
-            let status = failure(&e, "");
+            let status = failure(&e);
             match e {
                 ToolError::Usage(_) => USAGE,
                 ToolError::Stopped(signal) => of_signal(signal),
@@ -226,6 +205,6 @@ fn run_doctor(args: &DoctorArgs) -> u8 {
         Ok(false) => 1,
         // A reader that has seen enough, as in `minivmm doctor | head`.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => 1,
-        Err(e) => failure(&e, ""),
+        Err(e) => failure(&e),
     }
 }

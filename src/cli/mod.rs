@@ -5,6 +5,7 @@ mod compare;
 mod confine;
 pub mod exec;
 pub mod exit_status;
+mod final_log;
 pub mod fork;
 mod guest;
 mod guest_log;

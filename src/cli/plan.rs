@@ -3,10 +3,18 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use minivmm_devices::thread::ThreadStarter;
+
+use super::run_error::RunError;
 use super::snapshot_at::SnapshotAt;
+use crate::NOTICE;
 use crate::config::VmConfig;
+use crate::console::{Console, ConsoleInput};
+use crate::observe::timeline::Timeline;
 use crate::run::Claim;
-use crate::vmm::prepare::Identity;
+use crate::vmm::error::{VmError, host};
+use crate::vmm::networks::Networks;
+use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
 use crate::vmm::snapshot::load::Snapshot;
 
 /// What is to be run.
@@ -24,6 +32,44 @@ pub struct Plan {
     pub initramfs: Option<File>,
     /// The name by which other processes know it, if it has one.
     pub claim: Option<Claim>,
+}
+
+impl Plan {
+    /// The console, and where a container's program has it for its streams, stderr for COM1; and the input.
+    pub(super) fn open_consoles(
+        &self,
+        threads: &ThreadStarter,
+    ) -> Result<(Console, Option<Console>, ConsoleInput), RunError> {
+        let (console, input) = Console::open(&self.config.serial, threads)?;
+        if let Some(path) = console.pty_path() {
+            log::info!(target: NOTICE, "the console is {}", path.display());
+        }
+        let Some(streams) = self.streams else {
+            return Ok((console, None, input));
+        };
+        let (input, _) = ConsoleInput::framed(streams.interactive).map_err(host("an eventfd"))?;
+        Ok((console, Some(Console::stderr(threads)?), input))
+    }
+
+    /// Opens files and loads the kernel, or the snapshot.
+    pub(super) fn prepare(
+        &self,
+        networks: &Networks,
+        threads: &ThreadStarter,
+        timeline: &mut Timeline,
+    ) -> Result<Prepared, VmError> {
+        let mut times = BuildTimes::default();
+        let prepared = match &self.snapshot {
+            None => Prepared::new(&self.config, networks, threads, &mut times),
+            Some((snapshot, identity)) => {
+                let identity = identity.clone();
+                let config = &self.config;
+                Prepared::restore(snapshot, config, networks, identity, threads, &mut times)
+            }
+        };
+        timeline.note_build(&times);
+        prepared
+    }
 }
 
 /// What a container's program has from this process.

@@ -7,6 +7,7 @@ use minivmm_devices::chardev::tell_of_tx_space;
 use minivmm_devices::thread::ThreadStarter;
 
 use super::confine;
+use super::final_log::{FinalLog, emit, explain, report, summary};
 use super::guest_log::{MarkLog, SleepCheck};
 use super::plan::{Plan, Streams};
 use super::process;
@@ -14,14 +15,11 @@ use super::release;
 pub use super::run_error::{RunError, config_hint};
 use super::snapshot_at::Saver;
 use super::watch::{DRAIN_TIMEOUT, Watch};
-use crate::NOTICE;
 use crate::config::{ConsoleTarget, OnReboot};
 use crate::console::{self, Console, ConsoleInput, FrameSink, InputOutcome, RawTerminal, Signals};
-use crate::observe::post_mortem::{self, CrashReport};
 use crate::observe::timeline::Timeline;
 use crate::observe::transcript::SharedTranscript;
 use crate::sandbox::Sandbox;
-use crate::vmm::control::End;
 use crate::vmm::ending;
 use crate::vmm::error::{VmError, host};
 use crate::vmm::event_loop::EventLoop;
@@ -37,9 +35,6 @@ const RESUME_PERIOD: Duration = Duration::from_millis(10);
 
 /// How many SIGINTs and SIGTERMs a container's program is sent, as docker does it.
 pub const MAX_FORWARDED: u32 = 2;
-
-/// What is to be logged when the console is done.
-type FinalLog = Vec<(log::Level, String)>;
 
 /// From now on, signals that ask minivmm to end, and the deadline, end the process.
 ///
@@ -77,13 +72,13 @@ pub fn run(
     watch.confine(&threads);
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
     let networks = Networks::open(config, &threads)?;
-    let prepared = prepare(plan, &networks, &threads, timeline)?;
+    let prepared = plan.prepare(&networks, &threads, timeline)?;
     let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
     let saver = Saver::open(plan.snapshot_at.as_ref(), source).map_err(VmError::from)?;
     if let Some(source) = source {
         process::name_file_on_bus_error(source.path());
     }
-    let (console, stderr, input) = open_consoles(plan, &threads)?;
+    let (console, stderr, input) = plan.open_consoles(&threads)?;
     let terminal = match config.serial {
         ConsoleTarget::Stdio if plan.streams.is_none_or(Streams::share_terminal) => {
             RawTerminal::enter().map_err(host("the terminal"))?
@@ -140,58 +135,6 @@ pub fn run(
     Ok(outcome)
 }
 
-/// The console, and where a container's program has it for its streams, stderr for COM1; and the input.
-fn open_consoles(
-    plan: &Plan,
-    threads: &ThreadStarter,
-) -> Result<(Console, Option<Console>, ConsoleInput), RunError> {
-    let (console, input) = Console::open(&plan.config.serial, threads)?;
-    if let Some(path) = console.pty_path() {
-        log::info!(target: NOTICE, "the console is {}", path.display());
-    }
-    let Some(streams) = plan.streams else {
-        return Ok((console, None, input));
-    };
-    let (input, _) = ConsoleInput::framed(streams.interactive).map_err(host("an eventfd"))?;
-    Ok((console, Some(Console::stderr(threads)?), input))
-}
-
-fn prepare(
-    plan: &Plan,
-    networks: &Networks,
-    threads: &ThreadStarter,
-    timeline: &mut Timeline,
-) -> Result<Prepared, VmError> {
-    let mut times = BuildTimes::default();
-    let prepared = match &plan.snapshot {
-        None => Prepared::new(&plan.config, networks, threads, &mut times),
-        Some((snapshot, identity)) => {
-            let identity = identity.clone();
-            let config = &plan.config;
-            Prepared::restore(snapshot, config, networks, identity, threads, &mut times)
-        }
-    };
-    timeline.note_build(&times);
-    prepared
-}
-
-/// What a VM that has ended came to, for the log.
-fn summary(vm: &Vm) -> String {
-    let (pio, mmio) = (&vm.machine().buses.pio, &vm.machine().buses.mmio);
-    format!(
-        "vCPU exits: {}; unclaimed accesses: {} reads, {} writes",
-        vm.vcpus().iter().map(|v| v.exits).sum::<u64>(),
-        pio.unclaimed_reads() + mmio.unclaimed_reads(),
-        pio.unclaimed_writes() + mmio.unclaimed_writes(),
-    )
-}
-
-fn emit(lines: FinalLog) {
-    for (level, text) in lines {
-        log::log!(level, "{text}");
-    }
-}
-
 /// What the event loop waits for.
 #[derive(Clone, Copy)]
 enum Source {
@@ -241,7 +184,7 @@ impl Run<'_> {
             log::info!("the guest reset the machine: booting again");
             watch = start_watch(self.signals, self.deadline, Some(self.console.clone()))?;
             watch.confine(self.threads);
-            prepared = prepare(self.plan, self.networks, self.threads, self.timeline)?;
+            prepared = (self.plan).prepare(self.networks, self.threads, self.timeline)?;
         }
     }
 
@@ -299,14 +242,13 @@ impl Run<'_> {
         started?;
         looped.map_err(host("the event loop"))?;
         let saw_panic = transcript.get().saw_panic();
-        let (outcome, mut lines) = self.explain(&vm, &end, interrupted, saw_panic);
-        lines.insert(
-            0,
-            (
-                log::Level::Info,
-                format!("the VM ended: {outcome:?}; {summary}"),
-            ),
-        );
+        // That a container's program was stopped says nothing about the machine.
+        let is_program = self.input.credit().is_some_and(|credit| credit.is_open());
+        let bytes = self.log().bytes_out();
+        let (outcome, mut lines) = explain(&vm, &end, interrupted, saw_panic, &summary);
+        if !(outcome.is_external() && is_program) {
+            lines.extend(report(&vm, &end, &outcome, bytes));
+        }
         Ok((outcome, lines))
     }
 
@@ -448,53 +390,5 @@ impl Run<'_> {
             return None;
         }
         release::release(devices, vm.mem(), outcome, self.signals, self.deadline)
-    }
-
-    /// Why the VM ended, and what to say of it.
-    fn explain(
-        &self,
-        vm: &Vm,
-        end: &End,
-        interrupted: Option<Outcome>,
-        saw_panic: bool,
-    ) -> (Outcome, FinalLog) {
-        let (mut outcome, unheard) = ending::decide(vm, end, saw_panic);
-        // A guest that ended by itself has its own status, but is not booted again.
-        if let (Outcome::Reset, Some(stop)) = (&outcome, interrupted) {
-            outcome = stop;
-        }
-        let mut lines = FinalLog::new();
-        if let Some(message) = unheard {
-            let console = self.plan.config.console.parameter();
-            let error = format!(
-                "the guest's kernel panicked, and did not say so on the console: {message}; does its command line name \
-                 {console}?"
-            );
-            lines.push((log::Level::Error, error));
-        }
-        let serial = vm.serial().lock().unwrap_or_else(PoisonError::into_inner);
-        let lost = serial.dropped();
-        if lost > 0 {
-            let warning = format!(
-                "{lost} bytes of console output were lost: the guest did not wait for their reader"
-            );
-            lines.push((log::Level::Warn, warning));
-        }
-        let console_bytes = self.log().bytes_out();
-        // That a container's program was stopped says nothing about the machine.
-        if !(outcome.is_external() && self.input.credit().is_some_and(|credit| credit.is_open()))
-            && let Some(level) = post_mortem::level(&outcome, console_bytes)
-            && log::log_enabled!(level)
-            && let Some(vcpu) = vm.vcpus().get(usize::from(end.vcpu.unwrap_or(0)))
-        {
-            let report = CrashReport {
-                outcome: &outcome,
-                vcpu,
-                vm,
-                console_bytes,
-            };
-            lines.push((level, format!("{}\n{}", report.headline(), report.report())));
-        }
-        (outcome, lines)
     }
 }

@@ -12,7 +12,7 @@ use super::cpu;
 pub const DEVICE: &str = "/dev/kvm";
 
 /// The API version, unchanged since Linux 2.6.22 (Documentation/virt/kvm/api.rst § 4.1).
-pub const API_VERSION: i32 = 12;
+const API_VERSION: i32 = 12;
 
 /// Why KVM cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +33,8 @@ pub fn open() -> Result<Kvm, OpenError> {
     let kvm = Kvm::new().map_err(|error| {
         OpenError::Device(match error.errno() {
             libc::ENOENT => "it is not there; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
-                             firmware, or turn nested virtualization on for this VM"
+                             firmware, turn nested virtualization on for this VM, or pass it into this container (docker run \
+                             --device /dev/kvm)"
                 .into(),
             libc::EACCES => format!("permission denied; {}", permission_hint(&device_group())),
             libc::ENODEV => "no KVM behind it; load it (modprobe kvm_intel or kvm_amd)".into(),
@@ -49,8 +50,6 @@ pub fn open() -> Result<Kvm, OpenError> {
 /// The modules in /sys/module, which lists built-in ones too.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Modules {
-    /// kvm, which the others need.
-    pub kvm: bool,
     /// kvm_intel.
     pub intel: bool,
     /// kvm_amd.
@@ -64,7 +63,6 @@ impl Modules {
     pub fn read() -> Self {
         let has = |name: &str| Path::new("/sys/module").join(name).exists();
         Self {
-            kvm: has("kvm"),
             intel: has("kvm_intel"),
             amd: has("kvm_amd"),
             pvm: has("kvm_pvm"),
@@ -98,7 +96,7 @@ pub fn is_software(virtualization: bool, modules: Modules) -> bool {
 }
 
 /// The name of the group that owns /dev/kvm, or its number where it has none.
-pub fn device_group() -> String {
+fn device_group() -> String {
     let Ok(metadata) = fs::metadata(DEVICE) else {
         return "kvm".into();
     };
@@ -113,7 +111,7 @@ pub fn device_group() -> String {
 }
 
 /// What lets a user open /dev/kvm, which belongs to `group`.
-pub fn permission_hint(group: &str) -> String {
+fn permission_hint(group: &str) -> String {
     if group == "root" {
         "give it to a group of its own: groupadd kvm; chgrp kvm /dev/kvm; chmod 660 /dev/kvm; usermod -aG kvm $USER".into()
     } else {

@@ -185,13 +185,13 @@ impl Machine {
         let base = layout::IOAPIC_START;
         machine.buses.mmio.map(name, base, ioapic::LEN, ioapic)?;
         let event = || events.clone();
-        let exit = ExitPort::new(event());
+        let exit = ExitPort(event());
         let mark = Arc::clone(&machine.boot_mark);
         let (exit_len, pvpanic_len) = (control::EXIT_PORT_LEN, pvpanic::PORT_LEN);
         machine.attach_port("exit port", layout::EXIT_PORT, exit_len, exit)?;
         let (port, len) = (layout::BOOT_MARK_PORT.into(), control::BOOT_MARK_PORT_LEN);
         machine.buses.pio.map("boot-mark port", port, len, mark)?;
-        machine.attach_port("i8042", layout::I8042_PORT, i8042::LEN, I8042::new(event()))?;
+        machine.attach_port("i8042", layout::I8042_PORT, i8042::LEN, I8042(event()))?;
         let power = AcpiPower::new(event());
         machine.attach_saved("ACPI power", layout::ACPI_POWER_PORT, power::LEN, power)?;
         let pci = PciConfig::new(event());
@@ -201,7 +201,7 @@ impl Machine {
             use minivmm_devices::attack::{AttackPort, PORT, PORT_LEN};
             machine.attach_port("attack port", PORT, PORT_LEN, AttackPort(event()))?;
         }
-        let pvpanic = Pvpanic::new(event());
+        let pvpanic = Pvpanic(event());
         machine.attach_port("pvpanic", layout::PVPANIC_PORT, pvpanic_len, pvpanic)?;
         machine.acpi.push(AcpiDevice {
             name: "PEVT".into(),

@@ -41,91 +41,47 @@ impl Format {
     }
 }
 
-/// Name, tool, place of the signature (behind the beginning, or before the end where it is negative), signature. Not here is what
-/// a guest reads from a raw disk: partition tables, file systems, LUKS, ISO 9660, tar.
-const FORMATS: [(&str, Tool, isize, &[u8]); 24] = [
+/// Images that qemu-img converts: name, what it calls the format, place of the signature (behind the beginning, or before the end where
+/// it is negative), signature. Not here is what a guest reads from a raw disk: partition tables, file systems, LUKS, ISO 9660, tar.
+const IMAGES: [(&str, &str, isize, &[u8]); 16] = [
     // Version 1 of what became qcow2.
-    ("a qcow image", QemuImg("qcow"), 0, b"QFI\xfb\0\0\0\x01"),
-    ("a qcow2 image", QemuImg("qcow2"), 0, b"QFI\xfb"),
-    ("a QED image", QemuImg("qed"), 0, b"QED\0"),
-    ("a VMDK image", QemuImg("vmdk"), 0, b"KDMV"),
-    ("a VMDK image", QemuImg("vmdk"), 0, b"COWD"),
-    (
-        "a VMDK image",
-        QemuImg("vmdk"),
-        0,
-        b"\xbe\xba\xfe\xca\0\0\0\0",
-    ),
-    (
-        "a VMDK descriptor",
-        QemuImg("vmdk"),
-        0,
-        b"# Disk DescriptorFile",
-    ),
-    ("a VDI image", QemuImg("vdi"), 0x40, b"\x7f\x10\xda\xbe"),
-    ("a VHD image", QemuImg("vpc"), 0, b"conectix"),
+    ("a qcow image", "qcow", 0, b"QFI\xfb\0\0\0\x01"),
+    ("a qcow2 image", "qcow2", 0, b"QFI\xfb"),
+    ("a QED image", "qed", 0, b"QED\0"),
+    ("a VMDK image", "vmdk", 0, b"KDMV"),
+    ("a VMDK image", "vmdk", 0, b"COWD"),
+    ("a VMDK image", "vmdk", 0, b"\xbe\xba\xfe\xca\0\0\0\0"),
+    ("a VMDK descriptor", "vmdk", 0, b"# Disk DescriptorFile"),
+    ("a VDI image", "vdi", 0x40, b"\x7f\x10\xda\xbe"),
+    ("a VHD image", "vpc", 0, b"conectix"),
     // One of fixed size has a footer alone, which Virtual PC wrote with a byte less.
-    ("a VHD image", QemuImg("vpc"), -512, b"conectix"),
-    ("a VHD image", QemuImg("vpc"), -511, b"conectix"),
-    ("a VHDX image", QemuImg("vhdx"), 0, b"vhdxfile"),
-    (
-        "a Parallels image",
-        QemuImg("parallels"),
-        0,
-        b"WithoutFreeSpace",
-    ),
-    (
-        "a Parallels image",
-        QemuImg("parallels"),
-        0,
-        b"WithouFreSpacExt",
-    ),
-    (
-        "a Bochs image",
-        QemuImg("bochs"),
-        0,
-        b"Bochs Virtual HD Image",
-    ),
-    (
-        "a DMG image",
-        QemuImg("dmg"),
-        -512,
-        b"koly\0\0\0\x04\0\0\x02\0",
-    ),
-    (
-        "an Android sparse image",
-        Converter("simg2img"),
-        0,
-        b"\x3a\xff\x26\xed",
-    ),
-    (
-        "compressed with gzip",
-        Filter("gzip -dc"),
-        0,
-        b"\x1f\x8b\x08",
-    ),
-    ("compressed with xz", Filter("xz -dc"), 0, b"\xfd7zXZ\0"),
-    (
-        "compressed with zstd",
-        Filter("zstd -dc"),
-        0,
-        b"\x28\xb5\x2f\xfd",
-    ),
-    ("compressed with bzip2", Filter("bzip2 -dc"), 0, b"BZh"),
+    ("a VHD image", "vpc", -512, b"conectix"),
+    ("a VHD image", "vpc", -511, b"conectix"),
+    ("a VHDX image", "vhdx", 0, b"vhdxfile"),
+    ("a Parallels image", "parallels", 0, b"WithoutFreeSpace"),
+    ("a Parallels image", "parallels", 0, b"WithouFreSpacExt"),
+    ("a Bochs image", "bochs", 0, b"Bochs Virtual HD Image"),
+    ("a DMG image", "dmg", -512, b"koly\0\0\0\x04\0\0\x02\0"),
+];
+
+/// Files that another program makes an image of: name, program, signature at the beginning.
+const PACKED: [(&str, Tool, &[u8]); 8] = [
+    ("an Android sparse image", Converter("simg2img"), SPARSE),
+    ("compressed with gzip", Filter("gzip -dc"), b"\x1f\x8b\x08"),
+    ("compressed with xz", Filter("xz -dc"), b"\xfd7zXZ\0"),
+    ("compressed with zstd", Filter("zstd -dc"), ZSTD),
+    ("compressed with bzip2", Filter("bzip2 -dc"), b"BZh"),
     (
         "compressed with lz4",
         Filter("lz4 -dc"),
-        0,
         b"\x04\x22\x4d\x18",
     ),
-    ("a ZIP archive", Filter("unzip -p"), 0, b"PK\x03\x04"),
-    (
-        "a 7-Zip archive",
-        Filter("7z x -so"),
-        0,
-        b"7z\xbc\xaf\x27\x1c",
-    ),
+    ("a ZIP archive", Filter("unzip -p"), b"PK\x03\x04"),
+    ("a 7-Zip archive", Filter("7z x -so"), SEVEN_ZIP),
 ];
+const SPARSE: &[u8] = b"\x3a\xff\x26\xed";
+const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
+const SEVEN_ZIP: &[u8] = b"7z\xbc\xaf\x27\x1c";
 
 /// What the file of `len` bytes is, if it is none that a guest could read as a disk.
 pub(super) fn identify(file: &File, len: u64) -> io::Result<Option<Format>> {
@@ -137,14 +93,17 @@ pub(super) fn identify(file: &File, len: u64) -> io::Result<Option<Format>> {
         tail.get_mut(EDGE - edge..).unwrap_or_default(),
         len - tail_len,
     )?;
-    let found = FORMATS.iter().find(|(_, _, at, signature)| {
+    let image = IMAGES.iter().find(|(_, _, at, signature)| {
         let place = match usize::try_from(*at) {
             Ok(at) => head.get(at..),
             Err(_) => tail.get(EDGE.saturating_add_signed(*at)..),
         };
         place.is_some_and(|bytes| bytes.starts_with(signature))
     });
-    Ok(found.map(|(name, tool, ..)| Format { name, tool: *tool }))
+    let packed = || PACKED.iter().find(|(_, _, start)| head.starts_with(start));
+    let found = image.map(|(name, format, ..)| (*name, QemuImg(format)));
+    let found = found.or_else(|| packed().map(|(name, tool, _)| (*name, *tool)));
+    Ok(found.map(|(name, tool)| Format { name, tool }))
 }
 
 #[cfg(test)]

@@ -17,14 +17,7 @@ pub const EXIT_PORT_LEN: u64 = 1;
 pub const BOOT_MARK_PORT_LEN: u64 = 4;
 
 /// The exit port: the byte written is the workload's status, as `docker run` gives it. Reads as 0xff.
-pub struct ExitPort(EventSink);
-
-impl ExitPort {
-    /// A port that reports [`GuestEvent::Exit`].
-    pub fn new(events: EventSink) -> Self {
-        Self(events)
-    }
-}
+pub struct ExitPort(pub EventSink);
 
 impl BusDevice for ExitPort {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
@@ -141,7 +134,7 @@ mod tests {
     #[test]
     fn a_byte_is_an_event_whatever_the_width() {
         let (sink, seen) = events();
-        let mut exit = ExitPort::new(sink.clone());
+        let mut exit = ExitPort(sink.clone());
         let mut mark = BootMarkPort::new(sink);
         exit.write(0, &[7]);
         exit.write(0, &[8, 0, 0, 0]);

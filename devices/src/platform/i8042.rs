@@ -16,14 +16,7 @@ pub const LEN: u64 = 5;
 const COMMAND_RESET: u8 = 0xfe;
 
 /// The keyboard controller without a keyboard.
-pub struct I8042(EventSink);
-
-impl I8042 {
-    /// A controller that reports [`GuestEvent::Reset`].
-    pub fn new(events: EventSink) -> Self {
-        Self(events)
-    }
-}
+pub struct I8042(pub EventSink);
 
 impl BusDevice for I8042 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
@@ -52,7 +45,7 @@ mod tests {
     #[test]
     fn only_the_reset_command_is_an_event() {
         let (sink, seen) = events();
-        let mut dev = I8042::new(sink);
+        let mut dev = I8042(sink);
         for offset in 0..COMMAND_OFFSET {
             dev.write(offset, &[COMMAND_RESET]);
         }
@@ -67,7 +60,7 @@ mod tests {
 
     #[test]
     fn it_is_never_busy_and_has_no_data() {
-        let mut dev = I8042::new(events().0);
+        let mut dev = I8042(events().0);
         assert_eq!(inb(&mut dev, 0), 0);
         assert_eq!(inb(&mut dev, COMMAND_OFFSET), 0);
         assert_eq!(inb(&mut dev, 1), 0xff);

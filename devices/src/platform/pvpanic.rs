@@ -11,14 +11,7 @@ pub const PORT_LEN: u64 = 1;
 const PANICKED: u8 = 1 << 0;
 
 /// The pvpanic port. Reads tell which events are understood; Linux uses only those.
-pub struct Pvpanic(EventSink);
-
-impl Pvpanic {
-    /// A device that reports [`GuestEvent::Panicked`].
-    pub fn new(events: EventSink) -> Self {
-        Self(events)
-    }
-}
+pub struct Pvpanic(pub EventSink);
 
 impl BusDevice for Pvpanic {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
@@ -46,7 +39,7 @@ mod tests {
     #[test]
     fn only_the_panic_bit_is_an_event() {
         let (sink, seen) = events();
-        let mut dev = Pvpanic::new(sink);
+        let mut dev = Pvpanic(sink);
         assert_eq!(inb(&mut dev, 0), 1);
         dev.write(0, &[0]);
         dev.write(0, &[2]);

@@ -6,6 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 use super::check::Check;
+use super::check::Verdict::{self, Info, Warn};
 
 /// Largest configuration that is read; Debian's has 270 KB.
 pub(crate) const MAX_CONFIG_LEN: u64 = 4 << 20;
@@ -87,43 +88,28 @@ impl KernelConfig {
     }
 }
 
-fn build(name: &str) -> String {
-    format!("build the kernel with CONFIG_{name}=y")
-}
+/// Options beside ACPI that a guest should have: name, how much it matters that one is off, and what that means.
+const OPTIONS: [(&str, Verdict, &str); 8] = [
+    ("VIRTIO_MMIO", Warn, "no disks, no network"),
+    ("VIRTIO_BLK", Warn, "no disks"),
+    ("SERIAL_8250_CONSOLE", Warn, "the guest is silent on COM1"),
+    (
+        "BLK_DEV_INITRD",
+        Warn,
+        "no initrd: the root must be on a disk",
+    ),
+    ("KVM_GUEST", Warn, "no kvm-clock: booting takes longer"),
+    ("DEVTMPFS", Warn, "the initrd must make its device nodes"),
+    ("SMP", Info, "it uses one CPU, and boots faster for that"),
+    ("PVH", Info, "its vmlinux starts by the Linux protocol only"),
+];
 
 /// What the options mean for a guest of this VMM.
 pub(crate) fn check_config(config: &KernelConfig) -> Vec<Check> {
-    let mut checks = check_discovery(config);
-    checks.extend(check_options(config));
-
-    let formats: Vec<_> = ["GZIP", "BZIP2", "LZMA", "XZ", "LZO", "LZ4", "ZSTD"]
-        .into_iter()
-        .filter(|format| config.has(&format!("RD_{format}")))
-        .map(str::to_lowercase)
-        .collect();
-    checks.push(Check::info(
-        "initrd formats",
-        if formats.is_empty() {
-            "plain cpio".to_owned()
-        } else {
-            format!("plain cpio, {}", formats.join(", "))
-        },
-    ));
-    checks
-}
-
-/// How the kernel finds CPUs, interrupts and devices.
-fn check_discovery(config: &KernelConfig) -> Vec<Check> {
-    let mut checks = Vec::new();
-    checks.push(match (config.has("ACPI"), config.has("X86_MPPARSE")) {
-        (true, mp_table) => Check::ok(
-            "CONFIG_ACPI",
-            if mp_table {
-                "yes, and the MP table (CONFIG_X86_MPPARSE)"
-            } else {
-                "yes; no MP table, so acpi=off does not work"
-            },
-        ),
+    let build = |name: &str| format!("build the kernel with CONFIG_{name}=y");
+    let mut checks = vec![match (config.has("ACPI"), config.has("X86_MPPARSE")) {
+        (true, true) => Check::ok("CONFIG_ACPI", "yes, and the MP table (CONFIG_X86_MPPARSE)"),
+        (true, false) => Check::ok("CONFIG_ACPI", "yes; no MP table, so acpi=off does not work"),
         (false, true) => Check::info(
             "CONFIG_ACPI",
             "no: CPUs and interrupts come from the MP table (CONFIG_X86_MPPARSE)",
@@ -133,82 +119,40 @@ fn check_discovery(config: &KernelConfig) -> Vec<Check> {
             "no, and no MP table: one CPU, and devices without interrupts",
         )
         .hint(build("ACPI")),
-    });
-    let devices_found = config.has("ACPI") || config.has("VIRTIO_MMIO_CMDLINE_DEVICES");
-    for (name, module, without) in [
-        ("VIRTIO_MMIO", "virtio_mmio", "no disks, no network"),
-        ("VIRTIO_BLK", "virtio_blk", "no disks"),
-    ] {
+    }];
+    for (name, verdict, without) in OPTIONS {
         let subject = format!("CONFIG_{name}");
-        checks.push(match config.get(name) {
-            Setting::Yes => Check::ok(subject, "built in"),
-            Setting::Module => Check::info(
-                subject,
-                format!("a module: the initrd must load {module} for disks"),
-            ),
-            Setting::No => Check::warn(subject, format!("no: {without}")).hint(build(name)),
+        checks.push(match (config.get(name), verdict) {
+            (Setting::Yes, Warn) => Check::ok(subject, "yes"),
+            (Setting::Yes, _) => Check::info(subject, "yes"),
+            (Setting::Module, _) => {
+                let found = "a module, which the initrd must load";
+                Check::info(subject, found)
+            }
+            (Setting::No, Warn) => Check::warn(subject, format!("no: {without}")).hint(build(name)),
+            (Setting::No, _) => Check::info(subject, format!("no: {without}")),
         });
     }
-    if !devices_found && config.get("VIRTIO_MMIO") != Setting::No {
-        checks.push(
-            Check::warn(
-                "CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES",
-                "no, and no ACPI: virtio devices will not be found",
-            )
-            .hint(build("VIRTIO_MMIO_CMDLINE_DEVICES")),
-        );
+    let cmdline = "VIRTIO_MMIO_CMDLINE_DEVICES";
+    if !config.has("ACPI") && !config.has(cmdline) {
+        let found = "no, and no ACPI: virtio devices will not be found";
+        checks.push(Check::warn(format!("CONFIG_{cmdline}"), found).hint(build(cmdline)));
     }
-    checks
-}
-
-/// Options that are yes or no.
-fn check_options(config: &KernelConfig) -> Vec<Check> {
-    let mut checks = Vec::new();
-    for (name, without) in [
-        (
-            "SERIAL_8250_CONSOLE",
-            "no console on the serial port: the guest will be silent",
-        ),
-        (
-            "BLK_DEV_INITRD",
-            "no initrd: the root file system must be on a disk",
-        ),
-        (
-            "KVM_GUEST",
-            "no kvm-clock: booting takes longer, for the kernel must measure its clocks",
-        ),
-        ("DEVTMPFS", "the initrd must make its device nodes itself"),
-    ] {
-        let subject = format!("CONFIG_{name}");
-        checks.push(if config.has(name) {
-            Check::ok(subject, "yes")
-        } else {
-            Check::warn(subject, format!("not built in: {without}")).hint(build(name))
-        });
-    }
-    for (name, with, without) in [
-        (
-            "SMP",
-            "yes",
-            "no: it uses one CPU, and boots faster for that",
-        ),
-        (
-            "PVH",
-            "yes: its vmlinux starts by PVH as well",
-            "no: its vmlinux starts only by the Linux protocol",
-        ),
-    ] {
-        checks.push(Check::info(
-            format!("CONFIG_{name}"),
-            if config.has(name) { with } else { without },
-        ));
-    }
+    let formats = ["GZIP", "BZIP2", "LZMA", "XZ", "LZO", "LZ4", "ZSTD"];
+    let formats = formats.into_iter();
+    let formats: Vec<_> = std::iter::once("plain cpio".to_owned())
+        .chain(
+            formats
+                .filter(|format| config.has(&format!("RD_{format}")))
+                .map(str::to_lowercase),
+        )
+        .collect();
+    checks.push(Check::info("initrd formats", formats.join(", ")));
     checks
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::Verdict;
     use super::*;
 
     #[test]

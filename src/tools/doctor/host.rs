@@ -1,10 +1,6 @@
 //! What this host offers to a guest: facts are gathered first, then judged, so that the judgement is tested with made-up
 //! facts.
 
-use std::fmt;
-use std::fs;
-use std::io;
-use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Cap, Kvm};
@@ -39,7 +35,6 @@ const USEFUL: [(Cap, &str, &str); 2] = [
 /// What KVM says of itself.
 #[derive(Debug, Clone)]
 struct KvmFacts {
-    api_version: i32,
     missing: Vec<&'static str>,
     missing_useful: Vec<(&'static str, &'static str)>,
     recommended_vcpus: usize,
@@ -51,45 +46,18 @@ struct KvmFacts {
 /// Checks what this host offers.
 pub fn check_host() -> Vec<Check> {
     let (cpu, modules) = (Cpu::read(), Modules::read());
-    let mut checks = check_kvm(open_kvm(&cpu, modules), &cpu, modules);
+    let kvm = kvm::open().map(|kvm| ask_kvm(&kvm));
+    let kvm = kvm.map_err(|error| Check::unusable(kvm::DEVICE, &error));
+    let mut checks = check_kvm(kvm, &cpu, modules);
     checks.extend(sandbox::check_sandbox());
     checks.extend(limits::check_limits());
     checks.extend(network::check_networks());
     checks
 }
 
-/// What KVM says of itself, or why it cannot be asked.
-fn open_kvm(cpu: &Cpu, modules: Modules) -> Result<KvmFacts, Check> {
-    let fail = |found: &str| Check::fail(kvm::DEVICE, found);
-    let failed = |error: &dyn fmt::Display| {
-        fail(&format!("cannot be opened: {error}")).hint(absent_hint(cpu, modules))
-    };
-    match fs::metadata(kvm::DEVICE) {
-        Ok(metadata) if metadata.file_type().is_char_device() => {}
-        Ok(_) => {
-            return Err(fail("is not a character device")
-                .hint("remove it and make it again: rm /dev/kvm && mknod /dev/kvm c 10 232"));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(fail("absent").hint(absent_hint(cpu, modules)));
-        }
-        Err(error) => return Err(failed(&error)),
-    }
-    match Kvm::new() {
-        Ok(kvm) => Ok(ask_kvm(&kvm)),
-        Err(error) if matches!(error.errno(), libc::EACCES | libc::EPERM) => {
-            let group = kvm::device_group();
-            let found = format!("permission denied; it belongs to the group {group}");
-            Err(fail(&found).hint(kvm::permission_hint(&group)))
-        }
-        Err(error) => Err(failed(&error)),
-    }
-}
-
 fn ask_kvm(kvm: &Kvm) -> KvmFacts {
     let start = Instant::now();
     KvmFacts {
-        api_version: kvm.get_api_version(),
         missing: REQUIRED
             .into_iter()
             .filter(|(cap, _)| !kvm.check_extension(*cap))
@@ -157,20 +125,6 @@ fn enable_hint(cpu: &Cpu) -> &'static str {
     }
 }
 
-fn absent_hint(cpu: &Cpu, modules: Modules) -> String {
-    let module = if cpu.amd { "kvm_amd" } else { "kvm_intel" };
-    if !cpu.virtualization {
-        enable_hint(cpu).to_owned()
-    } else if modules.kvm && (modules.intel || modules.amd) {
-        "KVM is loaded: in a container, pass the device in (docker run --device /dev/kvm)"
-            .to_owned()
-    } else {
-        format!(
-            "modprobe {module}; if that fails, virtualization is locked in the firmware's set-up (see dmesg)"
-        )
-    }
-}
-
 fn check_module(cpu: &Cpu, modules: Modules) -> Check {
     // Without /proc there is no model, and no saying.
     let virtualization = cpu.virtualization || cpu.model.is_empty();
@@ -197,15 +151,6 @@ fn check_module(cpu: &Cpu, modules: Modules) -> Check {
 
 fn check_facts(facts: &KvmFacts) -> Vec<Check> {
     let mut checks = Vec::new();
-    checks.push(if facts.api_version == kvm::API_VERSION {
-        Check::ok("KVM API", format!("version {}", kvm::API_VERSION))
-    } else {
-        Check::fail(
-            "KVM API",
-            format!("version {}, not {}", facts.api_version, kvm::API_VERSION),
-        )
-        .hint("use Linux 2.6.22 or later")
-    });
     checks.push(if facts.missing.is_empty() {
         Check::ok(
             "KVM capabilities",
@@ -255,7 +200,6 @@ mod tests {
 
     fn facts() -> KvmFacts {
         KvmFacts {
-            api_version: 12,
             missing: vec![],
             missing_useful: vec![],
             recommended_vcpus: 8,
@@ -272,13 +216,11 @@ mod tests {
     }
 
     const INTEL: Modules = Modules {
-        kvm: true,
         intel: true,
         amd: false,
         pvm: false,
     };
     const PVM: Modules = Modules {
-        kvm: true,
         intel: false,
         amd: false,
         pvm: true,
@@ -302,21 +244,6 @@ mod tests {
 
     #[test]
     fn failures_have_hints() {
-        let none = Modules::default();
-        let amd = Cpu {
-            amd: true,
-            ..cpu(true, false)
-        };
-        for (cpu, modules, wanted) in [
-            (cpu(true, false), none, "modprobe kvm_intel"),
-            (amd, none, "modprobe kvm_amd"),
-            (cpu(true, false), INTEL, "--device /dev/kvm"),
-            (cpu(false, false), none, "firmware"),
-            (cpu(false, true), none, "nested"),
-        ] {
-            let hint = absent_hint(&cpu, modules);
-            assert!(hint.contains(wanted), "{hint}");
-        }
         let hint = |facts| {
             let checks = check_kvm(Ok(facts), &cpu(true, false), INTEL);
             let [fail] = fails(&checks)[..] else {
@@ -335,7 +262,7 @@ mod tests {
         };
         assert!(hint(busy).contains("VirtualBox"));
         let absent = Check::fail("/dev/kvm", "absent");
-        let checks = check_kvm(Err(absent.clone()), &cpu(true, false), none);
+        let checks = check_kvm(Err(absent.clone()), &cpu(true, false), Modules::default());
         assert_eq!(fails(&checks), [&absent]);
     }
 }
