@@ -168,7 +168,7 @@ fn vm_failure(error: &RunError) -> u8 {
     }
     match error {
         RunError::Vm(VmError::Config(
-            ConfigError::Read { .. } | ConfigError::TooLarge { .. } | ConfigError::Parse { .. },
+            ConfigError::Read(..) | ConfigError::TooLarge(..) | ConfigError::Parse(..),
         )) => VMM_FAILED,
         RunError::Vm(VmError::Config(_) | VmError::TooManyDevices(_)) | RunError::Usage(_) => USAGE,
         _ => VMM_FAILED,
@@ -191,7 +191,7 @@ fn tool_status(result: Result<bool, ToolError>) -> u8 {
             match e {
                 ToolError::Usage(_) => USAGE,
                 ToolError::Stopped(signal) => of_signal(signal),
-                ToolError::Failed { .. } | ToolError::Output(_) => status,
+                ToolError::Failed(..) | ToolError::Output(_) => status,
             }
         }
     }

@@ -267,7 +267,7 @@ fn invalid_disk_is_named() {
         (
             format!("path={}", place("missing")),
             125,
-            "missing for writing: No such file",
+            "missing cannot be opened for writing: No such file",
         ),
         (format!("path={}", place("short")), 125, "5 bytes"),
         (

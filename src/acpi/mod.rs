@@ -56,16 +56,25 @@ pub enum AcpiObject {
 }
 
 impl AcpiDevice {
-    /// A VM generation ID at this GPA, and the generic event device whose interrupt tells of a new one.
-    pub fn generation_id(gpa: u64, gsi: u32) -> [Self; 2] {
-        let device = |name: &str, hid, gsi, object| Self {
-            name: name.into(),
-            hid: Hid::Acpi(hid),
+    /// A device without anything but a name.
+    pub fn new(name: String, hid: Hid) -> Self {
+        Self {
+            name,
+            hid,
             uid: 0,
             ports: None,
             mmio: None,
+            gsi: None,
+            object: None,
+        }
+    }
+
+    /// A VM generation ID at this GPA, and the generic event device whose interrupt tells of a new one.
+    pub fn generation_id(gpa: u64, gsi: u32) -> [Self; 2] {
+        let device = |name: &str, hid, gsi, object| Self {
             gsi,
             object: Some(object),
+            ..Self::new(name.into(), Hid::Acpi(hid))
         };
         let id = AcpiObject::GenerationId(gpa);
         let event = AcpiObject::NotifyGenerationId;

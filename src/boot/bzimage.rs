@@ -62,10 +62,7 @@ impl BzImage {
         }
         // Checked first: older versions lack other fields.
         if let Some(version) = u16_at(head, 0x206).filter(|version| *version < MIN_VERSION) {
-            return Err(BootError::ProtocolTooOld {
-                path: input.path().to_owned(),
-                version,
-            });
+            return Err(BootError::ProtocolTooOld(input.path().to_owned(), version));
         }
         input.check_range(0, MIN_HEADER_END as u64, "the setup header")?;
         let header =
@@ -85,10 +82,10 @@ impl BzImage {
             .to_vec();
 
         if header.xloadflags & XLF_KERNEL_64 == 0 {
-            return Err(BootError::Kernel32 {
-                path: input.path().to_owned(),
-                why: "a bzImage without the 64-bit entry, XLF_KERNEL_64",
-            });
+            return Err(BootError::Kernel32(
+                input.path().to_owned(),
+                "a bzImage without the 64-bit entry, XLF_KERNEL_64",
+            ));
         }
         if header.loadflags & LOADED_HIGH == 0 {
             return Err(input

@@ -56,14 +56,8 @@ pub(crate) enum DirectBootError {
     #[error("{0} is on the command line, and limits where it may go")]
     Limited(String),
     /// A system call failed.
-    #[error("cannot {what}")]
-    Host {
-        /// What it was for.
-        what: &'static str,
-        /// Its error.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot {0}")]
+    Host(&'static str, #[source] io::Error),
     /// Guest memory refused an access.
     #[error("cannot relocate it")]
     Memory(#[from] GuestMemoryError),
@@ -228,5 +222,5 @@ fn write_sparse(file: &File, content: &[u8]) -> io::Result<()> {
 }
 
 fn host(what: &'static str) -> impl FnOnce(io::Error) -> DirectBootError {
-    move |source| DirectBootError::Host { what, source }
+    move |source| DirectBootError::Host(what, source)
 }

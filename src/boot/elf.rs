@@ -186,10 +186,10 @@ impl ElfKernel {
     /// The entry of the 64-bit Linux boot protocol.
     pub(crate) fn entry_64(&self, input: &InputFile) -> Result<u64, BootError> {
         if self.class != Class::Bits64 {
-            return Err(BootError::Kernel32 {
-                path: input.path().to_owned(),
-                why: "ELF class 32, without a PVH note",
-            });
+            return Err(BootError::Kernel32(
+                input.path().to_owned(),
+                "ELF class 32, without a PVH note",
+            ));
         }
         if !contains(&self.segments, self.entry) {
             return Err(input.malformed(format!(
@@ -265,6 +265,7 @@ fn machine_name(machine: u16) -> String {
     match machine {
         EM_386 => "32-bit x86".to_owned(),
         EM_X86_64 => "x86-64 in the 32-bit class (x32)".to_owned(),
+        40 => "ARM (32-bit)".to_owned(),
         183 => "ARM64 (AArch64)".to_owned(),
         243 => "RISC-V".to_owned(),
         other => format!("machine {other}"),

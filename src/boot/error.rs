@@ -30,63 +30,25 @@ impl fmt::Display for Role {
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// No such file.
-    #[error("there is no {role} at {path}; check the path")]
-    Missing {
-        /// What the file was given as.
-        role: Role,
-        /// The file.
-        path: PathBuf,
-    },
+    #[error("there is no {0} at {1}; check the path")]
+    Missing(Role, PathBuf),
     /// The file may not be read.
     #[error(
-        "the {role} {path} may not be read by this user: permission denied; check its mode and owner (ls -l {path})"
+        "the {0} {1} may not be read by this user: permission denied; check its mode and owner (ls -l {1})"
     )]
-    Permission {
-        /// What the file was given as.
-        role: Role,
-        /// The file.
-        path: PathBuf,
-    },
+    Permission(Role, PathBuf),
     /// The file cannot be opened for another reason.
-    #[error("cannot open the {role} {path}")]
-    Open {
-        /// What the file was given as.
-        role: Role,
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot open the {0} {1}")]
+    Open(Role, PathBuf, #[source] io::Error),
     /// A directory, a pipe, a device.
-    #[error("the {role} {path} is {what}, not a regular file; give the {role} file itself")]
-    NotRegular {
-        /// What the file was given as.
-        role: Role,
-        /// The file.
-        path: PathBuf,
-        /// What it is, with its article.
-        what: &'static str,
-    },
+    #[error("the {0} {1} is {2}, not a regular file; give the {0} file itself")]
+    NotRegular(Role, PathBuf, &'static str),
     /// A file of length 0.
-    #[error("the {role} {path} is empty; build or download it again")]
-    Empty {
-        /// What the file was given as.
-        role: Role,
-        /// The file.
-        path: PathBuf,
-    },
+    #[error("the {0} {1} is empty; build or download it again")]
+    Empty(Role, PathBuf),
     /// Reading failed.
-    #[error("cannot read the {role} {path}")]
-    Read {
-        /// What the file was given as.
-        role: Role,
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot read the {0} {1}")]
+    Read(Role, PathBuf, #[source] io::Error),
     /// The file ends before what its headers promise.
     #[error(
         "the {role} {path} is truncated: {what} ends at byte {need}, the file has {have} bytes; copy or download it again"
@@ -129,30 +91,20 @@ pub enum BootError {
     },
     /// A kernel for 32-bit processors.
     #[error(
-        "{path} is a 32-bit kernel ({why}); give a 64-bit one (CONFIG_64BIT=y, \"amd64\" or \"x86_64\" in a package's name)"
+        "{0} is a 32-bit kernel ({1}); give a 64-bit one (CONFIG_64BIT=y, \"amd64\" or \"x86_64\" in a package's name)"
     )]
-    Kernel32 {
-        /// The file.
-        path: PathBuf,
-        /// How that shows.
-        why: &'static str,
-    },
+    Kernel32(PathBuf, &'static str),
     /// A bzImage older than the 64-bit boot protocol.
-    #[error("{path} speaks boot protocol {}.{:02}; 2.12 (Linux 3.8) is the oldest with a 64-bit entry, give a newer kernel", version >> 8, version & 0xff)]
-    ProtocolTooOld {
-        /// The file.
-        path: PathBuf,
-        /// The kernel's protocol version, major in the high byte.
-        version: u16,
-    },
+    #[error(
+        "{} speaks boot protocol {}.{:02}; 2.12 (Linux 3.8) is the oldest with a 64-bit entry, give a newer kernel",
+        .0.display(),
+        .1 >> 8,
+        .1 & 0xff
+    )]
+    ProtocolTooOld(PathBuf, u16),
     /// The file's headers contradict themselves.
-    #[error("the kernel {path} is damaged or not a kernel: {what}; copy or download it again")]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// The contradiction, with its values.
-        what: String,
-    },
+    #[error("the kernel {0} is damaged or not a kernel: {1}; copy or download it again")]
+    Malformed(PathBuf, String),
     /// The kernel does not have the entry point that was asked for.
     #[error("{path} cannot be started by the {protocol} protocol: {why}")]
     NoSuchEntry {

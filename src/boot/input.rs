@@ -61,18 +61,14 @@ impl InputFile {
         let failed = |source: io::Error| {
             let path = path.to_owned();
             match source.kind() {
-                io::ErrorKind::NotFound => BootError::Missing { role, path },
-                io::ErrorKind::PermissionDenied => BootError::Permission { role, path },
-                _ => BootError::Open { role, path, source },
+                io::ErrorKind::NotFound => BootError::Missing(role, path),
+                io::ErrorKind::PermissionDenied => BootError::Permission(role, path),
+                _ => BootError::Open(role, path, source),
             }
         };
         let regular = |file_type: FileType| match irregular(file_type) {
             None => Ok(()),
-            Some(what) => Err(BootError::NotRegular {
-                role,
-                path: path.to_owned(),
-                what,
-            }),
+            Some(what) => Err(BootError::NotRegular(role, path.to_owned(), what)),
         };
 
         regular(fs::metadata(path).map_err(failed)?.file_type())?;
@@ -85,10 +81,7 @@ impl InputFile {
         let metadata = file.metadata().map_err(failed)?;
         regular(metadata.file_type())?;
         if metadata.len() == 0 {
-            return Err(BootError::Empty {
-                role,
-                path: path.to_owned(),
-            });
+            return Err(BootError::Empty(role, path.to_owned()));
         }
         Ok(Self {
             role,
@@ -245,10 +238,7 @@ impl InputFile {
 
     /// The error about headers that contradict themselves.
     pub(crate) fn malformed(&self, what: impl Into<String>) -> BootError {
-        BootError::Malformed {
-            path: self.path.clone(),
-            what: what.into(),
-        }
+        BootError::Malformed(self.path.clone(), what.into())
     }
 
     fn truncated(&self, what: &str, need: u64, have: u64) -> BootError {
@@ -262,11 +252,7 @@ impl InputFile {
     }
 
     fn read_failed(&self, source: io::Error) -> BootError {
-        BootError::Read {
-            role: self.role,
-            path: self.path.clone(),
-            source,
-        }
+        BootError::Read(self.role, self.path.clone(), source)
     }
 }
 

@@ -16,11 +16,8 @@ pub(crate) enum PayloadError {
     #[error(transparent)]
     Read(#[from] BootError),
     /// A format that Linux does not pack its kernels in, or none.
-    #[error("its payload begins with {head}, which is not a compression format of Linux kernels")]
-    UnknownFormat {
-        /// The first bytes, in hexadecimal.
-        head: String,
-    },
+    #[error("its payload begins with {0}, which is not a compression format of Linux kernels")]
+    UnknownFormat(String),
     /// The sizes cannot be true: a kernel unpacks itself within its init_size.
     #[error(
         "its payload of {packed} bytes claims to hold {unpacked}, where the kernel has room for {room} (init_size)"
@@ -34,26 +31,14 @@ pub(crate) enum PayloadError {
         room: u64,
     },
     /// There is no decoder for it here.
-    #[error("minivmm has no decoder for {format}")]
-    Unsupported {
-        /// How it is compressed.
-        format: Compression,
-    },
+    #[error("minivmm has no decoder for {0}")]
+    Unsupported(Compression),
     /// The compressed data is truncated or wrong.
-    #[error("its {format} payload is damaged")]
-    Damaged {
-        /// How it is compressed.
-        format: Compression,
-        /// What the decoder said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("its {0} payload is damaged")]
+    Damaged(Compression, #[source] io::Error),
     /// The decompressed payload is not a kernel.
-    #[error("its {format} payload is not an ELF file")]
-    NotElf {
-        /// How it is compressed.
-        format: Compression,
-    },
+    #[error("its {0} payload is not an ELF file")]
+    NotElf(Compression),
 }
 
 /// How the payload is compressed, by its first bytes.
@@ -63,7 +48,7 @@ pub(crate) fn format(input: &InputFile, image: &BzImage) -> Result<Compression, 
     let head = head.get_mut(..len).unwrap_or_default();
     input.read_exact(image.payload_offset(), head, "its payload")?;
     match Compression::identify(head) {
-        Some(Compression::Lz4Frame) | None => Err(PayloadError::UnknownFormat { head: hex(head) }),
+        Some(Compression::Lz4Frame) | None => Err(PayloadError::UnknownFormat(hex(head))),
         Some(format) => Ok(format),
     }
 }
@@ -71,7 +56,7 @@ pub(crate) fn format(input: &InputFile, image: &BzImage) -> Result<Compression, 
 /// Decompresses the payload. Memory use is at most twice the kernel's init_size, plus the decoder's.
 pub(crate) fn unpack(input: &InputFile, image: &BzImage) -> Result<Vec<u8>, PayloadError> {
     let format = format(input, image)?;
-    let damaged = |source| PayloadError::Damaged { format, source };
+    let damaged = |source| PayloadError::Damaged(format, source);
     let cut = || damaged(io::ErrorKind::UnexpectedEof.into());
 
     // The last four bytes are the length of what is inside. gzip ends with it; to the other formats the build adds it
@@ -98,11 +83,11 @@ pub(crate) fn unpack(input: &InputFile, image: &BzImage) -> Result<Vec<u8>, Payl
     input.read_exact(image.payload_offset(), &mut packed, "its payload")?;
     let mut kernel = vec![0; usize::try_from(unpacked).map_err(|_| cut())?];
     decompress(format, &packed, &mut kernel).map_err(|source| match source.kind() {
-        io::ErrorKind::Unsupported => PayloadError::Unsupported { format },
+        io::ErrorKind::Unsupported => PayloadError::Unsupported(format),
         _ => damaged(source),
     })?;
     if u32_at(&kernel, 0) != Some(u32::from_le_bytes(*b"\x7fELF")) {
-        return Err(PayloadError::NotElf { format });
+        return Err(PayloadError::NotElf(format));
     }
     Ok(kernel)
 }

@@ -199,6 +199,10 @@ where
 }
 
 /// A VM; what is given here goes over what a configuration file says.
+#[allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "in help, brackets are what may be left out"
+)]
 #[derive(Debug, Default, Args)]
 pub struct VmArgs {
     /// What is booted.
@@ -215,10 +219,6 @@ pub struct VmArgs {
     /// refused, but not with format=raw. sector: bytes in a logical block, if not the block device's own or 512: 4096 for the
     /// image of a disk with such sectors. queues: 1 to 8, without it one a vCPU. engine: io_uring, or without it
     /// where the host has none or the disk is ephemeral, sync: one request of a queue after the other
-    #[allow(
-        rustdoc::broken_intra_doc_links,
-        reason = "in help, brackets are what may be left out"
-    )]
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
     /// Network device, which the guest finds as eth0, enp0s0 or the like; without it there is no network:
@@ -230,19 +230,11 @@ pub struct VmArgs {
     /// gateway's address leads to this host, its servers on 127.0.0.1 included. tap: a TAP interface of this host, which exists (ip tuntap add tap0 mode tap user $USER) and is up. fd: the same, opened by
     /// the caller with IFF_NO_PI and IFF_VNET_HDR. mac: the guest's address; without it, one that stays the same as long as host,
     /// kernel, disks and interface do
-    #[allow(
-        rustdoc::broken_intra_doc_links,
-        reason = "in help, brackets are what may be left out"
-    )]
     #[arg(long, value_name = "NET")]
     pub net: Vec<NetConfig>,
     /// Sockets between host and guest (virtio-vsock): path=SOCKET[,cid=N], as in --vsock path=v.sock. A program of the host connects
     /// to this Unix socket, writes "CONNECT PORT" and a newline, and reads "OK HOSTPORT" once the guest has accepted; what
     /// the guest connects to at port P of the host is the Unix socket SOCKET_P. cid: the guest's context ID, 3 without it
-    #[allow(
-        rustdoc::broken_intra_doc_links,
-        reason = "in help, brackets are what may be left out"
-    )]
     #[arg(long, value_name = "VSOCK")]
     pub vsock: Option<VsockConfig>,
     /// Let the host merge equal pages of this guest and of all others that allow it, where its KSM runs (pages_to_scan and

@@ -79,10 +79,7 @@ pub fn share_one_heap() {
 
 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
-#[allow(
-    unsafe_code,
-    reason = "no safe interface offers a handler that never returns"
-)]
+#[allow(unsafe_code, reason = "no safe handler may end the process")]
 fn handle(signal: libc::c_int, handler: Handler) {
     // SAFETY: an all-zero sigaction is a valid value: no flags, an empty mask.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };

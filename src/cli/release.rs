@@ -73,10 +73,7 @@ pub(super) fn release(
 
 /// Leaves the open files to a process of their own. The kernel closes a process's files at its end, and waits there for the server
 /// of a file on FUSE or NFS, SIGKILL or not; of a table that is shared, only when its last process ends.
-#[allow(
-    unsafe_code,
-    reason = "no safe interface makes a process that shares its files"
-)]
+#[allow(unsafe_code, reason = "no safe interface has clone(2)")]
 fn leave_files(mem: &GuestMemoryMmap) {
     // With gigabytes of page tables to copy, it would take too long.
     memory::keep_from_children(mem);

@@ -50,7 +50,7 @@ fn start_watch(
     console: Option<Console>,
 ) -> Result<Watch, RunError> {
     Watch::start(Arc::clone(signals), deadline, console)
-        .map_err(|source| VmError::from(VcpuError::Thread { index: 0, source }).into())
+        .map_err(|source| VmError::from(VcpuError::Thread(0, source)).into())
 }
 
 /// Builds the VM of `plan` and runs it to its end, again after every reset if the configuration wants it.

@@ -46,7 +46,7 @@ fn hint(error: &VmError) -> String {
     match error {
         VmError::TooManyCpus { .. } => ": give a smaller --cpus".into(),
         VmError::TooMuchMemory { .. } => ": give a smaller --memory".into(),
-        VmError::Memory(MemoryError::Map { .. }) => " (--memory)".into(),
+        VmError::Memory(MemoryError::Map(..)) => " (--memory)".into(),
         VmError::Memory(MemoryError::Merge(_)) => " (--mergeable)".into(),
         VmError::Boot(BootError::MemoryTooSmall { need_mib, .. }) => {
             format!("; raise it with --memory {need_mib}M or more")

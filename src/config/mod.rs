@@ -86,29 +86,14 @@ const MAX_CONFIG_FILE: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: std::io::Error,
-    },
+    #[error("cannot read the configuration {}", .0.display())]
+    Read(PathBuf, #[source] std::io::Error),
     /// The file is larger than any configuration.
-    #[error("{} is larger than 1 MiB: not a configuration of a VM", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-    },
+    #[error("{} is larger than 1 MiB: not a configuration of a VM", .0.display())]
+    TooLarge(PathBuf),
     /// The file is not what it should be.
-    #[error("cannot use the configuration {}", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: serde_json::Error,
-    },
+    #[error("cannot use the configuration {}", .0.display())]
+    Parse(PathBuf, #[source] serde_json::Error),
     /// No kernel was named.
     #[error("no kernel is named")]
     NoKernel,
@@ -116,13 +101,8 @@ pub enum ConfigError {
     #[error("{0} vCPUs are not possible: a VM has 1 to {MAX_CPUS}")]
     Cpus(u8),
     /// An invalid disk.
-    #[error("disk {path}: {why}", path = path.display())]
-    Disk {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        why: String,
-    },
+    #[error("disk {0}: {1}")]
+    Disk(PathBuf, String),
     /// A required sandbox that refuses nothing.
     #[error("the sandbox is required, so it has to be strict")]
     Sandbox,
@@ -258,24 +238,16 @@ impl Default for VmConfig {
 impl VmConfig {
     /// Reads a JSON file. Fields that it lacks have their defaults; fields that are not known are errors.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let read = |source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        };
+        let read = |source| ConfigError::Read(path.to_owned(), source);
         let file = File::open(path).map_err(read)?;
         let mut text = String::new();
         file.take(MAX_CONFIG_FILE + 1)
             .read_to_string(&mut text)
             .map_err(read)?;
         if text.len() as u64 > MAX_CONFIG_FILE {
-            return Err(ConfigError::TooLarge {
-                path: path.to_owned(),
-            });
+            return Err(ConfigError::TooLarge(path.to_owned()));
         }
-        parse(&text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source,
-        })
+        parse(&text).map_err(|source| ConfigError::Parse(path.to_owned(), source))
     }
 
     /// Checks what can be checked without access to files and devices.
@@ -299,10 +271,8 @@ impl VmConfig {
             return Err(ConfigError::Sandbox);
         }
         for disk in &self.disks {
-            disk.validate().map_err(|why| ConfigError::Disk {
-                path: disk.path.clone(),
-                why,
-            })?;
+            disk.validate()
+                .map_err(|why| ConfigError::Disk(disk.path.clone(), why))?;
         }
         for net in &self.nets {
             net.validate().map_err(ConfigError::Net)?;

@@ -107,10 +107,7 @@ fn stop_self() {
     terminal::reenter_raw();
 }
 
-#[allow(
-    unsafe_code,
-    reason = "no safe interface reads what is done about a signal"
-)]
+#[allow(unsafe_code, reason = "no safe interface reads an action")]
 fn is_ignored(signal: Signal) -> bool {
     // SAFETY: an all-zero sigaction is a valid value.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };

@@ -138,10 +138,7 @@ static PREVIOUS: [OnceLock<libc::sigaction>; 4] = [const { OnceLock::new() }; 4]
 /// The other signal that an instruction can set off, a breakpoint. [`crate::cli::process`] has SIGSYS.
 const TRAPS: [libc::c_int; 1] = [libc::SIGTRAP];
 
-#[allow(
-    unsafe_code,
-    reason = "no safe interface offers handlers for fatal signals"
-)]
+#[allow(unsafe_code, reason = "no safe interface handles fatal signals")]
 fn restore_on_fatal_signals() {
     let previous = PREVIOUS.iter().map(Some).chain(std::iter::repeat(None));
     for (signal, previous) in FAULTS.into_iter().chain(TRAPS).zip(previous) {

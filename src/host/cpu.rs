@@ -1,33 +1,27 @@
 //! The host's processor: what a boot asks, from CPUID; the rest, from /proc/cpuinfo, which takes long to read where there are
 //! hundreds of processors.
 
-use std::arch::x86_64::__cpuid;
+use std::arch::x86_64::{__cpuid, CpuidResult};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+
+/// What this processor's CPUID says in a leaf.
+#[allow(unsafe_code, unused_unsafe, reason = "safe in newer versions of Rust")]
+pub fn cpuid(leaf: u32) -> CpuidResult {
+    // SAFETY: every x86-64 processor has the instruction.
+    unsafe { __cpuid(leaf) }
+}
 
 /// Whether the processor has hardware virtualization: VT-x (SDM vol. 2, CPUID leaf 1, ECX bit 5) or AMD-V (APM vol. 3, leaf
 /// 0x80000001, ECX bit 2).
 pub fn has_virtualization() -> bool {
-    #[allow(
-        unsafe_code,
-        unused_unsafe,
-        reason = "a safe function only in newer versions of Rust"
-    )]
-    // SAFETY: every x86-64 processor has the instruction.
-    let ecx = |leaf| unsafe { __cpuid(leaf) }.ecx;
-    ecx(1) & 1 << 5 != 0 || ecx(0x8000_0001) & 1 << 2 != 0
+    cpuid(1).ecx & 1 << 5 != 0 || cpuid(0x8000_0001).ecx & 1 << 2 != 0
 }
 
 /// Whether this host is a virtual machine that QEMU emulates in software (TCG), by the hypervisor's signature (CPUID leaf 0x40000000).
 /// On a processor without a hypervisor that leaf has something else.
 pub fn is_emulated_by_qemu() -> bool {
-    #[allow(
-        unsafe_code,
-        unused_unsafe,
-        reason = "a safe function only in newer versions of Rust"
-    )]
-    // SAFETY: every x86-64 processor has the instruction.
-    let leaf = unsafe { __cpuid(0x4000_0000) };
+    let leaf = cpuid(0x4000_0000);
     [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes) == [*b"TCGT", *b"CGTC", *b"GTCG"]
 }
 

@@ -33,8 +33,7 @@ pub fn open() -> Result<Kvm, OpenError> {
     let kvm = Kvm::new().map_err(|error| {
         OpenError::Device(match error.errno() {
             libc::ENOENT => "it is not there; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
-                             firmware, turn nested virtualization on for this VM, or pass it into this container (docker run \
-                             --device /dev/kvm)"
+                             firmware, turn nested virtualization on for this VM, or pass the device into this container"
                 .into(),
             libc::EACCES => format!("permission denied; {}", permission_hint(&device_group())),
             libc::ENODEV => "no KVM behind it; load it (modprobe kvm_intel or kvm_amd)".into(),

@@ -19,22 +19,11 @@ pub enum ReportFileError {
     )]
     Stdout,
     /// The file would be overwritten, perhaps by a mistake on the command line.
-    #[error("{} exists and is not {kind}: a report would overwrite it; remove it or name another file", path.display())]
-    WouldOverwrite {
-        /// The file.
-        path: PathBuf,
-        /// What it would have to be.
-        kind: &'static str,
-    },
+    #[error("{} exists and is not {}: a report would overwrite it; remove it or name another file", .0.display(), .1)]
+    WouldOverwrite(PathBuf, &'static str),
     /// A system call failed.
-    #[error("cannot write a report to {}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot write a report to {}", .0.display())]
+    Write(PathBuf, #[source] io::Error),
 }
 
 /// The file, open for writing; until then it keeps what it has.
@@ -67,13 +56,13 @@ impl ReportFile {
             Ok((would_overwrite(&path, &file, first)?, file, is_regular))
         });
         match checked {
-            Ok((true, ..)) => Err(ReportFileError::WouldOverwrite { path, kind }),
+            Ok((true, ..)) => Err(ReportFileError::WouldOverwrite(path, kind)),
             Ok((false, file, is_regular)) => Ok(Self {
                 path,
                 file,
                 is_regular,
             }),
-            Err(source) => Err(ReportFileError::Write { path, source }),
+            Err(source) => Err(ReportFileError::Write(path, source)),
         }
     }
 
@@ -81,10 +70,7 @@ impl ReportFile {
     pub fn write_json(self, report: &impl Serialize) -> Result<(), ReportFileError> {
         match serde_json::to_string_pretty(report) {
             Ok(json) => self.write(&(json + "\n")),
-            Err(e) => Err(ReportFileError::Write {
-                path: self.path,
-                source: e.into(),
-            }),
+            Err(e) => Err(ReportFileError::Write(self.path, e.into())),
         }
     }
 
@@ -96,10 +82,7 @@ impl ReportFile {
         };
         emptied
             .and_then(|()| self.file.write_all(text.as_bytes()))
-            .map_err(|source| ReportFileError::Write {
-                path: self.path,
-                source,
-            })
+            .map_err(|source| ReportFileError::Write(self.path, source))
     }
 }
 

@@ -64,10 +64,7 @@ impl Filesystem {
     }
 
     /// Restricts the calling thread, which cannot gain privileges any more, and threads that it starts.
-    #[allow(
-        unsafe_code,
-        reason = "the crate would duplicate the descriptor for each thread"
-    )]
+    #[allow(unsafe_code, reason = "the crate would duplicate the descriptor")]
     pub(super) fn restrict(&self) -> io::Result<()> {
         // SAFETY: it takes two numbers.
         match unsafe { libc::syscall(libc::SYS_landlock_restrict_self, self.0.as_raw_fd(), 0) } {

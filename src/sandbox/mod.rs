@@ -38,18 +38,12 @@ pub enum SandboxError {
     #[error("cannot set up the sandbox: Landlock")]
     Landlock(#[from] landlock::RulesetError),
     /// The kernel refused a step.
-    #[error("cannot set up the sandbox: {step}")]
-    Refused {
-        /// Which step.
-        step: &'static str,
-        /// What it said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot set up the sandbox: {0}")]
+    Refused(&'static str, #[source] io::Error),
 }
 
 fn refused(step: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
-    move |source| SandboxError::Refused { step, source }
+    move |source| SandboxError::Refused(step, source)
 }
 
 /// Whether the host's kernel can filter a thread's system calls.

@@ -181,8 +181,16 @@ const FILE_FLAGS: &[u32] = &[
     libc::F_DUPFD_CLOEXEC as u32,
 ];
 
-/// <linux/io_uring.h>
-const IORING_REGISTER_ENABLE_RINGS: u32 = 12;
+/// Conditions, by the argument's place.
+const NOT_EXECUTABLE: When = When::Without(2, libc::PROT_EXEC as u32);
+const NOT_SIGSYS: When = When::Not(0, libc::SIGSYS as u32);
+const THREAD_NAME: When = When::OneOf(0, &[libc::PR_SET_NAME as u32, libc::PR_GET_NAME as u32]);
+const IS_OPEN: When = When::OneOf(1, &[libc::F_GETFD as u32]);
+const UNIX_SOCKET: When = When::OneOf(0, &[libc::AF_UNIX as u32]);
+const OF_DESCRIPTOR: When = When::OneOf(2, &[libc::AT_EMPTY_PATH as u32]);
+const NO_NEW_PRIVILEGES: When = When::OneOf(0, &[libc::PR_SET_NO_NEW_PRIVS as u32]);
+/// <linux/io_uring.h>: IORING_REGISTER_ENABLE_RINGS.
+const ENABLE_RINGS: When = When::OneOf(1, &[12]);
 
 pub(super) const TABLE: &[Rule] = &[
     // Whatever Rust and the C library do on a thread of their own accord, its end, and a crash.
@@ -192,16 +200,8 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_close, ALL),
     any(libc::SYS_poll, ALL),
     any(libc::SYS_ppoll, ALL),
-    only(
-        libc::SYS_mmap,
-        ALL,
-        When::Without(2, libc::PROT_EXEC as u32),
-    ),
-    only(
-        libc::SYS_mprotect,
-        ALL,
-        When::Without(2, libc::PROT_EXEC as u32),
-    ),
+    only(libc::SYS_mmap, ALL, NOT_EXECUTABLE),
+    only(libc::SYS_mprotect, ALL, NOT_EXECUTABLE),
     any(libc::SYS_munmap, ALL),
     any(libc::SYS_mremap, ALL),
     any(libc::SYS_madvise, ALL),
@@ -223,25 +223,13 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_rt_sigreturn, ALL),
     any(libc::SYS_sigaltstack, ALL),
     // The handler that ends the process at a refused call stays.
-    only(
-        libc::SYS_rt_sigaction,
-        ALL,
-        When::Not(0, libc::SIGSYS as u32),
-    ),
+    only(libc::SYS_rt_sigaction, ALL, NOT_SIGSYS),
     only(libc::SYS_tgkill, ALL, When::OwnProcess(0)),
     only(libc::SYS_kill, ALL, When::OwnProcess(0)),
     only(libc::SYS_tkill, ALL, When::OwnThread(0)),
-    only(
-        libc::SYS_prctl,
-        ALL,
-        When::OneOf(0, &[libc::PR_SET_NAME as u32, libc::PR_GET_NAME as u32]),
-    ),
+    only(libc::SYS_prctl, ALL, THREAD_NAME),
     // Debug builds look at a descriptor before they close it.
-    only(
-        libc::SYS_fcntl,
-        ALL,
-        When::OneOf(1, &[libc::F_GETFD as u32]),
-    ),
+    only(libc::SYS_fcntl, ALL, IS_OPEN),
     only(libc::SYS_ioctl, ALL, When::OneOf(1, COMMON_IOCTLS)),
     // Event loops and queue workers.
     any(libc::SYS_epoll_wait, ALL),
@@ -256,11 +244,7 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_fallocate, &[BLOCK]),
     any(libc::SYS_fdatasync, &[BLOCK]),
     any(libc::SYS_io_uring_enter, &[BLOCK]),
-    only(
-        libc::SYS_io_uring_register,
-        &[BLOCK],
-        When::OneOf(1, &[IORING_REGISTER_ENABLE_RINGS]),
-    ),
+    only(libc::SYS_io_uring_register, &[BLOCK], ENABLE_RINGS),
     // Networks.
     any(libc::SYS_readv, &[NET, VSOCK]),
     any(libc::SYS_writev, &[NET, VSOCK]),
@@ -269,11 +253,7 @@ pub(super) const TABLE: &[Rule] = &[
     // passt, when it has ended.
     any(libc::SYS_wait4, &[NET]),
     // Streams to Unix sockets, and a timer for those that do not answer.
-    only(
-        libc::SYS_socket,
-        &[VSOCK],
-        When::OneOf(0, &[libc::AF_UNIX as u32]),
-    ),
+    only(libc::SYS_socket, &[VSOCK], UNIX_SOCKET),
     any(libc::SYS_connect, &[VSOCK]),
     any(libc::SYS_accept4, &[VSOCK]),
     any(libc::SYS_shutdown, &[VSOCK]),
@@ -287,11 +267,7 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_ftruncate, MAIN),
     // The length of what a VM was restored from.
     any(libc::SYS_fstat, MAIN),
-    only(
-        libc::SYS_statx,
-        MAIN,
-        When::OneOf(2, &[libc::AT_EMPTY_PATH as u32]),
-    ),
+    only(libc::SYS_statx, MAIN, OF_DESCRIPTOR),
     only(libc::SYS_ioctl, MAIN, When::OneOf(1, MAIN_IOCTLS)),
     // A thread for the end of disks, and the process that their files are left to.
     only(
@@ -338,21 +314,13 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_geteuid, RESTART),
     any(libc::SYS_epoll_create1, RESTART),
     // The socket of a socket device, and its timer.
-    only(
-        libc::SYS_socket,
-        RESTART,
-        When::OneOf(0, &[libc::AF_UNIX as u32]),
-    ),
+    only(libc::SYS_socket, RESTART, UNIX_SOCKET),
     any(libc::SYS_bind, RESTART),
     any(libc::SYS_listen, RESTART),
     any(libc::SYS_timerfd_create, RESTART),
     only(libc::SYS_ioctl, RESTART, When::OneOf(1, RESTART_IOCTLS)),
     // New threads confine themselves.
-    only(
-        libc::SYS_prctl,
-        RESTART,
-        When::OneOf(0, &[libc::PR_SET_NO_NEW_PRIVS as u32]),
-    ),
+    only(libc::SYS_prctl, RESTART, NO_NEW_PRIVILEGES),
     any(libc::SYS_capset, RESTART),
     any(libc::SYS_seccomp, RESTART),
     any(libc::SYS_landlock_restrict_self, RESTART),

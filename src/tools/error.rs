@@ -11,14 +11,8 @@ pub enum ToolError {
     #[error("{0}")]
     Usage(String),
     /// The host, a file or a program was in the way.
-    #[error("cannot {what}")]
-    Failed {
-        /// What was tried.
-        what: String,
-        /// What came of it.
-        #[source]
-        source: Box<dyn Error + Send + Sync>,
-    },
+    #[error("cannot {0}")]
+    Failed(String, #[source] Box<dyn Error + Send + Sync>),
     /// The results have no place.
     #[error(transparent)]
     Output(#[from] ReportFileError),
@@ -32,8 +26,5 @@ pub(crate) fn cannot<E: Into<Box<dyn Error + Send + Sync>>>(
     what: impl Into<String>,
 ) -> impl FnOnce(E) -> ToolError {
     let what = what.into();
-    move |source| ToolError::Failed {
-        what,
-        source: source.into(),
-    }
+    move |source| ToolError::Failed(what, source.into())
 }

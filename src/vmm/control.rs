@@ -11,10 +11,11 @@
 //!
 //! The first end counts; nothing leads out of it.
 
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use minivmm_devices::event::{EventSink, GuestEvent};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::outcome::Outcome;
@@ -70,6 +71,35 @@ impl Control {
             changed: Condvar::new(),
             request: AtomicU8::new(Request::Run as u8),
             ended: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
+    }
+
+    /// What devices report, turned into the VM's end.
+    pub fn event_sink(
+        self: &Arc<Self>,
+        boot_mark: Option<Box<dyn Fn(u8) + Send + Sync>>,
+        hold_at: Option<(u8, EventFd)>,
+    ) -> EventSink {
+        let control = Arc::clone(self);
+        let held = AtomicBool::new(false);
+        Arc::new(move |event| match event {
+            GuestEvent::PowerOff => control.end(Outcome::PowerOff),
+            GuestEvent::Reset => control.end(Outcome::Reset),
+            GuestEvent::Panicked => control.end(Outcome::Panicked),
+            GuestEvent::Exit(status) => control.end(Outcome::Exit(status)),
+            GuestEvent::BootMark(mark) => {
+                if let Some((at, reached)) = &hold_at
+                    && *at == mark
+                    && !held.swap(true, Ordering::Relaxed)
+                {
+                    control.hold();
+                    // Its counter has room: it is written once.
+                    let _ = reached.write(1);
+                }
+                if let Some(observe) = &boot_mark {
+                    observe(mark);
+                }
+            }
         })
     }
 

@@ -68,14 +68,8 @@ pub enum VmError {
     )]
     Busy,
     /// KVM refused a step of the set-up.
-    #[error("{step} failed")]
-    Kvm {
-        /// The ioctl.
-        step: &'static str,
-        /// What KVM said.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
+    #[error("{0} failed")]
+    Kvm(&'static str, #[source] kvm_ioctls::Error),
     /// More vCPUs than KVM makes.
     #[error("this host's KVM makes {max} vCPUs at most, not {asked}")]
     TooManyCpus {
@@ -100,12 +94,9 @@ pub enum VmError {
     #[error(
         "this host's KVM is PVM, without hardware virtualization: it emulates {} so slowly that it would seem to hang; run \
          minivmm on a host with VT-x or AMD-V, or in the lab: tests/lab/run (`minivmm doctor` tells more)",
-        kernel.display()
+        .0.display()
     )]
-    SoftwareKvm {
-        /// The kernel.
-        kernel: PathBuf,
-    },
+    SoftwareKvm(PathBuf),
     /// Guest memory refused an access within RAM.
     #[error("cannot write the boot tables to guest memory")]
     BootTables(#[source] GuestMemoryError),
@@ -119,22 +110,16 @@ pub enum VmError {
     #[error("cannot restore the devices")]
     Devices(#[source] StateError),
     /// The host refused something.
-    #[error("cannot set up {what}")]
-    Host {
-        /// What was to be set up.
-        what: &'static str,
-        /// What the host said.
-        #[source]
-        source: std::io::Error,
-    },
+    #[error("cannot set up {0}")]
+    Host(&'static str, #[source] std::io::Error),
 }
 
 /// For what the host refuses.
 pub fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> VmError {
-    move |source| VmError::Host { what, source }
+    move |source| VmError::Host(what, source)
 }
 
 /// For what KVM refuses.
 pub fn refused(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
-    move |source| VmError::Kvm { step, source }
+    move |source| VmError::Kvm(step, source)
 }

@@ -204,26 +204,17 @@ impl Machine {
         let pvpanic = Pvpanic(event());
         machine.attach_port("pvpanic", layout::PVPANIC_PORT, pvpanic_len, pvpanic)?;
         machine.acpi.push(AcpiDevice {
-            name: "PEVT".into(),
-            hid: Hid::Acpi("QEMU0001"),
-            uid: 0,
             ports: Some((layout::PVPANIC_PORT, pvpanic_len as u8)),
-            mmio: None,
-            gsi: None,
-            object: None,
+            ..AcpiDevice::new("PEVT".into(), Hid::Acpi("QEMU0001"))
         });
         let serial = serial.clone();
         machine.state.add(COM1, serial.clone());
         let (port, len) = (layout::COM1_PORT.into(), serial::PORT_LEN);
         machine.buses.pio.map(COM1, port, len, serial)?;
         machine.acpi.push(AcpiDevice {
-            name: COM1.into(),
-            hid: Hid::Eisa("PNP0501"),
-            uid: 0,
             ports: Some((layout::COM1_PORT, serial::PORT_LEN as u8)),
-            mmio: None,
             gsi: Some(layout::COM1_GSI),
-            object: None,
+            ..AcpiDevice::new(COM1.into(), Hid::Eisa("PNP0501"))
         });
         Ok(machine)
     }
@@ -331,13 +322,10 @@ impl Machine {
         let (base, len) = (slot.base(), layout::VIRTIO_MMIO_SIZE);
         self.buses.mmio.map(name, base, len, transport)?;
         self.acpi.push(AcpiDevice {
-            name: format!("VR{index:02}"),
-            hid: Hid::Acpi(VIRTIO_MMIO_HID),
             uid: index as u32,
-            ports: None,
             mmio: Some((slot.base() as u32, layout::VIRTIO_MMIO_SIZE as u32)),
             gsi: Some(slot.gsi()),
-            object: None,
+            ..AcpiDevice::new(format!("VR{index:02}"), Hid::Acpi(VIRTIO_MMIO_HID))
         });
         Ok(())
     }

@@ -24,15 +24,9 @@ const HUGE_PAGE: usize = 2 << 20;
 pub enum MemoryError {
     /// The host's address space has no room.
     #[error(
-        "cannot reserve address space for {size} of guest memory; ask for less, or raise its limit (ulimit -v)"
+        "cannot reserve address space for {0} of guest memory; ask for less, or raise its limit (ulimit -v)"
     )]
-    Map {
-        /// Asked for.
-        size: MemorySize,
-        /// What the host said.
-        #[source]
-        source: FromRangesError,
-    },
+    Map(MemorySize, #[source] FromRangesError),
     /// The host does not let pages be merged.
     #[error(
         "the host does not let guest memory be merged{}; leave out \"mergeable\"",
@@ -77,10 +71,7 @@ pub fn end_of_ram(size: u64) -> u64 {
 /// It is left out of core dumps, and the kernel does not merge it with mappings that are not (malloc's are anonymous,
 /// too), so that /proc tells the guest's memory from minivmm's own.
 pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    let failed = |source| MemoryError::Map {
-        size: MemorySize { bytes: size },
-        source,
-    };
+    let failed = |source| MemoryError::Map(MemorySize { bytes: size }, source);
     let regions = ranges(size)
         .into_iter()
         .map(|(start, len)| {
@@ -104,10 +95,7 @@ pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
 /// Maps guest RAM from `offset` of a file on: privately, so that the file stays as it is and all VMs that map it share the pages that
 /// none of them has written. The file must not shrink as long as the VM is there.
 pub fn map_file(size: u64, file: &Arc<File>, offset: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    let failed = |source| MemoryError::Map {
-        size: MemorySize { bytes: size },
-        source,
-    };
+    let failed = |source| MemoryError::Map(MemorySize { bytes: size }, source);
     let mut at = offset;
     let map = |(start, len): (GuestAddress, usize)| {
         let place = FileOffset::from_arc(Arc::clone(file), at);

@@ -179,9 +179,7 @@ impl Prepared {
         )?;
         times.kernel_loaded = Some(Instant::now());
         if is_stock_linux(&kernel) && kvm::is_pvm() {
-            return Err(VmError::SoftwareKvm {
-                kernel: config.kernel.clone(),
-            });
+            return Err(VmError::SoftwareKvm(config.kernel.clone()));
         }
         let max = kvm.get_max_vcpus();
         if usize::from(config.cpus) > max {

@@ -11,13 +11,11 @@
 //! All of its state is in one owner and nothing is global: one process can run several. What ends it, from wherever that comes, goes
 //! through its [`Control`].
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Cap;
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
-use minivmm_devices::event::{EventSink, GuestEvent};
 use minivmm_devices::platform::serial::Serial;
 use minivmm_devices::virtio::console::Console as VirtioConsole;
 use vm_memory::GuestMemoryMmap;
@@ -106,7 +104,7 @@ impl Vm {
         let serial = Serial::new(com1, console.serial, Arc::clone(&kick));
         let serial = Arc::new(Mutex::new(serial));
         let mut user_console: SharedConsole = serial.clone();
-        let events = event_sink(&control, observers.boot_mark, observers.hold_at);
+        let events = control.event_sink(observers.boot_mark, observers.hold_at);
         let mut machine = Machine::new(&interrupts, &events, &serial)?;
         if parts.config.generation_id {
             let boots = matches!(parts.origin, Origin::Boot(_));
@@ -371,7 +369,7 @@ fn set_states(
 ) -> Result<(), VcpuError> {
     vcpus.iter().try_for_each(|vcpu| {
         let index = vcpu.index;
-        set(vcpu).map_err(|source| VcpuError::State { index, source })
+        set(vcpu).map_err(|source| VcpuError::State(index, source))
     })
 }
 
@@ -381,33 +379,4 @@ fn write_tables(parts: &Prepared, machine: &Machine) -> Result<(), VmError> {
     acpi::write_tables(mem, cpus, &machine.acpi).map_err(VmError::BootTables)?;
     mptable::write(mem, cpus).map_err(VmError::BootTables)?;
     regs::write_boot_tables(mem, parts.kernel.entry).map_err(VmError::BootTables)
-}
-
-/// What devices report, turned into the VM's end.
-fn event_sink(
-    control: &Arc<Control>,
-    boot_mark: Option<Box<dyn Fn(u8) + Send + Sync>>,
-    hold_at: Option<(u8, EventFd)>,
-) -> EventSink {
-    let control = Arc::clone(control);
-    let held = AtomicBool::new(false);
-    Arc::new(move |event| match event {
-        GuestEvent::PowerOff => control.end(Outcome::PowerOff),
-        GuestEvent::Reset => control.end(Outcome::Reset),
-        GuestEvent::Panicked => control.end(Outcome::Panicked),
-        GuestEvent::Exit(status) => control.end(Outcome::Exit(status)),
-        GuestEvent::BootMark(mark) => {
-            if let Some((at, reached)) = &hold_at
-                && *at == mark
-                && !held.swap(true, Ordering::Relaxed)
-            {
-                control.hold();
-                // Its counter has room: it is written once.
-                let _ = reached.write(1);
-            }
-            if let Some(observe) = &boot_mark {
-                observe(mark);
-            }
-        }
-    })
 }

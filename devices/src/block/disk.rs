@@ -17,7 +17,8 @@ use vm_memory::VolatileSlice;
 use super::format;
 use super::identity::DiskIdentity;
 use super::open::{
-    DiskError, DiskMode, DiskOptions, SECTOR_SIZE, block_size, failed, open_and_lock,
+    DiskError, DiskFault, DiskMode, DiskOptions, EXAMINED, SECTOR_SIZE, block_size, failed,
+    open_and_lock,
 };
 use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
 use super::saved::{self, SavedOverlay};
@@ -52,28 +53,18 @@ impl Disk {
         let (file, lock) = open_and_lock(path, mode == DiskMode::ReadWrite)?;
         let len = (&file)
             .seek(SeekFrom::End(0))
-            .map_err(failed("find the size of", path))?;
+            .map_err(failed(EXAMINED, path))?;
         if len < SECTOR_SIZE {
-            return Err(DiskError::Empty {
-                path: path.to_owned(),
-                len,
-            });
+            return Err(DiskFault::Empty(len).of(path));
         }
         if !options.force_raw
             && let Some(format) = format::identify(&file, len).map_err(failed("read", path))?
         {
-            return Err(DiskError::NotRaw {
-                path: path.to_owned(),
-                format,
-            });
+            return Err(DiskFault::NotRaw(format, format.command(path)).of(path));
         }
         let block_size = block_size(path, &file, options.block_size)?;
         if block_size != SECTOR_SIZE as u32 && !len.is_multiple_of(block_size.into()) {
-            return Err(DiskError::Uneven {
-                path: path.to_owned(),
-                len,
-                block_size,
-            });
+            return Err(DiskFault::Uneven { len, block_size }.of(path));
         }
         if !len.is_multiple_of(SECTOR_SIZE) {
             log::warn!(
@@ -85,18 +76,11 @@ impl Disk {
         let sectors = len / SECTOR_SIZE;
         let overlay = match mode {
             DiskMode::Ephemeral if len > MAX_EPHEMERAL_LEN => {
-                return Err(DiskError::TooLong {
-                    path: path.to_owned(),
-                    len,
-                });
+                return Err(DiskFault::TooLong(len).of(path));
             }
             DiskMode::Ephemeral => {
                 let overlay = Overlay::new(sectors * SECTOR_SIZE);
-                Some(overlay.map_err(|source| DiskError::Temporary {
-                    path: path.to_owned(),
-                    dir: env::temp_dir(),
-                    source,
-                })?)
+                Some(overlay.map_err(|e| DiskFault::Temporary(env::temp_dir(), e).of(path))?)
             }
             DiskMode::ReadOnly | DiskMode::ReadWrite => None,
         };
@@ -185,7 +169,7 @@ impl Disk {
     /// What must be the same when a snapshot is restored.
     pub fn identity(&self) -> Result<DiskIdentity, DiskError> {
         let metadata = self.file.metadata();
-        let metadata = metadata.map_err(failed("read the metadata of", &self.path))?;
+        let metadata = metadata.map_err(failed(EXAMINED, &self.path))?;
         Ok(DiskIdentity::new(
             &self.path,
             self.sectors * SECTOR_SIZE,
@@ -216,10 +200,7 @@ impl Disk {
         offset: u64,
         len: u64,
     ) -> Result<(), DiskError> {
-        let damaged = |why: String| DiskError::Saved {
-            path: self.path.clone(),
-            why,
-        };
+        let damaged = |why: String| DiskFault::Saved(why).of(&self.path);
         let Some(overlay) = &mut self.overlay else {
             return Err(damaged("the disk is not ephemeral".into()));
         };

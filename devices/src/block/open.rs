@@ -1,5 +1,7 @@
 //! What is asked of a disk's file before a guest gets it.
 
+use std::error::Error;
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -29,130 +31,87 @@ pub enum Engine {
 }
 
 /// Why a disk cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// The file cannot be opened.
-    #[error("cannot open the disk {}{}", path.display(), how(*for_writing, source))]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Whether it was to be written.
-        for_writing: bool,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// Neither a regular file nor a block device.
-    #[error("the disk {} is neither a regular file nor a block device", path.display())]
-    Kind {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Another process has it.
-    #[error(
-        "the disk {} is in use by another process or by another disk of this VM; a disk can be shared when none of them \
-         writes to it (ro or ephemeral)",
-        path.display()
-    )]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The host refused to tell or do something.
-    #[error("cannot {what} the disk {}", path.display())]
-    Host {
-        /// What it refused.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// An ephemeral disk has no place for what is written.
-    #[error("cannot make a file in {} (set TMPDIR) for what is written to the disk {}", dir.display(), path.display())]
-    Temporary {
-        /// The disk's file.
-        path: PathBuf,
-        /// Where the file was to be.
-        dir: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// Longer than an ephemeral disk can be.
-    #[error("the disk {} has {len} bytes: an ephemeral disk has {MAX_EPHEMERAL_LEN} (16 TiB) at most", path.display())]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-        /// Its length in bytes.
-        len: u64,
-    },
-    /// What a snapshot holds of an ephemeral disk cannot be.
-    #[error("cannot restore what was written to the ephemeral disk {}: {why}", path.display())]
-    Saved {
-        /// The disk's file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// Not raw.
-    #[error(
-        "the disk {path} is {what}, and a disk is raw: {command} makes one of it; if these bytes are a disk's own, add \
-         format=raw",
-        path = path.display(),
-        what = format.name,
-        command = format.command(path)
-    )]
-    NotRaw {
-        /// The file.
-        path: PathBuf,
-        /// What it is.
-        format: Format,
-    },
-    /// A block device that takes no writes.
-    #[error("the block device {} is read-only: add ro, or ephemeral for a guest that has to write", path.display())]
-    ReadOnlyDevice {
-        /// The device.
-        path: PathBuf,
-    },
-    /// Smaller logical blocks than the host's.
-    #[error("the block device {} has logical blocks of {host} bytes: sector={asked} is too small", path.display())]
-    BlockSize {
-        /// The device.
-        path: PathBuf,
-        /// What the configuration says.
-        asked: u32,
-        /// What the host says.
-        host: u32,
-    },
-    /// No whole number of its blocks long.
-    #[error("the disk {} has {len} bytes, which is no multiple of its sectors of {block_size}", path.display())]
-    Uneven {
-        /// The file.
-        path: PathBuf,
-        /// Its length in bytes.
-        len: u64,
-        /// Bytes in a logical block.
-        block_size: u32,
-    },
-    /// Not one sector long.
-    #[error("the disk {} has {len} bytes: less than one sector of 512", path.display())]
-    Empty {
-        /// The file.
-        path: PathBuf,
-        /// Its length in bytes.
-        len: u64,
-    },
+#[derive(Debug)]
+pub struct DiskError {
+    /// The disk's file.
+    path: PathBuf,
+    fault: DiskFault,
 }
+
+/// What is wrong with a disk.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DiskFault {
+    #[error("cannot be opened{}", how(*for_writing, source))]
+    Open {
+        for_writing: bool,
+        #[source]
+        source: io::Error,
+    },
+    #[error("is neither a regular file nor a block device")]
+    Kind,
+    #[error(
+        "is in use by another process or by another disk of this VM; a disk can be shared when none of them writes to it \
+         (ro or ephemeral)"
+    )]
+    InUse,
+    /// The host refused to tell or do something.
+    #[error("cannot be {0}")]
+    Host(&'static str, #[source] io::Error),
+    #[error("has no place for what is written to it: cannot make a file in {} (set TMPDIR)", .0.display())]
+    Temporary(PathBuf, #[source] io::Error),
+    #[error("has {0} bytes: an ephemeral disk has {MAX_EPHEMERAL_LEN} (16 TiB) at most")]
+    TooLong(u64),
+    /// What a snapshot holds of an ephemeral disk cannot be.
+    #[error("cannot be given what was written to it: {0}")]
+    Saved(String),
+    /// Another format, and the command that makes a raw image of it.
+    #[error(
+        "is {}, and a disk is raw: {} makes one of it; if these bytes are a disk's own, add format=raw",
+        .0.name,
+        .1
+    )]
+    NotRaw(Format, String),
+    #[error("is a read-only block device: add ro, or ephemeral for a guest that has to write")]
+    ReadOnlyDevice,
+    #[error("has logical blocks of {host} bytes: sector={asked} is too small")]
+    BlockSize { asked: u32, host: u32 },
+    #[error("has {len} bytes, which is no multiple of its sectors of {block_size}")]
+    Uneven { len: u64, block_size: u32 },
+    #[error("has {0} bytes: less than one sector of 512")]
+    Empty(u64),
+}
+
+impl DiskFault {
+    /// The error about the disk at `path`.
+    pub(super) fn of(self, path: &Path) -> DiskError {
+        DiskError {
+            path: path.to_owned(),
+            fault: self,
+        }
+    }
+}
+
+impl fmt::Display for DiskError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the disk {} {}", self.path.display(), self.fault)
+    }
+}
+
+impl Error for DiskError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.fault.source()
+    }
+}
+
+/// What could not be done where the host does not tell what a disk is like.
+pub(super) const EXAMINED: &str = "examined";
 
 /// The error about what the host refused, from its own.
 pub(super) fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
-    let path = path.to_owned();
-    move |source| DiskError::Host { what, path, source }
+    move |source| DiskFault::Host(what, source).of(path)
 }
 
-/// What it was to be opened for, and the mend where there may be one.
+/// What it was to be opened for, and the hint where there may be one.
 fn how(for_writing: bool, error: &io::Error) -> &'static str {
     use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
     match error.kind() {
@@ -204,22 +163,20 @@ pub(super) fn open_and_lock(path: &Path, for_writing: bool) -> Result<(File, Fil
             .write(for_writing)
             .custom_flags(flags)
             .open(path)
-            .map_err(|source| DiskError::Open {
-                path: path.to_owned(),
-                for_writing,
-                source,
+            .map_err(|source| {
+                DiskFault::Open {
+                    for_writing,
+                    source,
+                }
+                .of(path)
             })
     };
     // A FIFO that is named by mistake must not hang.
     let lock = open(libc::O_NONBLOCK)?;
-    let metadata = lock
-        .metadata()
-        .map_err(failed("read the metadata of", path))?;
+    let metadata = lock.metadata().map_err(failed(EXAMINED, path))?;
     let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(DiskError::Kind {
-            path: path.to_owned(),
-        });
+        return Err(DiskFault::Kind.of(path));
     }
     // flock and not fcntl: it belongs to the open file, so that no other open and close of this process drops it,
     // and udev keeps off a block device that is locked so.
@@ -229,49 +186,35 @@ pub(super) fn open_and_lock(path: &Path, for_writing: bool) -> Result<(File, Fil
         FlockOperation::NonBlockingLockShared
     };
     flock(&lock, operation).map_err(|errno| match errno {
-        Errno::WOULDBLOCK => DiskError::InUse {
-            path: path.to_owned(),
-        },
-        errno => failed("lock", path)(errno.into()),
+        Errno::WOULDBLOCK => DiskFault::InUse.of(path),
+        errno => failed("locked", path)(errno.into()),
     })?;
     // Not the file that is locked: io_uring lets go of a file some 20 ms after the end of a process that was killed.
     let file = open(0)?;
-    let same = file
-        .metadata()
-        .map_err(failed("read the metadata of", path))?;
+    let same = file.metadata().map_err(failed(EXAMINED, path))?;
     if (same.dev(), same.ino()) != (metadata.dev(), metadata.ino()) {
-        return Err(failed("open", path)(io::Error::other(
-            "it was just replaced by another",
-        )));
+        let replaced = io::Error::other("it was just replaced by another");
+        return Err(failed("opened", path)(replaced));
     }
     // The host opens such a device for writing, and fails the writes.
     if for_writing
         && kind.is_block_device()
-        && is_read_only(&file).map_err(failed("ask about", path))?
+        && is_read_only(&file).map_err(failed(EXAMINED, path))?
     {
-        return Err(DiskError::ReadOnlyDevice {
-            path: path.to_owned(),
-        });
+        return Err(DiskFault::ReadOnlyDevice.of(path));
     }
     Ok((file, lock))
 }
 
 /// Bytes in a logical block: what was asked for, or what is the file's own.
 pub(super) fn block_size(path: &Path, file: &File, asked: Option<u32>) -> Result<u32, DiskError> {
-    let metadata = file
-        .metadata()
-        .map_err(failed("read the metadata of", path))?;
+    let metadata = file.metadata().map_err(failed(EXAMINED, path))?;
     if !metadata.file_type().is_block_device() {
         return Ok(asked.unwrap_or(SECTOR_SIZE as u32));
     }
-    let own =
-        ioctl_blksszget(file).map_err(|e| failed("find the block size of", path)(e.into()))?;
+    let own = ioctl_blksszget(file).map_err(|e| failed(EXAMINED, path)(e.into()))?;
     match asked {
-        Some(asked) if asked < own => Err(DiskError::BlockSize {
-            path: path.to_owned(),
-            asked,
-            host: own,
-        }),
+        Some(asked) if asked < own => Err(DiskFault::BlockSize { asked, host: own }.of(path)),
         asked => Ok(asked.unwrap_or(own)),
     }
 }

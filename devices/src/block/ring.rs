@@ -81,10 +81,7 @@ struct Request {
     moving: u64,
 }
 
-#[allow(
-    unsafe_code,
-    reason = "iovecs are pointers to guest memory, which other threads may use too"
-)]
+#[allow(unsafe_code, reason = "iovecs are pointers to guest memory")]
 // SAFETY: the pointers in `slots` are the kernel's to follow. No thread does, and what they point to stays mapped: `mem`.
 unsafe impl Send for Ring {}
 
@@ -231,10 +228,7 @@ impl Ring {
         self.push(&entry.user_data(token.into()))
     }
 
-    #[allow(
-        unsafe_code,
-        reason = "the kernel reads and writes what an entry points to until it is completed"
-    )]
+    #[allow(unsafe_code, reason = "the kernel uses what an entry points to")]
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         // SAFETY: an entry with pointers is one of `push_piece`'s. The iovecs are those of a slot, which is never moved, and whose
         // request stays there, and the iovecs with it, until the entry is completed. They lie in pieces of guest memory,

@@ -29,14 +29,15 @@ pub(super) enum Source {
 }
 
 /// The start of the process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(super) struct ProcessStart {
+    #[serde(skip)]
     pub(super) at: Instant,
-    /// The same on CLOCK_MONOTONIC, in ns since boot.
+    /// The same on CLOCK_MONOTONIC, in ns since boot, for who measures from outside.
     pub(super) monotonic_ns: u64,
     pub(super) source: Source,
     /// The error is at most this; `None` if the start is unknown.
-    pub(super) within: Option<Duration>,
+    pub(super) within_ns: Option<u64>,
 }
 
 /// What the kernel knows of the process's past.
@@ -65,7 +66,7 @@ impl ProcessStart {
             at: now.checked_sub(age).unwrap_or(main),
             monotonic_ns: monotonic.saturating_sub(age).as_nanos() as u64,
             source,
-            within,
+            within_ns: within.map(|within| within.as_nanos() as u64),
         }
     }
 }

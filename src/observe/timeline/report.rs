@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::process_start::Source;
+use super::process_start::{ProcessStart, Source};
 use super::record::{MemoryBound, Point, Record};
 use crate::boot::{KernelFormat, Loading};
 use crate::observe::memory::GuestShare;
@@ -25,7 +25,8 @@ pub struct Report {
     status: u8,
     /// How often the guest was booted. All but `process_end` is about the first time.
     boots: u32,
-    process_start: Start,
+    /// What the times count from.
+    process_start: ProcessStart,
     /// In the order in which they happened; what did not happen is not there.
     events: Vec<Event>,
     /// Boot marks that were too many to be among the events.
@@ -38,16 +39,6 @@ pub struct Report {
     memory: Option<GuestShare>,
     /// What the guest can make minivmm take beside its RAM, by device.
     memory_bounds: Vec<MemoryBound>,
-}
-
-/// What the times count from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-struct Start {
-    /// On CLOCK_MONOTONIC, for who measures from outside.
-    monotonic_ns: u64,
-    source: Source,
-    /// How far off it may be; null where the source is `main`.
-    within_ns: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -105,18 +96,19 @@ struct ConsoleCost {
 impl Report {
     pub(super) fn new(watch: &Record, status: u8) -> Self {
         let (marks, boot_marks_lost) = watch.marks.taken();
-        let marks = marks
-            .into_iter()
-            .map(|(value, at)| (Point::BootMark, at, Some(value)));
-        let mut events: Vec<(Point, Instant, Option<u8>)> = watch
-            .points
-            .iter()
-            .map(|(point, at)| (*point, *at, None))
-            .chain(marks)
-            .chain(watch.nets.iter().copied())
-            .collect();
-        events.sort_by_key(|(_, at, _)| *at);
-        let start = watch.start.at;
+        let event = |name, at: Instant, value| Event {
+            name,
+            at_ns: nanoseconds(at.saturating_duration_since(watch.start.at)),
+            value,
+        };
+        let points = watch.points.iter();
+        let points = points.map(|(point, at)| event(*point, *at, None));
+        let marks = marks.iter();
+        let marks = marks.map(|(value, at)| event(Point::BootMark, *at, Some(*value)));
+        let nets = watch.nets.iter();
+        let nets = nets.map(|(point, at, net)| event(*point, *at, *net));
+        let mut events: Vec<Event> = points.chain(marks).chain(nets).collect();
+        events.sort_by_key(|event| event.at_ns);
         let is_com1 = |name: &&String| *name == COM1;
         let costs = watch.names.values().zip(watch.exits.places.values());
         let com1 = costs.clone().find(|(name, _)| is_com1(name));
@@ -129,19 +121,8 @@ impl Report {
             version: VERSION,
             status,
             boots: watch.boots,
-            process_start: Start {
-                monotonic_ns: watch.start.monotonic_ns,
-                source: watch.start.source,
-                within_ns: watch.start.within.map(nanoseconds),
-            },
-            events: events
-                .into_iter()
-                .map(|(name, at, value)| Event {
-                    name,
-                    at_ns: nanoseconds(at.saturating_duration_since(start)),
-                    value,
-                })
-                .collect(),
+            process_start: watch.start,
+            events,
             boot_marks_lost,
             kernel: kernel.map(|kernel| Kernel {
                 format: kernel.format,

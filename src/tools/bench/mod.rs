@@ -254,17 +254,14 @@ fn trouble(run: &Run, options: &BenchOptions) -> Option<String> {
         until => format!("'{until}'"),
     };
     match (run.marker, run.end, run.timed_out) {
-        (None, _, true) => Some(format!(
-            "killed after {timeout} (--timeout) without {marker} on its console; {}",
-            last()
-        )),
-        (None, _, false) => {
-            let status = run.status.map(|status| format!(" ({status})"));
-            let status = status.unwrap_or_default();
-            Some(format!(
-                "ended{status} without {marker} on its console; {}",
-                last()
-            ))
+        (None, _, timed_out) => {
+            let how = match (timed_out, run.status) {
+                (true, _) => format!("killed after {timeout} (--timeout)"),
+                (false, Some(status)) => format!("ended ({status})"),
+                (false, None) => "ended".to_owned(),
+            };
+            let last = last();
+            Some(format!("{how} without {marker} on its console; {last}"))
         }
         (Some(_), None, true) => Some(format!(
             "killed after {timeout}: the guest did not end after {marker}; have it power off (the demo initramfs does with \

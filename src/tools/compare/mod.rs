@@ -11,7 +11,7 @@ mod runtime;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::process::{WaitOptions, getpid, set_child_subreaper};
@@ -352,35 +352,16 @@ impl Comparison<'_> {
             vm_memory_mib: self.vm.memory.bytes >> 20,
             vm_cpus: self.vm.cpus,
             runs: self.options.runs,
-            cold: self.how_cold(),
+            cold: match &self.cold {
+                Ok(()) => format!(
+                    "page cache, directories and inodes dropped before ({DROP_CACHES}), not what is on tmpfs"
+                ),
+                Err(error) => format!("not measured ({error})"),
+            },
             host,
             reference: None,
             same_output: false,
             rows: Vec::new(),
-        }
-    }
-
-    /// What was done for a cold run, and what that does not reach.
-    fn how_cold(&self) -> String {
-        if let Err(error) = &self.cold {
-            return format!("not measured ({error})");
-        }
-        let done = format!("page cache, directories and inodes dropped before ({DROP_CACHES})");
-        let in_memory = |path: &Path| {
-            // linux/magic.h, TMPFS_MAGIC
-            rustix::fs::statfs(path).is_ok_and(|fs| fs.f_type == 0x0102_1994)
-        };
-        match (in_memory(&self.image.root), in_memory(&self.vm.kernel)) {
-            (false, false) => done,
-            (root, kernel) => {
-                let names = [(root, "root and initramfs"), (kernel, "kernel")];
-                let names = names
-                    .into_iter()
-                    .filter(|(is, _)| *is)
-                    .map(|(_, name)| name);
-                let names = names.collect::<Vec<_>>().join(" and ");
-                format!("{done}; but {names} are on tmpfs, and stay in memory")
-            }
         }
     }
 }

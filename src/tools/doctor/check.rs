@@ -19,22 +19,13 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    pub(super) fn word(self) -> &'static str {
+    /// Its word, and its colour's escape sequence (ECMA-48 § 8.3.117, SGR).
+    pub(super) fn shown(self) -> (&'static str, &'static str) {
         match self {
-            Verdict::Ok => "ok",
-            Verdict::Info => "info",
-            Verdict::Warn => "warn",
-            Verdict::Fail => "FAIL",
-        }
-    }
-
-    /// The colour's escape sequence (ECMA-48 § 8.3.117, SGR).
-    pub(super) fn colour(self) -> &'static str {
-        match self {
-            Verdict::Ok => "\x1b[32m",
-            Verdict::Info => "\x1b[36m",
-            Verdict::Warn => "\x1b[33m",
-            Verdict::Fail => "\x1b[31m",
+            Verdict::Ok => ("ok", "\x1b[32m"),
+            Verdict::Info => ("info", "\x1b[36m"),
+            Verdict::Warn => ("warn", "\x1b[33m"),
+            Verdict::Fail => ("FAIL", "\x1b[31m"),
         }
     }
 }

@@ -58,12 +58,10 @@ fn check_huge_pages(enabled: &str) -> Option<Check> {
 }
 
 fn check_files(limit: Option<u64>) -> Check {
+    let found = limit.map_or("no limit".to_owned(), |files| format!("{files} at most"));
     match limit {
-        Some(files) if files < FEW_FILES => {
-            Check::warn("open files", format!("{files} at most")).hint("ulimit -n 1024")
-        }
-        Some(files) => Check::ok("open files", format!("{files} at most")),
-        None => Check::ok("open files", "no limit"),
+        Some(..FEW_FILES) => Check::warn("open files", found).hint("ulimit -n 1024"),
+        _ => Check::ok("open files", found),
     }
 }
 

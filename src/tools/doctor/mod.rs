@@ -70,20 +70,15 @@ pub fn run(
 
 /// The report's parts that have anything in them.
 fn sections(report: &Report) -> Vec<(&'static str, &[Check])> {
-    let mut sections = vec![("host", report.host.as_slice())];
-    sections.extend(
-        report
-            .kernel
-            .as_ref()
-            .map(|kernel| ("kernel", kernel.checks.as_slice())),
-    );
-    sections.extend(
-        report
-            .initrd
-            .as_ref()
-            .map(|checks| ("initrd", checks.as_slice())),
-    );
-    sections
+    let kernel = report.kernel.as_ref().map(|kernel| &kernel.checks);
+    [
+        ("host", Some(&report.host)),
+        ("kernel", kernel),
+        ("initrd", report.initrd.as_ref()),
+    ]
+    .into_iter()
+    .filter_map(|(title, checks)| Some((title, checks?.as_slice())))
+    .collect()
 }
 
 fn write_table(out: &mut dyn Write, report: &Report, colour: bool) -> io::Result<()> {
@@ -96,12 +91,8 @@ fn write_table(out: &mut dyn Write, report: &Report, colour: bool) -> io::Result
     for (title, checks) in &sections {
         writeln!(out, "{title}")?;
         for check in *checks {
-            let word = check.verdict.word();
-            let (start, end) = if colour {
-                (check.verdict.colour(), "\x1b[0m")
-            } else {
-                ("", "")
-            };
+            let (word, start) = check.verdict.shown();
+            let (start, end) = if colour { (start, "\x1b[0m") } else { ("", "") };
             let (subject, found) = (escaped(&check.subject), escaped(&check.found));
             writeln!(out, "  {start}{word:<4}{end}  {subject:<width$}  {found}")?;
             if let Some(hint) = &check.hint {

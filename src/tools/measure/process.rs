@@ -1,11 +1,9 @@
 //! One run of a program: when it first said something, when it said a certain thing, when it ended.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -91,33 +89,10 @@ pub fn run(words: &[OsString], watch: Watch<'_>, signals: &Signals) -> Result<Ru
     }
 }
 
-/// Runs a program to its end, without input; an error has its last words.
-pub(crate) fn call<W: AsRef<OsStr>>(program: &str, words: &[W]) -> Result<(), String> {
-    let mut command = Command::new(program);
-    die_with_parent(command.args(words).stdin(Stdio::null()));
-    match command.output() {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(format!(
-            "{program}: {}: {}",
-            output.status,
-            last_lines(&output.stderr)
-        )),
-        Err(error) => Err(format!("cannot run {program}: {error}")),
-    }
-}
-
-/// The first line that a program prints, if it prints any.
-pub(crate) fn first_line<W: AsRef<OsStr>>(program: &Path, words: &[W]) -> Option<String> {
-    let mut command = Command::new(program);
-    let output = command.args(words).stdin(Stdio::null()).output().ok()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    Some(text.lines().next()?.trim().to_owned())
-}
-
 /// The kernel kills the child when this process is gone, however it went; and the child has no signal blocked, as this process
 /// has.
 #[allow(unsafe_code, reason = "code between fork and exec")]
-fn die_with_parent(command: &mut Command) {
+pub(super) fn die_with_parent(command: &mut Command) {
     let parent = getpid();
     let between = move || {
         SigSet::empty().thread_set_mask()?;
@@ -276,40 +251,6 @@ impl<R: Read + AsFd> Pipe<R> {
     }
 }
 
-/// The program of this name on the PATH.
-pub fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|dir| dir.join(name))
-        .find(|file| {
-            file.is_file() && rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok()
-        })
-}
-
-/// A command as one would type it in a shell, programs without their directories.
-pub fn shown(words: &[OsString]) -> String {
-    let program = words.first().map(|word| {
-        let name = Path::new(word).file_name().unwrap_or(word);
-        quoted(name)
-    });
-    let words = words.iter().skip(1).map(|word| quoted(word));
-    program
-        .into_iter()
-        .chain(words)
-        .collect::<Vec<_>>()
-        .join(" ")
-}
-
-fn quoted(word: &OsStr) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./,=:+@%".contains(&b);
-    let text = word.to_string_lossy();
-    if !word.is_empty() && word.as_bytes().iter().all(|b| plain(*b)) {
-        text.into_owned()
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
-    }
-}
-
 /// Adds a run's exit status, as a shell has it (128 and the number of a signal), to those that were seen before.
 pub(crate) fn note_status(statuses: &mut Vec<i32>, run: &Run) {
     let code = run.status.and_then(|status| {
@@ -317,25 +258,6 @@ pub(crate) fn note_status(statuses: &mut Vec<i32>, run: &Run) {
         status.code().or(signal)
     });
     statuses.extend(code.filter(|code| !statuses.contains(code)));
-}
-
-/// The last lines of a program's output, on one line, without what a terminal would act on.
-pub(crate) fn last_lines(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
-    let lines: Vec<&str> = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
-    let last = lines.get(lines.len().saturating_sub(3)..);
-    let line = last
-        .unwrap_or_default()
-        .join(" | ")
-        .replace(|c: char| c.is_control(), "");
-    match line.chars().count().checked_sub(300) {
-        None | Some(0) => line,
-        Some(skip) => format!("... {}", line.chars().skip(skip).collect::<String>()),
-    }
 }
 
 #[cfg(test)]
@@ -459,12 +381,5 @@ mod tests {
             crate::error_chain(&error),
             "cannot run /nowhere/vmm: No such file or directory (os error 2)"
         );
-    }
-
-    #[test]
-    fn a_command_is_shown_as_typed() {
-        let words = ["/usr/bin/vmm", "--append", "a b='c'", "", "x=1,y"].map(OsString::from);
-        assert_eq!(shown(&words), "vmm --append 'a b='\\''c'\\''' '' x=1,y");
-        assert_eq!(last_lines(b"a\nb\r\n\n\x1b[31mc\nd\n"), "b | [31mc | d");
     }
 }

@@ -1,9 +1,10 @@
 //! Where a snapshot was taken: whether that is this host, in this boot.
 
-use std::arch::x86_64::__cpuid;
 use std::fs;
 
 use serde::{Deserialize, Serialize};
+
+use crate::host::cpu::cpuid;
 
 /// What tells one boot of one host from another. Where it is the same, KVM supports what it did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,13 +24,6 @@ impl HostFingerprint {
     pub fn read() -> Self {
         let text = |path| fs::read_to_string(path).unwrap_or_default().trim().into();
         let uname = rustix::system::uname();
-        #[allow(
-            unsafe_code,
-            unused_unsafe,
-            reason = "a safe function only in newer versions of Rust"
-        )]
-        // SAFETY: every x86-64 processor has the instruction.
-        let signature = unsafe { __cpuid(1) }.eax;
         Self {
             boot_id: text("/proc/sys/kernel/random/boot_id"),
             kernel: format!(
@@ -37,7 +31,7 @@ impl HostFingerprint {
                 uname.release().to_string_lossy(),
                 uname.version().to_string_lossy()
             ),
-            signature,
+            signature: cpuid(1).eax,
             microcode: text("/sys/devices/system/cpu/cpu0/microcode/version"),
         }
     }

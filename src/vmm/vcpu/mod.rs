@@ -31,43 +31,19 @@ pub const MEMORY_BOUND: usize = STACK_SIZE + (64 << 10);
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// KVM refused to make it.
-    #[error("KVM refused to create vCPU {index}")]
-    Create {
-        /// Which vCPU.
-        index: u8,
-        /// What KVM said.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
+    #[error("KVM refused to create vCPU {0}")]
+    Create(u8, #[source] kvm_ioctls::Error),
     /// KVM refused its state.
-    #[error("KVM refused the state of vCPU {index}")]
-    State {
-        /// Which vCPU.
-        index: u8,
-        /// Which step, and what KVM said.
-        #[source]
-        source: arch::vcpu::StateError,
-    },
+    #[error("KVM refused the state of vCPU {0}")]
+    State(u8, #[source] arch::vcpu::StateError),
     /// What it shares with KVM cannot be mapped.
-    #[error("cannot map the state of vCPU {index}; raise the limit on memory (ulimit -v)")]
-    Map {
-        /// Which vCPU.
-        index: u8,
-        /// What the host said.
-        #[source]
-        source: std::io::Error,
-    },
+    #[error("cannot map the state of vCPU {0}; raise the limit on memory (ulimit -v)")]
+    Map(u8, #[source] std::io::Error),
     /// The host could not make a thread.
     #[error(
-        "cannot start a thread for vCPU {index}; raise the limit on processes (ulimit -u, pids.max) or on memory (ulimit -v)"
+        "cannot start a thread for vCPU {0}; raise the limit on processes (ulimit -u, pids.max) or on memory (ulimit -v)"
     )]
-    Thread {
-        /// Which vCPU.
-        index: u8,
-        /// What the host said.
-        #[source]
-        source: std::io::Error,
-    },
+    Thread(u8, #[source] std::io::Error),
 }
 
 /// What a vCPU's thread does: it runs the vCPU until the VM ends, and gives it back.
@@ -119,11 +95,8 @@ impl Vcpu {
     pub fn new(vm: &VmFd, index: u8) -> Result<Self, VcpuError> {
         let fd = vm
             .create_vcpu(index.into())
-            .map_err(|source| VcpuError::Create { index, source })?;
-        let page = RunPage::map(&fd).map_err(|e| VcpuError::Map {
-            index,
-            source: e.into(),
-        })?;
+            .map_err(|source| VcpuError::Create(index, source))?;
+        let page = RunPage::map(&fd).map_err(|e| VcpuError::Map(index, e.into()))?;
         Ok(Self {
             fd,
             index,
@@ -159,7 +132,7 @@ impl Vcpu {
             Some(take) => take(Box::new(job)),
             None => {
                 let thread = threads.spawn(ThreadKind::Vcpu, format!("vcpu{index}"), job);
-                let thread = thread.map_err(|source| VcpuError::Thread { index, source })?;
+                let thread = thread.map_err(|source| VcpuError::Thread(index, source))?;
                 Box::new(move || thread.join().ok())
             }
         };
@@ -280,10 +253,7 @@ impl RunningVcpu {
         let id = self.state.id.load(Ordering::SeqCst);
         if id != 0 {
             let process = getpid().as_raw_pid();
-            #[allow(
-                unsafe_code,
-                reason = "musl's pthread_kill(3) names no process, which a filter looks at"
-            )]
+            #[allow(unsafe_code, reason = "musl's pthread_kill(3) names no process")]
             // SAFETY: it takes three numbers. A thread that has gone gets no signal, and one of this process that has its number now has
             // a handler for it, which does nothing.
             unsafe {

@@ -22,7 +22,7 @@ impl VcpuThread {
         };
         threads
             .spawn(ThreadKind::Vcpu, "vcpu0".to_owned(), work)
-            .map_err(|source| VcpuError::Thread { index: 0, source })?;
+            .map_err(|source| VcpuError::Thread(0, source))?;
         Ok(Self(jobs))
     }
 

@@ -170,10 +170,7 @@ impl<'m, 'r> ThroughRing<'m, 'r> {
     }
 }
 
-#[allow(
-    unsafe_code,
-    reason = "the ring cannot see that buffers lie in guest memory"
-)]
+#[allow(unsafe_code, reason = "the ring cannot see where buffers lie")]
 fn start(ring: &mut Ring, head: u16, job: Job, data: &Buffers<'_>) -> io::Result<()> {
     // SAFETY: a chain's buffers lie in the worker's memory, to which `serve` has attached the ring.
     unsafe { ring.start(head, job, data.slices(), data.len()) }
