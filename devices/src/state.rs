@@ -23,13 +23,8 @@ const STOP_PERIOD: Duration = Duration::from_millis(20);
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The fault is this device's.
-    #[error("{device}: {error}")]
-    Device {
-        /// Its name on the bus.
-        device: String,
-        /// What is wrong.
-        error: Box<StateError>,
-    },
+    #[error("{0}: {1}")]
+    Device(String, Box<StateError>),
     /// It is no JSON, or a field is missing or has another type.
     #[error("its saved state is damaged ({0})")]
     Unreadable(String),
@@ -42,13 +37,8 @@ pub enum StateError {
         known: u32,
     },
     /// A value that the device cannot have.
-    #[error("its saved state is wrong: {field} {why}")]
-    Value {
-        /// Which one.
-        field: &'static str,
-        /// What is wrong with it.
-        why: String,
-    },
+    #[error("its saved state is wrong: {0} {1}")]
+    Value(&'static str, String),
     /// This machine has a device of which nothing was saved.
     #[error("the saved state has no such device")]
     Missing,
@@ -70,14 +60,11 @@ impl StateError {
     /// A field with a value that the device cannot have.
     pub(crate) fn value(field: &'static str, why: impl ToString) -> Self {
         let why = why.to_string();
-        Self::Value { field, why }
+        Self::Value(field, why)
     }
 
     fn of(device: &str) -> impl Fn(Self) -> Self {
-        move |error| Self::Device {
-            device: device.to_owned(),
-            error: Box::new(error),
-        }
+        move |error| Self::Device(device.to_owned(), Box::new(error))
     }
 }
 

@@ -98,16 +98,12 @@ pub(crate) fn write(mem: &GuestMemory, cmdline: &str, kernel_max: usize) -> Resu
             Some(0) => "a NUL",
             _ => "a line break",
         };
-        return Err(BootError::CmdlineByte { what, offset });
+        return Err(BootError::CmdlineByte(what, offset));
     }
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);
     mem.write_slice(&bytes, GuestAddress(layout::CMDLINE_START))
-        .map_err(|source| BootError::GuestMemory {
-            what: "the command line",
-            gpa: layout::CMDLINE_START,
-            source,
-        })
+        .map_err(|source| BootError::GuestMemory("the command line", layout::CMDLINE_START, source))
 }
 
 #[cfg(test)]

@@ -154,22 +154,9 @@ pub enum BootError {
         max: usize,
     },
     /// The command line holds a byte that would end or split it.
-    #[error("the kernel command line has {what} at byte {offset}; remove it")]
-    CmdlineByte {
-        /// The byte, with its article.
-        what: &'static str,
-        /// Where it is.
-        offset: usize,
-    },
+    #[error("the kernel command line has {0} at byte {1}; remove it")]
+    CmdlineByte(&'static str, usize),
     /// Guest memory refused an access.
-    #[error("cannot write {what} to guest memory at {gpa:#x}")]
-    GuestMemory {
-        /// What was to be written.
-        what: &'static str,
-        /// Where.
-        gpa: u64,
-        /// What guest memory said.
-        #[source]
-        source: GuestMemoryError,
-    },
+    #[error("cannot write {0} to guest memory at {1:#x}")]
+    GuestMemory(&'static str, u64, #[source] GuestMemoryError),
 }

@@ -214,11 +214,7 @@ impl InputFile {
                 Ok(count) => at += count as u64,
                 Err(GuestMemoryError::IOError(source)) => return Err(self.read_failed(source)),
                 Err(source) => {
-                    return Err(BootError::GuestMemory {
-                        what,
-                        gpa: target,
-                        source,
-                    });
+                    return Err(BootError::GuestMemory(what, target, source));
                 }
             }
         }

@@ -207,11 +207,7 @@ fn load_elf(
 }
 
 fn boot_info(source: GuestMemoryError) -> BootError {
-    BootError::GuestMemory {
-        what: "the boot parameters",
-        gpa: layout::PVH_INFO_START,
-        source,
-    }
+    BootError::GuestMemory("the boot parameters", layout::PVH_INFO_START, source)
 }
 
 /// Without ACPI, Linux finds processors and interrupts in the MP table. A kernel that cannot read one keeps ACPI.

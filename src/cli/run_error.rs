@@ -26,13 +26,8 @@ pub enum RunError {
     #[error(transparent)]
     Image(#[from] ImageError),
     /// A file of its user's.
-    #[error("cannot read {what}")]
-    File {
-        /// The file.
-        what: String,
-        /// What the system said.
-        source: std::io::Error,
-    },
+    #[error("cannot read {0}")]
+    File(String, #[source] std::io::Error),
     /// There is no kernel for it.
     #[error("{0}: give --kernel FILE")]
     Kernel(#[from] KernelError),

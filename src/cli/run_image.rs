@@ -300,7 +300,7 @@ impl RunArgs {
 
 fn file(what: &str) -> impl FnOnce(std::io::Error) -> RunError + use<> {
     let what = what.to_owned();
-    move |source| RunError::File { what, source }
+    move |source| RunError::File(what, source)
 }
 
 fn read_text(path: &Path) -> std::io::Result<String> {

@@ -74,10 +74,7 @@ impl Saver {
         Ok(Some(Self {
             at: at.clone(),
             target: Target::create(&at.path, source)?,
-            held: held.map_err(|source| SnapshotError::Write {
-                path: at.path.clone(),
-                source,
-            })?,
+            held: held.map_err(|source| SnapshotError::Write(at.path.clone(), source))?,
         }))
     }
 

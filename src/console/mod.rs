@@ -40,13 +40,8 @@ pub use output::{OUTPUT_MEMORY_BOUND, OutputObserver};
 #[derive(Debug, Error)]
 pub enum ConsoleError {
     /// The file for the output cannot be created.
-    #[error("cannot write the console to {path:?}")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error("cannot write the console to {0:?}")]
+    File(PathBuf, #[source] io::Error),
     /// A pseudo-terminal cannot be opened.
     #[error("cannot open a pseudo-terminal for the console (is /dev/pts mounted?)")]
     Pty(#[source] io::Error),
@@ -100,10 +95,8 @@ impl Console {
                 )
             }
             ConsoleTarget::File(path) => {
-                let file = create(path).map_err(|source| ConsoleError::File {
-                    path: path.clone(),
-                    source,
-                })?;
+                let file =
+                    create(path).map_err(|source| ConsoleError::File(path.clone(), source))?;
                 let destination =
                     Destination::Stream(Arc::new(file.into()), path.display().to_string());
                 (Some(destination), ConsoleInput::none())

@@ -24,33 +24,17 @@ pub enum TapError {
     )]
     Absent(String),
     /// The kernel has no TAP devices, or none for this process.
-    #[error("cannot open {DEVICE}{}", if source.kind() == ErrorKind::NotFound { "; load its module: modprobe tun" } else { "" })]
-    Open {
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot open {DEVICE}{}", if .0.kind() == ErrorKind::NotFound { "; load its module: modprobe tun" } else { "" })]
+    Open(#[source] io::Error),
     /// The interface cannot be taken.
-    #[error("cannot use the network interface {name}{}", attach_hint(source))]
-    Attach {
-        /// Which one.
-        name: String,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot use the network interface {}{}", .0, attach_hint(.1))]
+    Attach(String, #[source] io::Error),
     /// A file descriptor that is none of a TAP device, or one with other headers.
     #[error("file descriptor {0} is not that of a TAP device with IFF_NO_PI and IFF_VNET_HDR")]
     NotTap(RawFd),
     /// The kernel refused a step of the set-up.
-    #[error("cannot set up the TAP device: {step} failed")]
-    SetUp {
-        /// The ioctl.
-        step: &'static str,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot set up the TAP device: {0} failed")]
+    SetUp(&'static str, #[source] io::Error),
 }
 
 fn attach_hint(error: &io::Error) -> &'static str {
@@ -84,13 +68,11 @@ impl Tap {
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(DEVICE);
-        let fd = file.map_err(|source| TapError::Open { source })?.into();
+        let fd = file.map_err(TapError::Open)?.into();
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
-        interface_ioctl(&fd, libc::TUNSETIFF, &mut request).map_err(|source| TapError::Attach {
-            name: name.to_owned(),
-            source,
-        })?;
+        interface_ioctl(&fd, libc::TUNSETIFF, &mut request)
+            .map_err(|source| TapError::Attach(name.to_owned(), source))?;
         Self::set_up(fd, mtu)
     }
 
@@ -112,12 +94,8 @@ impl Tap {
     fn set_up(fd: OwnedFd, mtu: Option<u16>) -> Result<Self, TapError> {
         // With num_buffers (virtio 1.2 § 5.1.6).
         let header_len: libc::c_int = 12;
-        int_ioctl(&fd, libc::TUNSETVNETHDRSZ, &raw const header_len as usize).map_err(
-            |source| TapError::SetUp {
-                step: "TUNSETVNETHDRSZ",
-                source,
-            },
-        )?;
+        int_ioctl(&fd, libc::TUNSETVNETHDRSZ, &raw const header_len as usize)
+            .map_err(|source| TapError::SetUp("TUNSETVNETHDRSZ", source))?;
         let all = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
         let can_offload = int_ioctl(&fd, libc::TUNSETOFFLOAD, all as usize).is_ok();
         Ok(Self {

@@ -29,14 +29,8 @@ pub enum VsockError {
     #[error("{} exists and is not a socket", .0.display())]
     NotSocket(PathBuf),
     /// The host refused it.
-    #[error("cannot make the socket {}", path.display())]
-    Bind {
-        /// Where.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot make the socket {}", .0.display())]
+    Bind(PathBuf, #[source] io::Error),
 }
 
 /// A socket's name, which is removed at its end.
@@ -53,10 +47,7 @@ impl Drop for SocketFile {
 
 /// Listens at `path`, for this user only. A socket that a process has left there is replaced.
 pub fn open(path: &Path) -> Result<(HostSide, SocketFile), VsockError> {
-    let failed = |source: io::Error| VsockError::Bind {
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source: io::Error| VsockError::Bind(path.to_owned(), source);
     let listener = match listen_at(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
@@ -103,10 +94,7 @@ fn listen_at(path: &Path) -> io::Result<OwnedFd> {
 
 /// Removes a socket at which nothing listens.
 fn remove_stale(path: &Path) -> Result<(), VsockError> {
-    let failed = |source: io::Error| VsockError::Bind {
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source: io::Error| VsockError::Bind(path.to_owned(), source);
     let metadata = fs::symlink_metadata(path).map_err(failed)?;
     if !metadata.file_type().is_socket() {
         return Err(VsockError::NotSocket(path.to_owned()));
@@ -165,7 +153,7 @@ mod tests {
             dir.path().join("x".repeat(108)),
         ] {
             let error = open(&bad).err().unwrap();
-            assert!(matches!(error, VsockError::Bind { .. }), "{error}");
+            assert!(matches!(error, VsockError::Bind(..)), "{error}");
         }
     }
 

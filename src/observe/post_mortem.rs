@@ -1,7 +1,5 @@
 //! The report on a guest that died: registers, last access, console, and the likely cause.
 
-use std::fmt::Write;
-
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::arch;
@@ -49,43 +47,33 @@ impl CrashReport<'_> {
 
     /// A few lines for stderr.
     pub fn report(&self) -> String {
-        let mut out = String::new();
-        let registers = arch::vcpu::Registers::read(&self.vcpu.fd);
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            out,
-            "vCPU {} after {} exits; bytes on the console: {}",
-            self.vcpu.index, self.vcpu.exits, self.console_bytes
-        );
-        match self.vcpu.last_access {
-            Some(access) => _ = writeln!(out, "last access: {access}"),
-            None => _ = writeln!(out, "last access: none, the guest never left its memory"),
-        }
-        match &registers {
+        let Vcpu { index, exits, .. } = self.vcpu;
+        let bytes = self.console_bytes;
+        let access = self.vcpu.last_access.map(|access| access.to_string());
+        let access = access.unwrap_or("none, the guest never left its memory".into());
+        let mut lines = vec![
+            format!("vCPU {index} after {exits} exits; bytes on the console: {bytes}"),
+            format!("last access: {access}"),
+        ];
+        let mut ip = None;
+        match arch::vcpu::Registers::read(&self.vcpu.fd) {
             Ok(registers) => {
-                let _ = writeln!(out, "{registers}");
-                let code = registers
-                    .instruction_pointer()
-                    .and_then(|ip| self.code_at(ip));
-                if let Some(code) = code {
-                    let hex: Vec<String> = code.iter().map(|b| format!("{b:02x}")).collect();
-                    let _ = writeln!(out, "code at rip: {}", hex.join(" "));
-                }
+                lines.push(registers.to_string());
+                ip = registers.instruction_pointer();
             }
-            Err(e) => _ = writeln!(out, "registers: KVM does not give them: {e}"),
+            Err(e) => lines.push(format!("registers: KVM does not give them: {e}")),
         }
-        if let Some(message) = self.unheard_panic() {
-            let _ = write!(
-                out,
+        if let Some(code) = ip.and_then(|ip| self.code_at(ip)) {
+            let hex: Vec<String> = code.iter().map(|b| format!("{b:02x}")).collect();
+            lines.push(format!("code at rip: {}", hex.join(" ")));
+        }
+        lines.push(match self.unheard_panic() {
+            Some(message) => format!(
                 "  the kernel panicked: {message}; with panic=-1 on its command line it would reset the machine then"
-            );
-            return out;
-        }
-        let ip = registers
-            .ok()
-            .and_then(|registers| registers.instruction_pointer());
-        let _ = write!(out, "likely cause: {}", self.likely_cause(ip));
-        out
+            ),
+            None => format!("likely cause: {}", self.likely_cause(ip)),
+        });
+        lines.join("\n")
     }
 
     /// The panic message of a kernel that hung after its panic.

@@ -71,16 +71,12 @@ impl Timeline {
             vm_ready,
         } = times;
         let Some(watch) = &mut self.0 else { return };
-        for (point, at) in [
-            (Point::MemoryMapped, memory_mapped),
-            (Point::KernelLoaded, kernel_loaded),
-            (Point::VmCreated, vm_created),
-            (Point::VmReady, vm_ready),
-        ] {
-            if let Some(at) = at {
-                watch.note(point, *at);
-            }
-        }
+        watch.note_all([
+            (Point::MemoryMapped, *memory_mapped),
+            (Point::KernelLoaded, *kernel_loaded),
+            (Point::VmCreated, *vm_created),
+            (Point::VmReady, *vm_ready),
+        ]);
     }
 
     /// Whether the boot that comes is to be watched: the first, unless the timeline is off.
@@ -130,18 +126,14 @@ impl Timeline {
         watch.names = watch.exits.places.keys().map(name).collect();
         watch.kernel = Some(vm.kernel().clone());
         watch.console_bytes = console_bytes;
-        for (point, at) in [
+        watch.note_all([
             (Point::FirstRun, watch.exits.first_run),
             (Point::FirstConsoleByte, phases.first_byte),
             (Point::InitRun, phases.init_run),
             (Point::FirstUserOutput, phases.user_output),
             (Point::LoginPrompt, phases.login_prompt),
             (Point::LastExit, watch.exits.last_exit),
-        ] {
-            if let Some(at) = at {
-                watch.note(point, at);
-            }
-        }
+        ]);
     }
 
     /// The report, unless the timeline is off. The process ends now with this exit status.

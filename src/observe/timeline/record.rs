@@ -120,6 +120,14 @@ impl Record {
             self.points.push((point, at));
         }
     }
+
+    /// The same for those of several that were reached.
+    pub(super) fn note_all<const N: usize>(&mut self, points: [(Point, Option<Instant>); N]) {
+        let reached = points
+            .into_iter()
+            .filter_map(|(point, at)| at.zip(Some(point)));
+        reached.for_each(|(at, point)| self.note(point, at));
+    }
 }
 
 /// Most that a device takes beside guest RAM, whatever its guest does.

@@ -63,23 +63,11 @@ pub enum FormatError {
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// The file cannot be opened.
-    #[error("cannot open the snapshot {}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot open the snapshot {}", .0.display())]
+    Open(PathBuf, #[source] io::Error),
     /// The file is no snapshot, or a broken one.
-    #[error("cannot use the snapshot {}", path.display())]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: FormatError,
-    },
+    #[error("cannot use the snapshot {}", .0.display())]
+    Format(PathBuf, #[source] FormatError),
     /// It was taken on another host, and this one lacks something.
     #[error(
         "the snapshot {} was taken on another host ({host}), and this one lacks what its guest was told of: {}",
@@ -94,14 +82,8 @@ pub enum SnapshotError {
         missing: Vec<String>,
     },
     /// The file that is to be written cannot be made.
-    #[error("cannot write a snapshot to {}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot write a snapshot to {}", .0.display())]
+    Write(PathBuf, #[source] io::Error),
     /// It would be written over the file that the VM came from.
     #[error("cannot write a snapshot to {}: the VM runs from this file; name another", .0.display())]
     OwnSource(PathBuf),
@@ -112,23 +94,11 @@ pub enum SnapshotError {
     #[error("it was stopped")]
     Stopped,
     /// KVM refused to give a vCPU's state.
-    #[error("cannot read the state of vCPU {index}")]
-    Vcpu {
-        /// Which vCPU.
-        index: u8,
-        /// Which step, and what KVM said.
-        #[source]
-        source: StateError,
-    },
+    #[error("cannot read the state of vCPU {0}")]
+    Vcpu(u8, #[source] StateError),
     /// KVM refused to give the VM's state.
-    #[error("{step} failed")]
-    Kvm {
-        /// The ioctl.
-        step: &'static str,
-        /// What KVM said.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
+    #[error("{0} failed")]
+    Kvm(&'static str, #[source] kvm_ioctls::Error),
     /// What the guest has written would not outlast a failure of the host.
     #[error("cannot make durable what the guest has written to its disks")]
     Flush(#[source] io::Error),

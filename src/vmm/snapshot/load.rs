@@ -62,19 +62,14 @@ impl Stamp {
 impl Snapshot {
     /// Opens a snapshot and checks all but its RAM.
     pub fn open(path: &Path) -> Result<Self, SnapshotError> {
-        let failed = |source| SnapshotError::Open {
-            path: path.to_owned(),
-            source,
-        };
+        let failed = |source| SnapshotError::Open(path.to_owned(), source);
         // A FIFO without a writer would be waited for.
         let mut options = OpenOptions::new();
         let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
         let file = file.map_err(failed)?;
         let stamp = Stamp::of(&file).map_err(failed)?;
-        Self::parse(path, file, stamp).map_err(|source| SnapshotError::Format {
-            path: path.to_owned(),
-            source,
-        })
+        Self::parse(path, file, stamp)
+            .map_err(|source| SnapshotError::Format(path.to_owned(), source))
     }
 
     fn parse(path: &Path, file: File, stamp: Stamp) -> Result<Self, FormatError> {
@@ -172,10 +167,7 @@ impl Snapshot {
 
     /// Reads all of the RAM and of what was written to ephemeral disks, and compares it with its checksums.
     pub fn verify(&self) -> Result<(), SnapshotError> {
-        let failed = |source| SnapshotError::Format {
-            path: self.path.clone(),
-            source,
-        };
+        let failed = |source| SnapshotError::Format(self.path.clone(), source);
         let ram = (&self.ram, FormatError::RamChecksum);
         let overlays = self.overlays.iter();
         let overlays = overlays.map(|bulk| (bulk, FormatError::Checksum(Kind::Overlay as u32)));

@@ -69,10 +69,7 @@ impl Target {
         if source.is_some_and(|source| source.is_file(path)) {
             return Err(SnapshotError::OwnSource(path.to_owned()));
         }
-        let file = create(path).map_err(|source| SnapshotError::Write {
-            path: path.to_owned(),
-            source,
-        })?;
+        let file = create(path).map_err(|source| SnapshotError::Write(path.to_owned(), source))?;
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -114,10 +111,7 @@ impl Target {
         let flushed = disks.iter().try_for_each(|disk| disk.flush());
         flushed.map_err(SnapshotError::Flush)?;
         let clock = parts.fd.get_clock();
-        let clock = clock.map_err(|source| SnapshotError::Kvm {
-            step: "KVM_GET_CLOCK",
-            source,
-        })?;
+        let clock = clock.map_err(|source| SnapshotError::Kvm("KVM_GET_CLOCK", source))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let mut meta = Meta {
             writer: format!("minivmm {}", env!("CARGO_PKG_VERSION")),
@@ -237,10 +231,7 @@ impl Target {
     /// Gives the written file its name, in place of what has it.
     pub fn publish(self) -> Result<PathBuf, SnapshotError> {
         let Self { path, file, .. } = self;
-        let failed = |source| SnapshotError::Write {
-            path: path.clone(),
-            source,
-        };
+        let failed = |source| SnapshotError::Write(path.clone(), source);
         file.file().sync_all().map_err(failed)?;
         match file {
             Unpublished::Nameless(file) => link(&file, &path).map_err(failed)?,
@@ -252,10 +243,7 @@ impl Target {
     }
 
     fn failed(&self, source: io::Error) -> SnapshotError {
-        SnapshotError::Write {
-            path: self.path.clone(),
-            source,
-        }
+        SnapshotError::Write(self.path.clone(), source)
     }
 }
 
@@ -264,12 +252,9 @@ fn save_vcpus(vm: &Vm) -> Result<Vec<VcpuState>, SnapshotError> {
     let support = StateSupport::of(&parts.kvm);
     let save = |(index, vcpu): (u8, &crate::vmm::vcpu::RunningVcpu)| {
         let handle = vcpu.handle(&parts.fd);
-        let handle = handle.map_err(|source| SnapshotError::Kvm {
-            step: "the access to a vCPU",
-            source,
-        })?;
+        let handle = handle.map_err(|source| SnapshotError::Kvm("the access to a vCPU", source))?;
         VcpuState::save(&handle, &parts.kvm, &support)
-            .map_err(|source| SnapshotError::Vcpu { index, source })
+            .map_err(|source| SnapshotError::Vcpu(index, source))
     };
     (0..).zip(vm.running()).map(save).collect()
 }

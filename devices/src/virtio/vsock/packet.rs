@@ -1,5 +1,7 @@
 //! Packets (§ 5.10.6): a header, behind which a packet of data has its bytes.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 /// Length of `struct virtio_vsock_hdr`.
 pub(super) const HEADER_LEN: usize = 44;
 
@@ -50,8 +52,9 @@ impl Ports {
     }
 }
 
-/// `struct virtio_vsock_hdr`, without what it means.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// `struct virtio_vsock_hdr`, little-endian as this processor is, without what it means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+#[repr(C, packed(4))]
 pub(super) struct Header {
     pub(super) src_cid: u64,
     pub(super) dst_cid: u64,
@@ -68,57 +71,11 @@ pub(super) struct Header {
 
 impl Header {
     pub(super) fn parse(bytes: &[u8; HEADER_LEN]) -> Self {
-        let mut words = [0; HEADER_LEN / 4];
-        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
-            *word = u32::from_le_bytes(*bytes);
-        }
-        let [
-            a,
-            b,
-            c,
-            d,
-            src_port,
-            dst_port,
-            len,
-            e,
-            flags,
-            buf_alloc,
-            fwd_cnt,
-        ] = words;
-        let wide = |low, high| u64::from(low) | u64::from(high) << 32;
-        Self {
-            src_cid: wide(a, b),
-            dst_cid: wide(c, d),
-            src_port,
-            dst_port,
-            len,
-            kind: e as u16,
-            op: (e >> 16) as u16,
-            flags,
-            buf_alloc,
-            fwd_cnt,
-        }
+        zerocopy::transmute!(*bytes)
     }
 
     pub(super) fn bytes(&self) -> [u8; HEADER_LEN] {
-        let words = [
-            self.src_cid as u32,
-            (self.src_cid >> 32) as u32,
-            self.dst_cid as u32,
-            (self.dst_cid >> 32) as u32,
-            self.src_port,
-            self.dst_port,
-            self.len,
-            u32::from(self.kind) | u32::from(self.op) << 16,
-            self.flags,
-            self.buf_alloc,
-            self.fwd_cnt,
-        ];
-        let mut bytes = [0; HEADER_LEN];
-        for (bytes, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
-            *bytes = word.to_le_bytes();
-        }
-        bytes
+        zerocopy::transmute!(*self)
     }
 
     /// The connection that a packet of the guest belongs to.
