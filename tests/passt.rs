@@ -258,9 +258,6 @@ fn each_fork_has_a_passt_of_its_own() {
     let output = wait(child, PATIENCE);
     assert!(started.is_some(), "{output:?}");
     assert_eq!(output.status.code(), Some(143), "{output:?}");
-    assert_eq!(
-        String::from_utf8_lossy(&output.stderr),
-        "",
-        "no passt says a word"
-    );
+    let warning = "minivmm: warning: 3 of 3 VMs did not end with status 0\n";
+    assert_eq!(String::from_utf8_lossy(&output.stderr), warning);
 }
