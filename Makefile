@@ -101,6 +101,7 @@ lint: deps
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@# Real Linux is no part of a plain cargo test, and so not among all targets.
 	$(CARGO) clippy --workspace --features attack-port --lib --bins --test attack -- -D warnings
+	$(CARGO) clippy --no-default-features --lib --bins -- -D warnings
 	$(CARGO) clippy --test linux --test kernels --test direct --test disk --test net --test vsock --test restore --test run --test small -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --workspace
 	shellcheck -x $$(git ls-files | xargs grep -lE '^#(!/bin/(ba)?sh| shellcheck shell=)')

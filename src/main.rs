@@ -68,6 +68,8 @@ fn main() {
         Some(Command::Exec(args)) => exec::run(args).unwrap_or_else(|e| failure(&e)),
         Some(Command::Ps) => done(running::list(&mut Escaping(io::stdout()))),
         Some(Command::Stop(args)) => done(running::stop(&args, &mut Escaping(io::stdout()))),
+        #[cfg(feature = "registry")]
+        Some(Command::Pull(args)) => done(args.run(&mut Escaping(io::stdout()))),
         Some(Command::Images) => done(images::list(&mut Escaping(io::stdout()))),
         Some(Command::Rmi(args)) => done(images::remove(&args)),
         Some(Command::Restore(mut args)) => {

@@ -12,6 +12,7 @@ use std::process::{Child, Command};
 use std::thread;
 use std::time::Duration;
 
+use common::http::free_port;
 use common::limit::within;
 use common::skip::skip;
 use common::{PATIENCE, boot_tiny, children, kill, minivmm, run, signal, wait};
@@ -28,12 +29,6 @@ fn save(net: &str, dir: &TempDir) -> PathBuf {
 
 fn has_passt() -> bool {
     Command::new("passt").arg("--version").output().is_ok()
-}
-
-/// A port of 127.0.0.1 that was free a moment ago.
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 fn is_open(port: u16) -> bool {

@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use clap::Args;
 
 use super::run::RunError;
-use super::run_image::store;
-use crate::image::{ImageError, Stored};
+use crate::boot;
+use crate::image::{ImageError, Store, Stored};
 use crate::vmm::error::host;
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
@@ -15,6 +15,16 @@ pub struct RmiArgs {
     /// Name of an image, or the beginning of its digest
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<String>,
+}
+
+/// The user's store of images.
+pub(super) fn store() -> Result<Store, RunError> {
+    let cache = boot::cache_dir().ok_or_else(|| {
+        RunError::Usage("there is no place for images: set HOME or XDG_CACHE_HOME".to_owned())
+    })?;
+    let dir = cache.join("images");
+    Store::open(&dir)
+        .map_err(|e| RunError::File(format!("the store of images {}", dir.display()), e))
 }
 
 /// Lists the images, the one that was used last first.
@@ -30,7 +40,7 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
             writeln!(
                 out,
                 "{digits:<14} {size:>9}  {used:<20} {}",
-                image.meta.name
+                image.meta.names.join(", ")
             )?;
         }
         Ok(())

@@ -14,6 +14,7 @@ mod line_output;
 pub mod log;
 pub mod plan;
 pub mod process;
+pub mod pull;
 mod release;
 mod restore;
 pub mod run;
@@ -31,6 +32,8 @@ pub use fork::ForkArgs;
 pub use guest::GuestArgs;
 pub use images::RmiArgs;
 pub use log::LogArgs;
+#[cfg(feature = "registry")]
+pub use pull::PullArgs;
 pub use restore::RestoreArgs;
 pub use run_image::RunArgs;
 pub use running::StopArgs;
@@ -129,7 +132,10 @@ pub enum Command {
     Ps,
     /// Stop such VMs: the program is asked to end, and the VM is ended if it does not
     Stop(StopArgs),
-    /// List the images that were run, which are ready to run again
+    /// Fetch a container image from a registry, to be run later
+    #[cfg(feature = "registry")]
+    Pull(PullArgs),
+    /// List the images that were run or pulled, which are ready to run again
     Images,
     /// Remove such images
     Rmi(RmiArgs),
@@ -182,6 +188,8 @@ impl Cli {
             Some(Command::Restore(args)) => args.log.level(),
             Some(Command::Fork(args)) => args.log.level(),
             Some(Command::Run(args)) => args.log_level(),
+            #[cfg(feature = "registry")]
+            Some(Command::Pull(args)) => args.log.level(),
             _ => self.log.level(),
         }
     }

@@ -10,6 +10,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::log::LogArgs;
 use super::plan::{Plan, Streams};
+use super::pull::RegistryArgs;
 use super::run::RunError;
 use super::running::running;
 use crate::boot;
@@ -19,7 +20,7 @@ use crate::config::{
 };
 use crate::guest::{INIT, Orders};
 use crate::host::passt;
-use crate::image::{ImageConfig, Source, Store, Stored};
+use crate::image::{ImageConfig, Source, Stored};
 use crate::run::{Claim, Info, find_kernel, initramfs, passt_network};
 use crate::tools::measure::find_program;
 use crate::vmm::error::host;
@@ -31,11 +32,11 @@ const MAX_ENV_FILE: u64 = 1 << 20;
 
 const HELP: &str = "\
 IMAGE is an OCI layout (a directory or an archive), an archive of docker save or podman save, or - for one on stdin; \
-FILE:NAME takes one of several images. With --rootfs it is a directory or an archive of a root file system. What was run once \
-can be run again by its name or digest, as minivmm images lists it. What the program writes goes to memory and ends with the VM.
+FILE:NAME takes one of several images. With --rootfs it is a directory or an archive of a root file system. Any other IMAGE \
+is one in the store, by name or digest, as minivmm images lists it, or else one in a registry, by docker's rules for names. What the program writes goes to memory and ends with the VM.
 
 Examples:
-  skopeo copy docker://debian:12 oci:debian && minivmm run -it ./debian bash
+  minivmm run -it debian:12 bash
   docker save nginx | minivmm run - nginx -v
   minivmm run --rootfs ./root /bin/sh -c 'uname -a; exit 3'
 
@@ -95,6 +96,9 @@ pub struct RunArgs {
     /// IMAGE is a root file system, a directory or an archive
     #[arg(long)]
     rootfs: bool,
+    /// Registry of the image.
+    #[command(flatten)]
+    registry: RegistryArgs,
     /// End with status 124 after this time, as in 500ms, 10s or 2min
     #[arg(long, value_name = "TIME")]
     pub deadline: Option<Span>,
@@ -134,15 +138,6 @@ pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<(), RunErro
     Ok(())
 }
 
-/// The user's store of images.
-pub(super) fn store() -> Result<Store, RunError> {
-    let cache = boot::cache_dir().ok_or_else(|| {
-        RunError::Usage("there is no place for images: set HOME or XDG_CACHE_HOME".to_owned())
-    })?;
-    let dir = cache.join("images");
-    Store::open(&dir).map_err(file(&format!("the store of images {}", dir.display())))
-}
-
 impl RunArgs {
     /// The level of the log. There is no -v: docker has it for something else.
     pub fn log_level(&self) -> log::LevelFilter {
@@ -162,7 +157,7 @@ impl RunArgs {
         } else {
             Source::parse(&self.image)
         };
-        let stored = source.load(&store()?)?;
+        let stored = self.registry.load(&source, self.quiet)?;
         let mut orders = self.orders(&stored)?;
         let mut nets = Vec::new();
         if self.has_network()? {

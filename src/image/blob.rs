@@ -1,77 +1,23 @@
-//! Where the parts of an image lie: in a directory or in a tar archive; and how they are read, unpacked and verified.
+//! Where the parts of an image lie: in a directory, a tar archive or a registry; and how they are read, unpacked and verified.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
-use std::str::FromStr;
 
 use flate2::bufread::MultiGzDecoder;
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
-use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::digest::Digest;
 use super::limits::{MAX_IMAGE_BYTES, MAX_JSON, MAX_MEMBERS};
+#[cfg(feature = "registry")]
+use super::registry::Repository;
+#[cfg(feature = "registry")]
+use super::registry::blob::Blob;
 use super::tar::{Archive, Kind, bad};
-
-/// A SHA-256, written `sha256:HEX`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Digest([u8; 32]);
-
-impl Digest {
-    /// That of these bytes.
-    pub(super) fn of(bytes: &[u8]) -> Self {
-        Self(Sha256::digest(bytes).into())
-    }
-
-    /// Its 64 hexadecimal digits.
-    pub fn hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-}
-
-impl FromStr for Digest {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("'{text}' is no digest of the form sha256:HEX");
-        let hex = text.strip_prefix("sha256:").ok_or_else(wrong)?;
-        let digits = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-        if hex.len() != 64 || !hex.bytes().all(digits) {
-            return Err(wrong());
-        }
-        let mut bytes = [0; 32];
-        for (byte, at) in bytes.iter_mut().zip((0..).step_by(2)) {
-            let pair = hex.get(at..at + 2).ok_or_else(wrong)?;
-            *byte = u8::from_str_radix(pair, 16).map_err(|_| wrong())?;
-        }
-        Ok(Self(bytes))
-    }
-}
-
-impl TryFrom<String> for Digest {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<Digest> for String {
-    fn from(digest: Digest) -> Self {
-        digest.to_string()
-    }
-}
-
-impl fmt::Display for Digest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sha256:{}", self.hex())
-    }
-}
 
 /// The files that an image's parts are in, by name.
 pub(super) enum Parts {
@@ -81,6 +27,8 @@ pub(super) enum Parts {
         /// Where in the archive each file's content is: offset and length, or the name that it is a link to.
         members: BTreeMap<Vec<u8>, Part>,
     },
+    #[cfg(feature = "registry")]
+    Registry(Box<Repository>),
 }
 
 /// A file in an archive.
@@ -143,11 +91,18 @@ impl Parts {
         match self {
             Self::Directory(dir) => dir.join(name).is_file(),
             Self::Archive { members, .. } => members.contains_key(name.as_bytes()),
+            #[cfg(feature = "registry")]
+            Self::Registry(_) => false,
         }
     }
 
-    /// Opens a file. Names come from the image's own JSON, and must not lead out of it.
-    pub(super) fn read(&self, name: &str) -> io::Result<Box<dyn Read + '_>> {
+    /// Opens a file; `blob` is its digest and size, if they are known. Names come from the image's own JSON, and must not lead
+    /// out of it.
+    pub(super) fn read(
+        &self,
+        name: &str,
+        blob: Option<&(Digest, u64)>,
+    ) -> io::Result<Box<dyn Read + '_>> {
         let missing = || io::Error::new(io::ErrorKind::NotFound, format!("{name} is not in it"));
         match self {
             Self::Directory(dir) => {
@@ -175,13 +130,18 @@ impl Parts {
                 }
                 Err(missing())
             }
+            #[cfg(feature = "registry")]
+            Self::Registry(repository) => {
+                let (digest, size) = blob.ok_or_else(missing)?;
+                Ok(Box::new(Blob::new(repository, digest, *size)))
+            }
         }
     }
 
     /// Reads a small file.
-    pub(super) fn read_all(&self, name: &str) -> io::Result<Vec<u8>> {
+    pub(super) fn read_all(&self, name: &str, blob: Option<&(Digest, u64)>) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        let reader = self.read(name)?;
+        let reader = self.read(name, blob)?;
         reader.take(MAX_JSON + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > MAX_JSON {
             return Err(bad(format!("{name} is longer than 4 MiB")));
@@ -294,16 +254,19 @@ impl<R: Read> Read for Zstd<R> {
 }
 
 /// Counts and hashes what is read.
-pub(super) struct Hashing<R> {
+pub(super) struct Hashing<'a, R> {
     reader: R,
+    /// Is told how many bytes have been read.
+    progress: &'a dyn Fn(u64),
     hash: Sha256,
     bytes: u64,
 }
 
-impl<R: Read> Hashing<R> {
-    pub(super) fn new(reader: R) -> Self {
+impl<'a, R: Read> Hashing<'a, R> {
+    pub(super) fn new(reader: R, progress: &'a dyn Fn(u64)) -> Self {
         Self {
             reader,
+            progress,
             hash: Sha256::new(),
             bytes: 0,
         }
@@ -312,15 +275,16 @@ impl<R: Read> Hashing<R> {
     /// Reads to the end. Returns digest and number of all bytes.
     pub(super) fn finish(mut self) -> io::Result<(Digest, u64)> {
         io::copy(&mut self, &mut io::sink())?;
-        Ok((Digest(self.hash.finalize().into()), self.bytes))
+        Ok((Digest::from(self.hash), self.bytes))
     }
 }
 
-impl<R: Read> Read for Hashing<R> {
+impl<R: Read> Read for Hashing<'_, R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let count = self.reader.read(buf)?;
         self.hash.update(buf.get(..count).unwrap_or_default());
         self.bytes += count as u64;
+        (self.progress)(self.bytes);
         Ok(count)
     }
 }

@@ -4,10 +4,14 @@
 //! its names nor its owners, devices or attributes mean anything to the host.
 
 mod blob;
+mod digest;
 mod erofs;
 mod layer;
 mod limits;
 mod oci;
+mod reference;
+#[cfg(feature = "registry")]
+mod registry;
 mod rootfs;
 mod store;
 mod tar;
@@ -19,13 +23,15 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use blob::Digest;
+pub use digest::Digest;
 pub use oci::ImageConfig;
 pub use store::{Meta, Store, Stored};
 
 use blob::{Parts, open_regular, unpacked};
 use erofs::Data;
 use layer::Merge;
+#[cfg(feature = "registry")]
+use reference::Reference;
 use rootfs::{Listing, stamp};
 use tar::bad;
 
@@ -48,12 +54,38 @@ pub enum Source {
     Stdin,
     /// A directory that is the root, or an archive of it.
     Root(PathBuf),
-    /// What is in the store under this name or digest.
-    Stored(String),
+    /// What is in the store under this name or digest, and if there is nothing, in a registry.
+    Named(String),
+    /// What is in a registry under this name now.
+    #[cfg(feature = "registry")]
+    Registry(String),
+}
+
+/// How an image is loaded.
+#[derive(Default)]
+pub struct How<'a> {
+    /// A registry on another host may have no TLS.
+    pub insecure: bool,
+    /// Is told how far it is.
+    pub progress: Option<&'a dyn Fn(&Progress)>,
+}
+
+/// How far the reading of an image is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// Which of its layers is read, from 1 on.
+    pub layer: usize,
+    /// How many it has.
+    pub layers: usize,
+    /// Bytes of the layer that have been read.
+    pub bytes: u64,
+    /// Bytes that the layer has, if the image says so.
+    pub size: Option<u64>,
 }
 
 impl Source {
-    /// What `text` means: `-` is stdin; what has a slash in front or is there is a file, perhaps with `:NAME`; the rest is stored.
+    /// What `text` means: `-` is stdin; what has a slash in front or is there is a file, perhaps with `:NAME`; the rest
+    /// is a name.
     pub fn parse(text: &str) -> Self {
         if text == "-" {
             return Self::Stdin;
@@ -66,7 +98,7 @@ impl Source {
                 Self::File(file.into(), Some(name.to_owned()))
             }
             _ if text.starts_with(['/', '.']) => Self::File(path.to_owned(), None),
-            _ => Self::Stored(text.to_owned()),
+            _ => Self::Named(text.to_owned()),
         }
     }
 
@@ -75,19 +107,23 @@ impl Source {
             Self::Stdin => "on stdin".to_owned(),
             Self::File(path, Some(name)) => format!("{}:{name}", path.display()),
             Self::File(path, None) | Self::Root(path) => path.display().to_string(),
-            Self::Stored(name) => name.clone(),
+            Self::Named(name) => name.clone(),
+            #[cfg(feature = "registry")]
+            Self::Registry(name) => name.clone(),
         }
     }
 
     /// Finds the image in the store, or puts it there.
-    pub fn load(&self, store: &Store) -> Result<Stored, ImageError> {
+    pub fn load(&self, store: &Store, how: &How<'_>) -> Result<Stored, ImageError> {
         let loaded = match self {
             Self::Stdin => Parts::stream(&mut io::stdin().lock())
-                .and_then(|parts| load(store, &parts, None, self.shown())),
+                .and_then(|parts| load(store, &parts, None, self.shown(), how)),
             Self::File(path, name) => Parts::open(path)
-                .and_then(|parts| load(store, &parts, name.as_deref(), self.shown())),
+                .and_then(|parts| load(store, &parts, name.as_deref(), self.shown(), how)),
             Self::Root(path) => load_root(store, path),
-            Self::Stored(name) => load_stored(store, name),
+            Self::Named(name) => load_named(store, name, how),
+            #[cfg(feature = "registry")]
+            Self::Registry(name) => load_from_registry(store, name, how),
         };
         loaded.map_err(|source| ImageError {
             image: self.shown(),
@@ -96,69 +132,106 @@ impl Source {
     }
 }
 
-fn load(store: &Store, parts: &Parts, name: Option<&str>, shown: String) -> io::Result<Stored> {
+fn load(
+    store: &Store,
+    parts: &Parts,
+    name: Option<&str>,
+    shown: String,
+    how: &How<'_>,
+) -> io::Result<Stored> {
     let image = oci::Image::find(parts, name)?;
-    store.get_or_make(&image.digest, |file| {
+    let name = image.name.unwrap_or(shown);
+    let stored = store.get_or_make(&image.digest, |file| {
         let mut data = Data::new(file);
         let mut merge = Merge::new(&mut data);
         for (number, layer) in image.layers.iter().enumerate() {
+            let progress = |bytes| {
+                if let Some(progress) = how.progress {
+                    progress(&Progress {
+                        layer: number + 1,
+                        layers: image.layers.len(),
+                        bytes,
+                        size: layer.blob.as_ref().map(|(_, size)| *size),
+                    });
+                }
+            };
             layer
-                .read(parts, |content| merge.layer(content, true))
+                .read(parts, &progress, |content| merge.layer(content, true))
                 .map_err(|e| {
                     let (number, count) = (number + 1, image.layers.len());
                     let shown = format!("layer {number} of {count} ({}): {e}", layer.name);
                     io::Error::new(e.kind(), shown)
                 })?;
         }
-        let meta = Meta {
-            name: image.name.unwrap_or(shown),
-            digest: image.digest.clone(),
-            config: image.config,
-        };
         let tree = merge.tree;
-        Ok((meta, data.finish(&tree)?))
-    })
+        Ok((image.config, data.finish(&tree)?))
+    })?;
+    store.name(stored, &name)
 }
 
 /// A root file system is known by what changes with it, so that its content is read once.
 fn load_root(store: &Store, path: &Path) -> io::Result<Stored> {
     let metadata = fs::metadata(path)?;
-    let meta = |digest: &Digest| Meta {
-        name: path.display().to_string(),
-        digest: digest.clone(),
-        config: ImageConfig::default(),
-    };
+    let name = path.display().to_string();
     if metadata.is_dir() {
         let listing = Listing::read(path)?;
         let digest = listing.digest();
-        return store.get_or_make(&digest, |file| {
+        let stored = store.get_or_make(&digest, |file| {
             let mut data = Data::new(file);
             let mut merge = Merge::new(&mut data);
             listing.add_to(&mut merge)?;
             let tree = merge.tree;
-            Ok((meta(&digest), data.finish(&tree)?))
-        });
+            Ok((ImageConfig::default(), data.finish(&tree)?))
+        })?;
+        return store.name(stored, &name);
     }
     let archive = open_regular(path)?;
     let digest = Digest::of(stamp(&archive.metadata()?).as_bytes());
-    store.get_or_make(&digest, |file| {
+    let stored = store.get_or_make(&digest, |file| {
         let mut data = Data::new(file);
         let mut merge = Merge::new(&mut data);
         merge.layer(unpacked(archive)?, false)?;
         let tree = merge.tree;
-        Ok((meta(&digest), data.finish(&tree)?))
+        Ok((ImageConfig::default(), data.finish(&tree)?))
+    })?;
+    store.name(stored, &name)
+}
+
+fn load_named(store: &Store, name: &str, how: &How<'_>) -> io::Result<Stored> {
+    let mut found = store.called(name)?;
+    match (found.pop(), found.is_empty()) {
+        (Some(stored), true) => store.used(stored),
+        (Some(_), false) => Err(bad("several images in the store have this name")),
+        (None, _) => load_missing(store, name, how),
+    }
+}
+
+#[cfg(not(feature = "registry"))]
+fn load_missing(_: &Store, _: &str, _: &How<'_>) -> io::Result<Stored> {
+    Err(io::Error::new(
+        io::ErrorKind::NotFound,
+        "there is no such file, and no such image in the store; this minivmm was built without a registry client",
+    ))
+}
+
+#[cfg(feature = "registry")]
+fn load_missing(store: &Store, name: &str, how: &How<'_>) -> io::Result<Stored> {
+    load_from_registry(store, name, how).map_err(|e| {
+        let text = format!("it is neither a file nor in the store, and from the registry: {e}");
+        io::Error::new(e.kind(), text)
     })
 }
 
-fn load_stored(store: &Store, name: &str) -> io::Result<Stored> {
-    let mut found = store.called(name)?;
-    match (found.pop(), found.is_empty()) {
-        (Some(stored), true) => Ok(stored),
-        (Some(_), false) => Err(bad("several images in the store have this name")),
-        (None, _) => Err(io::Error::new(
-            io::ErrorKind::NotFound,
-            "there is no such file, and no such image in the store; images come from an OCI layout or an archive of docker save, not \
-             from a registry yet: skopeo copy docker://NAME oci:DIR",
-        )),
-    }
+#[cfg(feature = "registry")]
+fn load_from_registry(store: &Store, name: &str, how: &How<'_>) -> io::Result<Stored> {
+    let reference: Reference = name.parse().map_err(bad)?;
+    let shown = reference.to_string();
+    let repository = registry::Repository::new(reference, how.insecure)?;
+    load(
+        store,
+        &Parts::Registry(Box::new(repository)),
+        None,
+        shown,
+        how,
+    )
 }

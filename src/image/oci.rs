@@ -7,10 +7,27 @@ use std::io::{self, Read};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::blob::{Digest, Hashing, Parts};
+use super::blob::{Hashing, Parts};
+use super::digest::Digest;
 use super::limits::{MAX_INDEXES, MAX_JSON, MAX_LAYERS};
 use super::tar::bad;
 
+/// Media types of an index.
+const INDEXES: &[&str] = &[
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+];
+/// Media types of a configuration.
+const CONFIGS: &[&str] = &[
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+];
+/// How media types of layers begin, and how they end; which compression it is, the layer itself says.
+const LAYERS: &[&str] = &[
+    "application/vnd.oci.image.layer.",
+    "application/vnd.docker.image.rootfs.",
+];
+const ARCHIVES: &[&str] = &["tar", "tar+gzip", "tar.gzip", "tar+zstd", "tar.zstd"];
 /// The annotation of an index that gives an image a name.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The same by containerd, with the repository.
@@ -20,6 +37,7 @@ const IMAGE_NAME: &str = "io.containerd.image.name";
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Descriptor {
+    media_type: String,
     digest: Digest,
     size: u64,
     platform: Option<Platform>,
@@ -36,7 +54,9 @@ struct Platform {
 
 /// An index or a manifest. What claims to be both is neither (CVE-2021-41190).
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Document {
+    media_type: Option<String>,
     manifests: Option<Vec<Descriptor>>,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
@@ -100,29 +120,63 @@ pub(super) struct Image {
     pub(super) layers: Vec<Layer>,
 }
 
-fn blob_name(digest: &Digest) -> String {
-    format!("blobs/sha256/{}", digest.hex())
-}
-
 fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> io::Result<T> {
     serde_json::from_slice(bytes).map_err(|e| bad(format!("{what}: {e}")))
 }
 
+impl Descriptor {
+    /// What it is called in a layout, and what it has to be.
+    fn place(&self) -> (String, (Digest, u64)) {
+        let name = format!("blobs/sha256/{}", self.digest.hex());
+        (name, (self.digest.clone(), self.size))
+    }
+
+    fn is_config(&self) -> bool {
+        CONFIGS.contains(&self.media_type.as_str())
+    }
+
+    fn is_layer(&self) -> bool {
+        let kind = LAYERS.iter().find_map(|l| self.media_type.strip_prefix(l));
+        kind.is_some_and(|kind| ARCHIVES.iter().any(|archive| kind.ends_with(archive)))
+    }
+}
+
 /// Reads a blob of JSON, and verifies it.
-fn json<T: DeserializeOwned>(parts: &Parts, blob: &Descriptor) -> io::Result<T> {
+fn read(parts: &Parts, blob: &Descriptor) -> io::Result<Vec<u8>> {
     if blob.size > MAX_JSON {
         return Err(bad(format!("{} has {} bytes", blob.digest, blob.size)));
     }
-    let bytes = parts.read_all(&blob_name(&blob.digest))?;
+    let bytes = match parts {
+        #[cfg(feature = "registry")]
+        Parts::Registry(repository) if !blob.is_config() => {
+            repository.manifest(Some(&blob.digest))?.bytes
+        }
+        _ => {
+            let (name, place) = blob.place();
+            parts.read_all(&name, Some(&place))?
+        }
+    };
     if bytes.len() as u64 != blob.size || Digest::of(&bytes) != blob.digest {
         return Err(bad(format!("{} is not what its digest says", blob.digest)));
     }
-    parse(&blob.digest.to_string(), &bytes)
+    Ok(bytes)
 }
 
 impl Image {
     /// Finds the image in `parts`; if there are several, the one that is called `name`.
     pub(super) fn find(parts: &Parts, name: Option<&str>) -> io::Result<Self> {
+        #[cfg(feature = "registry")]
+        if let Parts::Registry(repository) = parts {
+            let manifest = repository.manifest(None)?;
+            let chosen = Descriptor {
+                media_type: manifest.media_type,
+                digest: manifest.digest,
+                size: manifest.bytes.len() as u64,
+                platform: None,
+                annotations: BTreeMap::new(),
+            };
+            return Self::of_manifest(parts, chosen, manifest.bytes, None);
+        }
         if parts.has("index.json") && parts.has("oci-layout") {
             Self::from_layout(parts, name)
         } else if parts.has("manifest.json") {
@@ -135,7 +189,7 @@ impl Image {
     }
 
     fn from_layout(parts: &Parts, name: Option<&str>) -> io::Result<Self> {
-        let index: Document = parse("index.json", &parts.read_all("index.json")?)?;
+        let index: Document = parse("index.json", &parts.read_all("index.json", None)?)?;
         let mut all = index.manifests.unwrap_or_default();
         let calls = |blob: &Descriptor, name: &str| {
             let names = [REF_NAME, IMAGE_NAME].map(|key| blob.annotations.get(key));
@@ -144,21 +198,57 @@ impl Image {
         if let Some(name) = name {
             all.retain(|blob| calls(blob, name));
         }
-        let mut chosen = choose(&all)?.clone();
+        let chosen = choose(&all)?.clone();
         let called = [IMAGE_NAME, REF_NAME].map(|key| chosen.annotations.get(key).cloned());
         let called = called.into_iter().flatten().next();
+        let bytes = read(parts, &chosen)?;
+        Self::of_manifest(parts, chosen, bytes, called)
+    }
+
+    /// The image that `bytes`, an index or a manifest, leads to.
+    fn of_manifest(
+        parts: &Parts,
+        mut chosen: Descriptor,
+        mut bytes: Vec<u8>,
+        called: Option<String>,
+    ) -> io::Result<Self> {
         // An index may name indexes.
         for _ in 0..MAX_INDEXES {
-            let document: Document = json(parts, &chosen)?;
+            let document: Document = parse(&chosen.digest.to_string(), &bytes)?;
+            let is_index = INDEXES.contains(&chosen.media_type.as_str());
             match (document.manifests, document.config, document.layers) {
-                (Some(manifests), None, None) => chosen = choose(&manifests)?.clone(),
-                (None, Some(config), Some(layers)) => {
-                    let file = json(parts, &config)?;
-                    let blobs = layers.into_iter();
-                    let layers = blobs.map(|b| (blob_name(&b.digest), Some((b.digest, b.size))));
+                _ if (document.media_type.as_ref()).is_some_and(|t| *t != chosen.media_type) => {
+                    return Err(bad(format!(
+                        "{} is of type '{}', and what names it says '{}'",
+                        chosen.digest,
+                        document.media_type.unwrap_or_default(),
+                        chosen.media_type
+                    )));
+                }
+                (Some(manifests), None, None) if is_index => {
+                    chosen = choose(&manifests)?.clone();
+                    bytes = read(parts, &chosen)?;
+                }
+                (None, Some(config), Some(layers)) if !is_index => {
+                    let strange = [&config].into_iter().filter(|c| !c.is_config());
+                    let strange = strange.chain(layers.iter().filter(|l| !l.is_layer()));
+                    if let Some(blob) = strange.into_iter().next() {
+                        return Err(bad(format!(
+                            "it is no container image: it has a part of type '{}'",
+                            blob.media_type
+                        )));
+                    }
+                    let file = parse(&config.digest.to_string(), &read(parts, &config)?)?;
+                    let layers = layers.iter().map(Descriptor::place);
+                    let layers = layers.map(|(name, blob)| (name, Some(blob)));
                     return Self::new(chosen.digest, called, file, layers.collect());
                 }
-                _ => return Err(bad(format!("{} is no manifest", chosen.digest))),
+                _ => {
+                    return Err(bad(format!(
+                        "{} has not what belongs into its type, '{}'",
+                        chosen.digest, chosen.media_type
+                    )));
+                }
             }
         }
         Err(bad("its indexes are nested too deep"))
@@ -166,7 +256,7 @@ impl Image {
 
     fn from_docker_archive(parts: &Parts, name: Option<&str>) -> io::Result<Self> {
         let mut images: Vec<SavedImage> =
-            parse("manifest.json", &parts.read_all("manifest.json")?)?;
+            parse("manifest.json", &parts.read_all("manifest.json", None)?)?;
         let tags = |image: &SavedImage| image.repo_tags.clone().unwrap_or_default();
         if let Some(name) = name {
             images.retain(|image| tags(image).iter().any(|tag| tag == name));
@@ -178,7 +268,7 @@ impl Image {
             let names: Vec<String> = images.iter().flat_map(tags).collect();
             return Err(several(&names));
         }
-        let bytes = parts.read_all(&image.config)?;
+        let bytes = parts.read_all(&image.config, None)?;
         let digest = Digest::of(&bytes);
         // Its name is its digest, in either format.
         let stem = image.config.strip_suffix(".json");
@@ -278,11 +368,13 @@ impl Layer {
     pub(super) fn read(
         &self,
         parts: &Parts,
+        progress: &dyn Fn(u64),
         use_content: impl FnOnce(&mut dyn Read) -> io::Result<()>,
     ) -> io::Result<()> {
         let size = self.blob.as_ref().map_or(u64::MAX - 1, |(_, size)| *size);
-        let mut blob = Hashing::new(parts.read(&self.name)?.take(size + 1));
-        let mut content = Hashing::new(super::blob::unpacked(&mut blob)?);
+        let stored = parts.read(&self.name, self.blob.as_ref())?;
+        let mut blob = Hashing::new(stored.take(size + 1), progress);
+        let mut content = Hashing::new(super::blob::unpacked(&mut blob)?, &|_| ());
         use_content(&mut content)?;
         let (diff_id, _) = content.finish()?;
         let (digest, bytes) = blob.finish()?;

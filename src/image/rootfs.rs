@@ -7,7 +7,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::blob::{Digest, open_regular};
+use super::blob::open_regular;
+use super::digest::Digest;
 use super::layer::{Merge, keeps_xattr};
 use super::limits::{MAX_DEPTH, MAX_MEMBERS, MAX_XATTRS};
 use super::tar::bad;

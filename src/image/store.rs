@@ -7,13 +7,15 @@ use std::fs::{self, DirBuilder, File, FileTimes, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::blob::Digest;
+use super::digest::Digest;
 use super::oci::ImageConfig;
+use super::reference::Reference;
 use crate::host::ownership::is_ours;
 
 /// Bytes on disk of all images; what has not been used for longest goes first.
@@ -27,12 +29,15 @@ const META_FILE: &str = "image.json";
 const TEMPORARY: &str = ".new-";
 /// What the name of a lock ends with.
 const LOCK: &str = ".lock";
+/// The lock of all images' names.
+const NAMES: &str = "names";
 
 /// What is known of a stored image.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Meta {
-    /// What it is called where it came from.
-    pub name: String,
+    /// What it is called where it came from. Another image may get the name later.
+    #[serde(default)]
+    pub names: Vec<String>,
     /// That of its manifest.
     pub digest: Digest,
     /// How its program is started.
@@ -79,7 +84,7 @@ impl Store {
     pub fn get_or_make(
         &self,
         digest: &Digest,
-        make: impl FnOnce(File) -> io::Result<(Meta, File)>,
+        make: impl FnOnce(File) -> io::Result<(ImageConfig, File)>,
     ) -> io::Result<Stored> {
         let name = digest.hex();
         if let Some(stored) = self.find(&name)? {
@@ -92,7 +97,7 @@ impl Store {
         let temporary = self.dir.join(format!("{TEMPORARY}{name}"));
         remove(&temporary)?;
         DirBuilder::new().mode(0o700).create(&temporary)?;
-        let made = self.make(&temporary, &name, make);
+        let made = self.make(&temporary, digest, make);
         if made.is_err() {
             _ = remove(&temporary);
         }
@@ -105,22 +110,62 @@ impl Store {
     fn make(
         &self,
         temporary: &Path,
-        name: &str,
-        make: impl FnOnce(File) -> io::Result<(Meta, File)>,
+        digest: &Digest,
+        make: impl FnOnce(File) -> io::Result<(ImageConfig, File)>,
     ) -> io::Result<()> {
         let create = |name| {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create_new(true).mode(0o600);
             options.open(temporary.join(name))
         };
-        let (meta, root) = make(create(ROOT_FILE)?)?;
+        let (config, root) = make(create(ROOT_FILE)?)?;
         root.sync_all()?;
-        let mut file = create(META_FILE)?;
-        file.write_all(&serde_json::to_vec(&meta)?)?;
-        file.sync_all()?;
+        let meta = Meta {
+            names: Vec::new(),
+            digest: digest.clone(),
+            config,
+        };
+        write_meta(&temporary.join(META_FILE), &meta)?;
         File::open(temporary)?.sync_all()?;
-        fs::rename(temporary, self.dir.join(name))?;
+        fs::rename(temporary, self.dir.join(digest.hex()))?;
         File::open(&self.dir)?.sync_all()
+    }
+
+    /// Gives an image a name, which another one loses if it had it.
+    pub fn name(&self, stored: Stored, name: &str) -> io::Result<Stored> {
+        let has_it = |meta: &Meta| meta.names.iter().any(|n| n == name);
+        if has_it(&stored.meta) {
+            return Ok(stored);
+        }
+        let _lock = self.lock(NAMES)?;
+        for mut other in self.list()? {
+            let is_it = other.meta.digest == stored.meta.digest;
+            if is_it == has_it(&other.meta) {
+                continue;
+            }
+            other.meta.names.retain(|n| n != name);
+            if is_it {
+                other.meta.names.push(name.to_owned());
+            }
+            let path = other.root.with_file_name(META_FILE);
+            let new = path.with_extension("new");
+            let used = FileTimes::new().set_modified(other.used);
+            let written = write_meta(&new, &other.meta)
+                .and_then(|file| file.set_times(used))
+                .and_then(|()| fs::rename(new, path));
+            match written {
+                // It was removed meanwhile.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                written => written?,
+            }
+        }
+        self.used(stored)
+    }
+
+    /// The same image, as it is now; it counts as used.
+    pub(super) fn used(&self, stored: Stored) -> io::Result<Stored> {
+        self.find(&stored.meta.digest.hex())?
+            .ok_or_else(|| io::Error::other("the image was removed meanwhile"))
     }
 
     /// All images, the one that was used last first.
@@ -136,13 +181,19 @@ impl Store {
         Ok(all)
     }
 
-    /// The images with this name, or a digest that begins so, with or without "sha256:".
+    /// The images with this name, by docker's rules for what may be left out, or a digest that begins so, with or without "sha256:".
     pub fn called(&self, name: &str) -> io::Result<Vec<Stored>> {
         let digest = name.strip_prefix("sha256:").unwrap_or(name);
         let is_digest = digest.len() >= 4 && digest.bytes().all(|b| b.is_ascii_hexdigit());
+        let reference = Reference::from_str(name);
+        let is_it = |other: &String| {
+            other == name
+                || (reference.is_ok() && Reference::from_str(other).as_ref() == reference.as_ref())
+        };
         let mut found = self.list()?;
         found.retain(|stored| {
-            stored.meta.name == name || (is_digest && stored.meta.digest.hex().starts_with(digest))
+            stored.meta.names.iter().any(is_it)
+                || (is_digest && stored.meta.digest.hex().starts_with(digest))
         });
         Ok(found)
     }
@@ -244,6 +295,15 @@ impl Store {
 /// Whether this is the name of an entry: nothing else in the directory is looked at.
 fn is_entry(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+fn write_meta(path: &Path, meta: &Meta) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(path)?;
+    file.write_all(&serde_json::to_vec(meta)?)?;
+    file.sync_all()?;
+    Ok(file)
 }
 
 /// Removes an entry, if it is there.

@@ -13,7 +13,7 @@ use ::tar::{Builder, EntryType, Header};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::blob::Digest;
+use super::digest::Digest;
 use super::*;
 
 /// Runs a program; what it printed, and whether it succeeded.
@@ -188,7 +188,7 @@ fn make(layers: &[Vec<Entry>]) -> Made {
     let dir = TempDir::new().unwrap();
     let oci = dir.path().join("oci");
     layout(&oci, &compressed(&layers));
-    let stored = Source::File(oci, None).load(&store(dir.path()));
+    let stored = Source::File(oci, None).load(&store(dir.path()), &How::default());
     Made { dir, stored }
 }
 

@@ -105,38 +105,39 @@ fn layers() -> [Vec<u8>; 2] {
     [base.done(), upper.done()]
 }
 
+/// Writes an OCI layout of these layers, uncompressed archives, with this configuration. Returns the digest of its manifest.
+pub(crate) fn layout(dir: &Path, layers: &[Vec<u8>], config: &str) -> String {
+    let blobs = dir.join("blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    let put = |kind: &str, bytes: &[u8]| {
+        let (digest, size) = (hex(bytes), bytes.len());
+        fs::write(blobs.join(&digest), bytes).unwrap();
+        let kind = format!("application/vnd.oci.image.{kind}");
+        format!(r#"{{"mediaType":"{kind}","digest":"sha256:{digest}","size":{size}}}"#)
+    };
+    let ids = layers.iter().map(|l| format!(r#""sha256:{}""#, hex(l)));
+    let config = format!(
+        r#"{{"os":"linux","architecture":"amd64","config":{config},"rootfs":{{"type":"layers","diff_ids":[{}]}}}}"#,
+        ids.collect::<Vec<_>>().join(",")
+    );
+    let layers = layers.iter().map(|l| put("layer.v1.tar", l));
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"config":{},"layers":[{}]}}"#,
+        put("config.v1+json", config.as_bytes()),
+        layers.collect::<Vec<_>>().join(",")
+    );
+    let index = put("manifest.v1+json", manifest.as_bytes());
+    let index = format!(r#"{{"schemaVersion":2,"manifests":[{index}]}}"#);
+    fs::write(dir.join("index.json"), index).unwrap();
+    fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    format!("sha256:{}", hex(manifest.as_bytes()))
+}
+
 impl Image {
     pub(crate) fn new() -> Self {
         let dir = TempDir::new().unwrap();
-        let blobs = dir.path().join("oci/blobs/sha256");
-        fs::create_dir_all(&blobs).unwrap();
-        let put = |bytes: &[u8]| {
-            let digest = hex(bytes);
-            fs::write(blobs.join(&digest), bytes).unwrap();
-            format!(r#"{{"digest":"sha256:{digest}","size":{}}}"#, bytes.len())
-        };
-        let layers = layers();
-        let ids: Vec<_> = layers
-            .iter()
-            .map(|layer| format!(r#""sha256:{}""#, hex(layer)))
-            .collect();
-        let config = format!(
-            r#"{{"os":"linux","architecture":"amd64","config":{{"Env":["FROM_IMAGE=1","A=image"],"Cmd":["sh","-c","echo default"],
-            "WorkingDir":"/etc"}},"rootfs":{{"diff_ids":[{}]}}}}"#,
-            ids.join(",")
-        );
-        let blobs = layers
-            .iter()
-            .map(|layer| put(layer))
-            .collect::<Vec<_>>()
-            .join(",");
-        let manifest = format!(
-            r#"{{"config":{},"layers":[{blobs}]}}"#,
-            put(config.as_bytes())
-        );
-        let index = format!(r#"{{"manifests":[{}]}}"#, put(manifest.as_bytes()));
-        fs::write(dir.path().join("oci/index.json"), index).unwrap();
-        fs::write(dir.path().join("oci/oci-layout"), "{}").unwrap();
+        let config = r#"{"Env":["FROM_IMAGE=1","A=image"],"Cmd":["sh","-c","echo default"],"WorkingDir":"/etc"}"#;
+        layout(&dir.path().join("oci"), &layers(), config);
         Self { dir }
     }
 

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub(crate) mod fuse;
+pub(crate) mod http;
 pub(crate) mod image;
 pub(crate) mod limit;
 pub(crate) mod linux;

@@ -9,8 +9,8 @@ use tempfile::TempDir;
 use super::{
     Entry, Made, compressed, entry, file, gzip, header, layer, layout, make, names, store,
 };
-use crate::image::Source;
-use crate::image::blob::Digest;
+use crate::image::digest::Digest;
+use crate::image::{How, Source};
 
 #[test]
 fn hostile_names_end_in_errors() {
@@ -84,7 +84,8 @@ fn refused(plain: &[u8], stored: &[u8], wanted: &str) {
         &dir.path().join("oci"),
         &[(plain.to_vec(), stored.to_vec())],
     );
-    let loaded = Source::File(dir.path().join("oci"), None).load(&store(dir.path()));
+    let loaded =
+        Source::File(dir.path().join("oci"), None).load(&store(dir.path()), &How::default());
     let error = crate::error_chain(&loaded.unwrap_err());
     assert!(error.contains(wanted), "{wanted}: {error}");
     // Nothing is left of it.
@@ -150,7 +151,8 @@ fn damaged_archives_end_in_errors() {
     .concat();
     let dir = TempDir::new().unwrap();
     layout(&dir.path().join("oci"), &[(archive.clone(), archive)]);
-    let stored = Source::File(dir.path().join("oci"), None).load(&store(dir.path()));
+    let stored =
+        Source::File(dir.path().join("oci"), None).load(&store(dir.path()), &How::default());
     let made = Made { dir, stored };
     if let Some(tree) = made.tree() {
         assert_eq!(names(&tree), ["outer"]);
@@ -165,7 +167,7 @@ fn what_digests_do_not_cover_is_refused() {
         let oci = dir.path().join("oci");
         layout(&oci, &compressed(std::slice::from_ref(&plain)));
         change(&oci);
-        let loaded = Source::File(oci, None).load(&store(dir.path()));
+        let loaded = Source::File(oci, None).load(&store(dir.path()), &How::default());
         crate::error_chain(&loaded.unwrap_err())
     };
     let replace = |from: &'static str, to: &'static str| {
@@ -223,7 +225,7 @@ fn names_in_an_images_json_stay_in_its_directory() {
     let load = |layer: &str| {
         let manifest = format!(r#"[{{"Config":"{name}","Layers":["{layer}"]}}]"#);
         fs::write(saved.join("manifest.json"), manifest).unwrap();
-        Source::File(saved.clone(), None).load(&store(dir.path()))
+        Source::File(saved.clone(), None).load(&store(dir.path()), &How::default())
     };
     let absolute = dir.path().join("layer.tar");
     for outside in ["../layer.tar", absolute.to_str().unwrap()] {

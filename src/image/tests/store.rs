@@ -7,8 +7,8 @@ use ::tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
 
 use super::{Made, describe, entry, file, gzip, header, layer, layout, make, output, store};
-use crate::image::Source;
-use crate::image::blob::Digest;
+use crate::image::digest::Digest;
+use crate::image::{How, Source};
 
 #[test]
 fn the_same_image_has_the_same_bytes_and_is_made_once() {
@@ -26,21 +26,27 @@ fn the_same_image_has_the_same_bytes_and_is_made_once() {
         for _ in 0..4 {
             scope.spawn(|| {
                 Source::File(oci.clone(), Some("it".into()))
-                    .load(&store(dir))
+                    .load(&store(dir), &How::default())
                     .unwrap()
             });
         }
     });
-    let stored = Source::Stored("it".to_owned()).load(&store(dir)).unwrap();
+    let stored = Source::Named("it".to_owned())
+        .load(&store(dir), &How::default())
+        .unwrap();
     assert_eq!(fs::metadata(&stored.root).unwrap().ino(), before);
     assert_eq!(stored.meta.config.cmd, Some(vec!["/a".to_owned()]));
     let digest = stored.meta.digest.hex();
     assert_eq!(store(dir).called(&digest[..12]).unwrap().len(), 1);
     store(dir).remove(&stored).unwrap();
-    assert!(Source::Stored("it".to_owned()).load(&store(dir)).is_err());
+    assert!(
+        Source::Named("it".to_owned())
+            .load(&store(dir), &How::default())
+            .is_err()
+    );
     assert!(
         Source::File(oci.clone(), Some("other".into()))
-            .load(&store(dir))
+            .load(&store(dir), &How::default())
             .is_err()
     );
 }
@@ -58,7 +64,7 @@ fn what_a_killed_process_leaves_is_no_image() {
     let store = store(made.dir.path());
     assert!(store.list().unwrap().is_empty());
     let source = Source::File(made.dir.path().join("oci"), None);
-    source.load(&store).unwrap();
+    source.load(&store, &How::default()).unwrap();
     assert!(!left.exists());
 }
 
@@ -66,7 +72,7 @@ fn what_a_killed_process_leaves_is_no_image() {
 fn archives_of_every_kind_hold_the_same_image() {
     let plain = layer(&[file("a", "x"), file("b", &"y".repeat(100_000))]);
     let tree = |source: Source, dir: TempDir| {
-        let stored = source.load(&store(dir.path()));
+        let stored = source.load(&store(dir.path()), &How::default());
         (Made { dir, stored }).tree()
     };
     let zstd =
@@ -85,9 +91,11 @@ fn archives_of_every_kind_hold_the_same_image() {
         builder.append_dir_all(".", &oci).unwrap();
         let bytes = builder.into_inner().unwrap();
         fs::write(&archive, gzip(&bytes)).unwrap();
-        let stored = Source::File(archive.clone(), None).load(&store(&dir.path().join("x")));
+        let stored = Source::File(archive.clone(), None)
+            .load(&store(&dir.path().join("x")), &How::default());
         fs::write(&archive, &bytes).unwrap();
-        let again = Source::File(archive, None).load(&store(&dir.path().join("y")));
+        let again =
+            Source::File(archive, None).load(&store(&dir.path().join("y")), &How::default());
         assert_eq!(stored.unwrap().meta.digest, again.unwrap().meta.digest);
         trees.push(tree(Source::File(oci, None), dir));
     }
@@ -125,7 +133,11 @@ fn a_directory_is_an_image_that_changes_with_it() {
     fs::write(root.join("d/f"), vec![3; 9000]).unwrap();
     fs::hard_link(root.join("d/f"), root.join("g")).unwrap();
     std::os::unix::fs::symlink("d/f", root.join("s")).unwrap();
-    let load = || Source::Root(root.clone()).load(&store(dir.path())).unwrap();
+    let load = || {
+        Source::Root(root.clone())
+            .load(&store(dir.path()), &How::default())
+            .unwrap()
+    };
     let first = load();
     assert_eq!(first.meta.digest, load().meta.digest);
     let args = ["--extract=image", first.root.to_str().unwrap()];
@@ -160,7 +172,9 @@ fn large_and_many_files_are_stored_sparsely() {
             .unwrap();
     }
     fs::write(&tar, builder.into_inner().unwrap()).unwrap();
-    let stored = Source::Root(tar).load(&store(dir.path())).unwrap();
+    let stored = Source::Root(tar)
+        .load(&store(dir.path()), &How::default())
+        .unwrap();
     assert!(stored.bytes < 16 << 20, "{stored:?}");
     let image = fs::metadata(&stored.root).unwrap().len();
     assert!(image > 5 << 30, "{image}");

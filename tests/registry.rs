@@ -1,0 +1,263 @@
+//! Images from Debian's docker-registry: pulled, with a login, broken off, by TLS. Nothing here needs a guest.
+
+mod common;
+#[path = "common/pulled.rs"]
+mod pulled;
+
+use std::fs;
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::http::{free_port, listen, pass, read_request};
+use common::limit::within;
+use common::skip::skip;
+use common::{PATIENCE, run};
+use minivmm::image::{How, Source, Store};
+use pulled::{Image, SIZE};
+use tempfile::TempDir;
+
+/// docker-registry on a port of its own.
+struct Registry {
+    child: Child,
+    port: u16,
+    _dir: TempDir,
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+/// NAME:PASSWORD as htpasswd -B writes it: ann, secret.
+const HTPASSWD: &str = "ann:$2y$04$huD/mY5iTr16SpSkvALm3.wBYr4KA79Wv40w5u2Wqnrkysu2wW12u\n";
+
+impl Registry {
+    /// `more` goes into its configuration, and `http` into that of its server. `None` where it is not installed.
+    fn start(more: &str, http: &str) -> Option<Self> {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("htpasswd"), HTPASSWD).unwrap();
+        // Another process may take the port that was free a moment ago.
+        for _ in 0..10 {
+            let port = free_port();
+            let path = dir.path().display();
+            let config = format!(
+                "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {path}/data}}}}\n{}http:\n  addr: 127.0.0.1:{port}\n{http}",
+                more.replace("DIR", &path.to_string())
+            );
+            fs::write(dir.path().join("config.yml"), config).unwrap();
+            let mut command = Command::new("docker-registry");
+            command.arg("serve").arg(dir.path().join("config.yml"));
+            let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+            let Ok(mut child) = child else {
+                skip("docker-registry is not installed");
+                return None;
+            };
+            let up = within(PATIENCE, || {
+                let ended = child.try_wait().unwrap().is_some();
+                let answers = TcpStream::connect(("127.0.0.1", port)).is_ok();
+                (ended || answers).then_some(!ended)
+            });
+            if up == Some(true) {
+                return Some(Self {
+                    child,
+                    port,
+                    _dir: dir,
+                });
+            }
+            _ = child.kill();
+            _ = child.wait();
+        }
+        panic!("docker-registry does not start");
+    }
+
+    /// Puts an image there by skopeo.
+    fn push(&self, image: &Image, name: &str) {
+        let from = format!("oci:{}", image.path("oci").display());
+        let to = format!("docker://127.0.0.1:{}/{name}", self.port);
+        let args = ["--insecure-policy", "copy", "-q", "--dest-tls-verify=false"];
+        let mut command = Command::new("skopeo");
+        // Without the second it would compress the layers.
+        command
+            .args(args)
+            .args(["--preserve-digests", "--dest-creds=ann:secret"]);
+        let output = command.args([from, to]).output();
+        let output = output.expect("skopeo, which umoci comes with, is installed");
+        assert!(output.status.success(), "{output:?}");
+    }
+}
+
+#[test]
+fn images_are_pulled_by_tag_and_by_digest_and_kept() {
+    let Some(registry) = Registry::start("", "") else {
+        return;
+    };
+    let image = Image::new();
+    registry.push(&image, "some/image:1.0");
+    let name = format!("127.0.0.1:{}/some/image", registry.port);
+    image.assert_refused(&name, "has no such image (MANIFEST_UNKNOWN");
+    image.assert_pulled(&image.pull(&format!("{name}:1.0")));
+    let by_digest = format!("{name}@{}", image.digest);
+    image.assert_pulled(&image.pull(&by_digest));
+    let other = format!("{name}@sha256:{}", "0".repeat(64));
+    image.pull(&other).assert_code(125);
+    let listed = run(&mut image.minivmm(&["images"]));
+    listed.assert_printed(&[&format!("{name}:1.0, {by_digest}")]);
+    // Without its registry it can be run by name, and not be pulled.
+    drop(registry);
+    let ended = image.pull(&format!("{name}:1.0"));
+    ended.assert_code(125);
+    assert!(
+        ended.stderr.contains("onnection refused"),
+        "{}",
+        ended.stderr
+    );
+    let store = Store::open(&image.path(".cache/minivmm/images")).unwrap();
+    let source = Source::Named(format!("{name}:1.0"));
+    let stored = source.load(&store, &How::default()).unwrap();
+    assert_eq!(stored.meta.digest.to_string(), image.digest);
+    let removed = run(&mut image.minivmm(&["rmi", &by_digest]));
+    removed.assert_code(0);
+    assert!(source.load(&store, &How::default()).is_err());
+}
+
+/// ann:secret in Base64.
+const AUTH: &str = "YW5uOnNlY3JldA==";
+
+#[test]
+fn logins_come_from_dockers_file_and_its_helpers() {
+    let auth = "auth: {htpasswd: {realm: here, path: DIR/htpasswd}}\n";
+    let Some(registry) = Registry::start(auth, "") else {
+        return;
+    };
+    let image = Image::new();
+    registry.push(&image, "a:latest");
+    let host = format!("127.0.0.1:{}", registry.port);
+    let name = format!("{host}/a");
+    image.assert_refused(&name, &format!("docker login {host}"));
+    fs::create_dir(image.path(".docker")).unwrap();
+    let config = |text: &str| fs::write(image.path(".docker/config.json"), text).unwrap();
+    config(&format!(r#"{{"auths":{{"{host}":{{"auth":"eDp5"}}}}}}"#));
+    image.assert_refused(&name, "is not logged in");
+    config("{");
+    image.assert_refused(&name, ".docker/config.json: EOF");
+    config(r#"{"credsStore":"none-such"}"#);
+    image.assert_refused(&name, "docker-credential-none-such: No such file");
+    // A helper, which is a program.
+    let helper = image.path("docker-credential-test");
+    let script = format!(
+        "#!/bin/sh\n[ \"$1 $(cat)\" = 'get {host}' ] && echo '{{\"Username\":\"ann\",\"Secret\":\"secret\"}}'\n"
+    );
+    fs::write(&helper, script).unwrap();
+    fs::set_permissions(&helper, fs::Permissions::from_mode(0o755)).unwrap();
+    let paths = format!("{}:{}", image.path("").display(), env!("PATH"));
+    for text in [
+        r#"{"credsStore":"test"}"#,
+        &format!(r#"{{"credHelpers":{{"{host}":"test"}}}}"#),
+    ] {
+        config(text);
+        let mut pull = image.minivmm(&["pull", &name]);
+        image.assert_pulled(&run(pull.env("PATH", &paths)));
+        fs::remove_dir_all(image.path(".cache")).unwrap();
+    }
+    config(&format!(
+        r#"{{"auths":{{"http://{host}/v1/":{{"auth":"{AUTH}"}}}}}}"#
+    ));
+    image.assert_pulled(&image.pull(&name));
+}
+
+#[test]
+fn a_broken_download_goes_on_where_it_broke_off() {
+    let Some(registry) = Registry::start("", "") else {
+        return;
+    };
+    let image = Image::new();
+    registry.push(&image, "a:latest");
+    // Two connections end in the middle of the large layer.
+    let port = registry.port;
+    let (cuts, passed) = (AtomicUsize::new(2), Arc::new(AtomicUsize::new(0)));
+    let total = Arc::clone(&passed);
+    let proxy = listen(move |stream| {
+        let cut = |count: usize| count.checked_sub(1);
+        // Manifest and configuration fit into it, the layer does not.
+        let limit = match cuts.fetch_update(Ordering::SeqCst, Ordering::SeqCst, cut) {
+            Ok(_) => 1 << 20,
+            Err(_) => u64::MAX,
+        };
+        let count = pass(stream, port, limit);
+        total.fetch_add(count.try_into().unwrap(), Ordering::SeqCst);
+    });
+    image.assert_pulled(&image.pull(&format!("127.0.0.1:{proxy}/a")));
+    let passed = within(PATIENCE, || {
+        let passed = passed.load(Ordering::SeqCst);
+        (passed > SIZE).then_some(passed)
+    });
+    let passed = passed.expect("all of it went through the proxy");
+    assert!(passed < SIZE + (1 << 20), "{passed}: nothing is sent twice");
+}
+
+#[test]
+fn other_hosts_have_to_speak_tls_unless_told_otherwise() {
+    let image = Image::new();
+    let (key, certificate, unknown) =
+        (image.path("key"), image.path("good"), image.path("unknown"));
+    let make = |certificate: &Path| {
+        let words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=registry.test \
+            -addext subjectAltName=DNS:registry.test -addext basicConstraints=critical,CA:FALSE -keyout";
+        let mut openssl = Command::new("openssl");
+        let openssl = openssl.args(words.split_whitespace()).arg(&key);
+        openssl.arg("-out").arg(certificate).output()
+    };
+    for path in [&unknown, &certificate] {
+        let Ok(made) = make(path) else {
+            return skip("openssl is not installed");
+        };
+        assert!(made.status.success(), "{made:?}");
+    }
+    let tls = format!(
+        "  tls: {{certificate: {}, key: {}}}\n",
+        certificate.display(),
+        key.display()
+    );
+    let (Some(plain), Some(registry)) = (Registry::start("", ""), Registry::start("", &tls)) else {
+        return;
+    };
+    registry.push(&image, "a");
+    plain.push(&image, "a");
+    // The way to that host is a proxy, which asks for nothing else.
+    let proxy = |port| {
+        let proxy = listen(move |mut stream| {
+            let request = read_request(&stream).unwrap();
+            assert!(request.path.starts_with("registry.test:"), "{request:?}");
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+            pass(stream, port, u64::MAX);
+        });
+        format!("http://127.0.0.1:{proxy}")
+    };
+    let pull = |options: &[&str], port: u16, trusted: &Path| {
+        let mut command = image.minivmm(&[&["pull", "registry.test/a"], options].concat());
+        command.env_remove("SSL_CERT_DIR");
+        command
+            .env("SSL_CERT_FILE", trusted)
+            .env("ALL_PROXY", proxy(port));
+        run(&mut command)
+    };
+    for (port, trusted, wanted) in [
+        (registry.port, image.path("none"), "no root certificates"),
+        (registry.port, unknown, "invalid peer certificate"),
+        (plain.port, certificate.clone(), "does not speak TLS"),
+    ] {
+        let ended = pull(&[], port, &trusted);
+        ended.assert_code(125);
+        assert!(ended.stderr.contains(wanted), "{wanted}: {}", ended.stderr);
+    }
+    image.assert_pulled(&pull(&[], registry.port, &certificate));
+    fs::remove_dir_all(image.path(".cache")).unwrap();
+    image.assert_pulled(&pull(&["--insecure-registry"], plain.port, &certificate));
+}
