@@ -290,6 +290,11 @@ pub struct VmArgs {
     pub config: Option<PathBuf>,
 }
 
+/// What was given, or else what was there.
+fn over<T>(given: Vec<T>, base: Vec<T>) -> Vec<T> {
+    if given.is_empty() { base } else { given }
+}
+
 impl VmArgs {
     /// The configuration file, if there is one, with these arguments over it.
     pub fn into_config(self) -> Result<VmConfig, ConfigError> {
@@ -299,16 +304,8 @@ impl VmArgs {
         };
         let base = self.guest.over(base);
         Ok(VmConfig {
-            disks: if self.disk.is_empty() {
-                base.disks
-            } else {
-                self.disk
-            },
-            nets: if self.net.is_empty() {
-                base.nets
-            } else {
-                self.net
-            },
+            disks: over(self.disk, base.disks),
+            nets: over(self.net, base.nets),
             vsock: self.vsock.or(base.vsock),
             mergeable: self.mergeable || base.mergeable,
             rng: self.rng || base.rng,

@@ -122,12 +122,14 @@ impl CrashReport<'_> {
                 "a fault with no handler left; the last lines on the console tell more"
             }
             Outcome::VcpuFailed(
-                VcpuFailure::InternalError { .. } | VcpuFailure::EntryFailed { .. },
+                VcpuFailure::Emulation
+                | VcpuFailure::InternalError(_)
+                | VcpuFailure::EntryFailed(_),
             ) => {
                 "the guest reached a state or an instruction that this host's KVM does not handle; `minivmm doctor` says \
                  what KVM offers, the kernel's log (dmesg) may name the instruction"
             }
-            Outcome::VcpuFailed(VcpuFailure::RunFailed { errno })
+            Outcome::VcpuFailed(VcpuFailure::RunFailed(errno))
                 if *errno == libc::EFAULT || *errno == libc::ENOMEM =>
             {
                 "the host could not give the guest a page of its memory: it is out of memory, or a memory limit was hit"

@@ -1,7 +1,5 @@
 //! Why a VM ended.
 
-use std::fmt;
-
 /// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -33,51 +31,24 @@ impl Outcome {
 }
 
 /// Why a vCPU cannot go on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VcpuFailure {
     /// An exception while delivering a double fault (SDM vol. 3 § 6.15): the guest has no handlers left.
+    #[error("the guest triple-faulted")]
     TripleFault,
-    /// The processor refused to enter the guest.
-    EntryFailed {
-        /// The hardware's reason code.
-        reason: u64,
-    },
-    /// KVM gave up, most often because it had to emulate an instruction that it does not know.
-    InternalError {
-        /// KVM_INTERNAL_ERROR_*: 1 is emulation, 2 simultaneous exceptions, 3 event delivery.
-        suberror: u32,
-    },
-    /// KVM_RUN failed.
-    RunFailed {
-        /// The error number.
-        errno: i32,
-    },
+    /// The processor refused to enter the guest, for this reason of the hardware's.
+    #[error("the processor refused to enter the guest (reason {0:#x})")]
+    EntryFailed(u64),
+    /// KVM does not know the instruction that it had to emulate (KVM_INTERNAL_ERROR_EMULATION).
+    #[error("KVM could not emulate the guest's instruction")]
+    Emulation,
+    /// KVM gave up for another reason: KVM_INTERNAL_ERROR_*, 2 is simultaneous exceptions, 3 event delivery.
+    #[error("KVM internal error {0}")]
+    InternalError(u32),
+    /// KVM_RUN failed with this error number.
+    #[error("KVM_RUN failed: {}", std::io::Error::from_raw_os_error(*.0))]
+    RunFailed(i32),
     /// An exit that minivmm does not know.
+    #[error("KVM stopped with an unknown exit: {0}")]
     UnknownExit(String),
-}
-
-impl fmt::Display for VcpuFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::TripleFault => write!(f, "the guest triple-faulted"),
-            Self::EntryFailed { reason } => {
-                write!(
-                    f,
-                    "the processor refused to enter the guest (reason {reason:#x})"
-                )
-            }
-            Self::InternalError { suberror: 1 } => {
-                write!(f, "KVM could not emulate the guest's instruction")
-            }
-            Self::InternalError { suberror } => write!(f, "KVM internal error {suberror}"),
-            Self::RunFailed { errno } => {
-                write!(
-                    f,
-                    "KVM_RUN failed: {}",
-                    std::io::Error::from_raw_os_error(*errno)
-                )
-            }
-            Self::UnknownExit(exit) => write!(f, "KVM stopped with an unknown exit: {exit}"),
-        }
-    }
 }

@@ -75,7 +75,7 @@ pub(super) fn handle_exit(exit: &VcpuExit<'_>) -> Result<Option<Outcome>, VcpuFa
         // All lines are edge-triggered: an EOI needs no action.
         VcpuExit::IoapicEoi(_) => Ok(None),
         VcpuExit::Shutdown => Err(VcpuFailure::TripleFault),
-        VcpuExit::FailEntry(reason, _) => Err(VcpuFailure::EntryFailed { reason: *reason }),
+        VcpuExit::FailEntry(reason, _) => Err(VcpuFailure::EntryFailed(*reason)),
         VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
             Ok(Some(Outcome::PowerOff))
         }
@@ -132,7 +132,7 @@ mod tests {
         );
         assert_eq!(
             handle_exit(&VcpuExit::FailEntry(0x21, 0)),
-            Err(VcpuFailure::EntryFailed { reason: 0x21 })
+            Err(VcpuFailure::EntryFailed(0x21))
         );
         assert_eq!(
             handle_exit(&VcpuExit::SystemEvent(1, &[])),

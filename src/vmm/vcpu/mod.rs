@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
+use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use minivmm_devices::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
 use rustix::process::getpid;
@@ -185,7 +186,7 @@ impl Vcpu {
             Ok(exit) => exit,
             Err(e) if e.errno() == libc::EAGAIN => return Ok(Step::Handled),
             Err(e) if e.errno() == libc::EINTR => return Ok(Step::Interrupted),
-            Err(e) => return Err(VcpuFailure::RunFailed { errno: e.errno() }),
+            Err(e) => return Err(VcpuFailure::RunFailed(e.errno())),
         };
         self.exits += 1;
         if let Some(profile) = &mut self.profile {
@@ -214,7 +215,10 @@ impl Vcpu {
                 if arch::vcpu::is_at_reset_vector(&self.fd) {
                     return Ok(Step::Ended(Outcome::Reset));
                 }
-                return Err(VcpuFailure::InternalError { suberror });
+                return Err(match suberror {
+                    KVM_INTERNAL_ERROR_EMULATION => VcpuFailure::Emulation,
+                    suberror => VcpuFailure::InternalError(suberror),
+                });
             }
             exit => {
                 let ended = handle_exit(&exit)?;
