@@ -23,6 +23,8 @@ pub enum ThreadKind {
     Net,
     /// Serves a socket device's queues.
     Vsock,
+    /// Does so, and connects the guest to sockets of the host.
+    VsockConnect,
 }
 
 /// Starts threads. Each one runs the hook before anything else, on itself: that is where a sandbox confines it.

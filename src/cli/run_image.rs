@@ -188,6 +188,7 @@ impl RunArgs {
             nets,
             vsock: Some(VsockConfig {
                 path: Some(claim.socket()),
+                accept_only: true,
                 ..VsockConfig::default()
             }),
             console: ConsoleKind::Virtio,

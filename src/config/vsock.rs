@@ -21,6 +21,9 @@ pub struct VsockConfig {
     pub path: Option<PathBuf>,
     /// The guest's context ID.
     pub cid: u32,
+    /// Whether the guest can make no connections itself.
+    #[serde(skip)]
+    pub accept_only: bool,
 }
 
 impl Default for VsockConfig {
@@ -28,6 +31,7 @@ impl Default for VsockConfig {
         Self {
             path: None,
             cid: *CIDS.start(),
+            accept_only: false,
         }
     }
 }

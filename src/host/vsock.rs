@@ -9,7 +9,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use minivmm_devices::virtio::vsock::HostSide;
+use minivmm_devices::virtio::vsock::{Connect, HostSide};
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{
@@ -45,8 +45,9 @@ impl Drop for SocketFile {
     }
 }
 
-/// Listens at `path`, for this user only. A socket that a process has left there is replaced.
-pub fn open(path: &Path) -> Result<(HostSide, SocketFile), VsockError> {
+/// Listens at `path`, for this user only, and where the guest `connects`, leads it to sockets beside that. A socket that a process has
+/// left there is replaced.
+pub fn open(path: &Path, connects: bool) -> Result<(HostSide, SocketFile), VsockError> {
     let failed = |source: io::Error| VsockError::Bind(path.to_owned(), source);
     let listener = match listen_at(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
@@ -65,7 +66,7 @@ pub fn open(path: &Path) -> Result<(HostSide, SocketFile), VsockError> {
     };
     let host = HostSide {
         listener: listener.into(),
-        connect: Box::new(connect),
+        connect: connects.then(|| Box::new(connect) as Connect),
     };
     Ok((host, file))
 }
@@ -125,13 +126,13 @@ mod tests {
     fn the_socket_is_the_users_and_goes_with_its_vm() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
-        let (host, file) = open(&path).unwrap();
+        let (host, file) = open(&path, true).unwrap();
         assert_eq!(
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o600
         );
         UnixStream::connect(&path).unwrap();
-        let error = open(&path).err().unwrap().to_string();
+        let error = open(&path, true).err().unwrap().to_string();
         assert!(error.contains("in use by another process"), "{error}");
         drop(file);
         assert!(!path.exists());
@@ -143,16 +144,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         drop(UnixListener::bind(&path).unwrap());
-        drop(open(&path).unwrap());
+        drop(open(&path, true).unwrap());
         fs::write(&path, "text").unwrap();
-        let error = open(&path).err().unwrap().to_string();
+        let error = open(&path, true).err().unwrap().to_string();
         assert!(error.ends_with("exists and is not a socket"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"text");
         for bad in [
             dir.path().join("none/v.sock"),
             dir.path().join("x".repeat(108)),
         ] {
-            let error = open(&bad).err().unwrap();
+            let error = open(&bad, true).err().unwrap();
             assert!(matches!(error, VsockError::Bind(..)), "{error}");
         }
     }
@@ -161,13 +162,14 @@ mod tests {
     fn the_guest_reaches_sockets_by_their_ports() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
-        let (mut host, _file) = open(&path).unwrap();
+        let (host, _file) = open(&path, true).unwrap();
+        let mut connect = host.connect.unwrap();
         let listener = UnixListener::bind(dir.path().join("v.sock_4294967294")).unwrap();
-        drop((host.connect)(u32::MAX - 1).unwrap());
+        drop(connect(u32::MAX - 1).unwrap());
         listener.accept().unwrap();
-        assert!((host.connect)(1).is_err());
+        assert!(connect(1).is_err());
         // A listener that accepts nothing is not waited for.
-        let full = std::iter::repeat_with(|| (host.connect)(u32::MAX - 1)).take(5000);
+        let full = std::iter::repeat_with(|| connect(u32::MAX - 1)).take(5000);
         let kept: Vec<_> = full.map_while(Result::ok).collect();
         assert!(kept.len() < 5000, "the backlog has an end");
     }

@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     const REFUSED: u32 = libc::SECCOMP_RET_TRAP;
-    const ROLES: [Role; 10] = [
+    const ROLES: [Role; 11] = [
         Role::Main,
         Role::Socket,
         Role::Save,
@@ -157,6 +157,7 @@ mod tests {
         Role::Of(ThreadKind::Rng),
         Role::Of(ThreadKind::Net),
         Role::Of(ThreadKind::Vsock),
+        Role::Of(ThreadKind::VsockConnect),
         Role::Of(ThreadKind::Console),
     ];
 

@@ -56,6 +56,7 @@ impl Rule {
         let inherited = match role {
             Role::Restart => true,
             Role::Socket | Role::Save => self.roles.contains(&Role::Main),
+            VSOCK_CONNECT => self.roles.contains(&VSOCK),
             _ => false,
         };
         inherited || self.roles.contains(&role)
@@ -75,6 +76,7 @@ const BLOCK: Role = Role::Of(ThreadKind::Block);
 const RNG: Role = Role::Of(ThreadKind::Rng);
 const NET: Role = Role::Of(ThreadKind::Net);
 const VSOCK: Role = Role::Of(ThreadKind::Vsock);
+const VSOCK_CONNECT: Role = Role::Of(ThreadKind::VsockConnect);
 const CONSOLE: Role = Role::Of(ThreadKind::Console);
 
 const ALL: &[Role] = &[Role::Main, VCPU, BLOCK, RNG, NET, VSOCK, CONSOLE];
@@ -253,8 +255,8 @@ pub(super) const TABLE: &[Rule] = &[
     // passt, when it has ended.
     any(libc::SYS_wait4, &[NET]),
     // Streams to Unix sockets, and a timer for those that do not answer.
-    only(libc::SYS_socket, &[VSOCK], UNIX_SOCKET),
-    any(libc::SYS_connect, &[VSOCK]),
+    only(libc::SYS_socket, &[VSOCK_CONNECT], UNIX_SOCKET),
+    any(libc::SYS_connect, &[VSOCK_CONNECT]),
     any(libc::SYS_accept4, &[VSOCK]),
     any(libc::SYS_shutdown, &[VSOCK]),
     any(libc::SYS_epoll_ctl, &[VSOCK]),

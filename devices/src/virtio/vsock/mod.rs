@@ -45,9 +45,15 @@ impl Vsock {
 
     /// The device of a guest with this context ID, with its thread. Without a host side, nothing is within the guest's reach.
     pub fn new(host: Option<HostSide>, cid: u32, threads: &ThreadStarter) -> io::Result<Self> {
-        let mut muxer = Muxer::new(host)?;
         let shared = Arc::new(Shared::new(cid));
-        let (kind, name) = (ThreadKind::Vsock, "virtio-vsock".into());
+        let connects = host.as_ref().is_some_and(|host| host.connect.is_some());
+        let kind = if connects {
+            ThreadKind::VsockConnect
+        } else {
+            ThreadKind::Vsock
+        };
+        let name = "virtio-vsock".into();
+        let mut muxer = Muxer::new(host)?;
         let (descriptors, seen) = ([muxer.fd()], Arc::clone(&shared));
         let worker = QueueWorker::new(
             threads,

@@ -58,8 +58,8 @@ pub type Connect = Box<dyn FnMut(u32) -> io::Result<UnixStream> + Send>;
 pub struct HostSide {
     /// Where programs of the host connect to. Must not block.
     pub listener: UnixListener,
-    /// Where the guest's connections go.
-    pub connect: Connect,
+    /// Where the guest's connections go; without it, it can make none.
+    pub connect: Option<Connect>,
 }
 
 pub(super) struct Muxer {
@@ -316,8 +316,9 @@ impl Muxer {
 
     /// The guest asks for a port of the host.
     fn connect(&mut self, ports: Ports, header: &Header) {
-        let stream = match &mut self.host {
-            Some(host) if self.connections.len() < MAX_CONNECTIONS => (host.connect)(ports.host),
+        let connect = self.host.as_mut().and_then(|host| host.connect.as_mut());
+        let stream = match connect {
+            Some(connect) if self.connections.len() < MAX_CONNECTIONS => connect(ports.host),
             _ => Err(io::ErrorKind::ConnectionRefused.into()),
         };
         match stream {

@@ -50,7 +50,7 @@ impl Sockets {
         };
         HostSide {
             listener,
-            connect: Box::new(connect_to),
+            connect: Some(Box::new(connect_to)),
         }
     }
 
