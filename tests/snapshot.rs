@@ -124,7 +124,7 @@ fn a_restored_vm_can_be_saved() {
     let of = |path: &Path| {
         let snapshot = Snapshot::open(path).unwrap();
         snapshot.verify().unwrap();
-        (snapshot.meta().generation, snapshot.meta().ram_used)
+        (snapshot.meta.generation, snapshot.size().1)
     };
     let ((one, used), (two, used_again)) = (of(&first), of(&second));
     assert_eq!((one, two), (1, 2));
@@ -150,9 +150,9 @@ fn the_guests_clock_goes_on_or_jumps() {
     let dir = Dir::new();
     let path = dir.save("marks", "", &[]);
     let mut snapshot = Snapshot::open(&path).unwrap();
-    let before = snapshot.clock().clock;
+    let before = snapshot.clock.clock;
     snapshot.advance_clocks(5_000_000_000);
-    assert_eq!(snapshot.clock().clock, before + 5_000_000_000);
+    assert_eq!(snapshot.clock.clock, before + 5_000_000_000);
 }
 
 #[test]

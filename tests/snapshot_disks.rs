@@ -86,7 +86,7 @@ fn an_ephemeral_disk_holds_in_every_vm_what_was_written() {
     file.write_all_at(&[1], end - 1).unwrap();
     assert_refused(
         &go_on("snapshot", Path::new("verify"), &[second.to_str().unwrap()]),
-        &["the checksum of section 6 is wrong"],
+        &["the checksum of a disk's writes is wrong"],
     );
 }
 

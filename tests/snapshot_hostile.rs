@@ -128,7 +128,7 @@ fn what_is_no_snapshot_is_told_so() {
     assert_refused(put(0, b"X"), true, "not a snapshot");
     assert_refused(put(8, &[2, 0]), true, "format version 2.0");
     assert_refused(put(12, &[183, 0]), true, "another architecture");
-    assert_refused(put(2000, b"X"), false, "header is damaged");
+    assert_refused(put(2000, b"X"), false, "checksum of its header");
     // A newer minor version only adds.
     assert_eq!(refused(put(10, &[9, 0]), true), "accepted");
     let error = Snapshot::open(dir.path()).err().unwrap();
@@ -251,8 +251,8 @@ fn sections_that_contradict_each_other_are_refused() {
 fn state_that_kvm_or_a_device_refuses_is_an_error_that_names_it() {
     let (front, len) = good();
     let dir = tempfile::tempdir().unwrap();
-    // Behind the head and MP_STATE (4 bytes), REGS (18 numbers); in SREGS, CR4 follows 8 segments, 2 tables and CR0, 2 and 3.
-    let sregs = section(front, VCPU).start + 16 + 4 + 18 * 8;
+    // Behind 6 numbers with MP_STATE, REGS (18 numbers); in SREGS, CR4 follows 8 segments, 2 tables and CR0, 2 and 3.
+    let sregs = section(front, VCPU).start + 6 * 4 + 18 * 8;
     let cr4 = sregs + 8 * 24 + 2 * 16 + 3 * 8;
     let reserved = u64::MAX.to_le_bytes();
     let devices = section(front, DEVICES);

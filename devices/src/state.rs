@@ -116,20 +116,17 @@ pub(crate) fn from_record<T: DeserializeOwned>(
     known: u32,
     record: &Record,
 ) -> Result<T, StateError> {
-    #[derive(Deserialize)]
-    struct Head {
-        version: u32,
+    // A later version's state may have become unlike this one.
+    let text = record.get();
+    let Versioned { version, state } =
+        serde_json::from_str::<Versioned<&Record>>(text).map_err(unreadable)?;
+    if version > known {
+        return Err(StateError::Version {
+            found: version,
+            known,
+        });
     }
-    let parsed = serde_json::from_str::<Versioned<T>>(record.get());
-    let found = match &parsed {
-        Ok(parsed) => parsed.version,
-        // A later version may have become unlike this one.
-        Err(_) => serde_json::from_str::<Head>(record.get()).map_or(known, |head| head.version),
-    };
-    if found > known {
-        return Err(StateError::Version { found, known });
-    }
-    parsed.map(|parsed| parsed.state).map_err(unreadable)
+    serde_json::from_str(state.get()).map_err(unreadable)
 }
 
 fn unreadable(error: serde_json::Error) -> StateError {

@@ -39,7 +39,7 @@ struct Vcpu {
 }
 
 /// Bytes of a vCPU's state that are always there, of a CPUID entry, of an MSR, and of XSAVE state.
-const FIXED: i64 = 16 + 2068;
+const FIXED: i64 = 24 + 2064;
 const CPUID_ENTRY: i64 = 40;
 const MSR: i64 = 16;
 const XSAVE: u32 = 4096;
@@ -51,7 +51,7 @@ const META: &str = r#"{"writer":"minivmm 0.1.0","taken_at_ns":179579110914476701
 "disks":[{"path":"/dev/zero","len":1048576,"modified":[1,2],"inode":[3,4]}],"cmdline":"quiet",
 "kernel":{"entry":{"Linux64":{"rip":1048576,"boot_params":28672}},"format":"elf64","version":null,"kernel_bytes":756,
 "kernel_loading":"copied","kernel_range":{"start":1048576,"end":1049332},"initrd_range":null},
-"host":{"boot_id":"4cdf28a4","kernel":"6.18","signature":788210,"microcode":""},"processor":"x","ram_used":61440}"#;
+"host":{"boot_id":"4cdf28a4","kernel":"6.18","signature":788210,"microcode":""},"processor":"x"}"#;
 
 impl Vcpu {
     fn state(&self) -> Vec<u8> {

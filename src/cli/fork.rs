@@ -116,7 +116,7 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
     let source = args.source.open(ConsoleTarget::None, None)?;
     let nets = &source.config.nets;
     source.snapshot.check_fork(nets).map_err(VmError::from)?;
-    process::name_file_on_bus_error(source.snapshot.path());
+    process::name_file_on_bus_error(&source.snapshot.path);
     // The threads that make VMs need all that a VM is made of; those that a guest reaches are confined.
     let sandbox = confine::sandbox(&source.config, Role::Main)?;
     let threads = confine::threads(&sandbox);

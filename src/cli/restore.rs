@@ -169,7 +169,7 @@ impl SnapshotSource {
             snapshot.use_for_disk(id, path).map_err(VmError::from)?;
         }
         let mut nets = self.nets;
-        let count = snapshot.meta().config.nets.len();
+        let count = snapshot.meta.config.nets.len();
         if nets.len() > count {
             let error = format!("the VM had {count} network devices when it was saved");
             return Err(host("the networks")(io::Error::other(error)).into());
@@ -179,7 +179,7 @@ impl SnapshotSource {
         }
         nets.resize_with(count, NetConfig::default);
         if self.clock == ClockMode::Realtime {
-            let taken = UNIX_EPOCH + Duration::from_nanos(snapshot.meta().taken_at_ns);
+            let taken = UNIX_EPOCH + Duration::from_nanos(snapshot.meta.taken_at_ns);
             let since = SystemTime::now().duration_since(taken).unwrap_or_default();
             if since > LONGEST_JUMP {
                 log::warn!(
@@ -190,7 +190,7 @@ impl SnapshotSource {
             snapshot.advance_clocks(since.as_nanos().try_into().unwrap_or(0));
         }
         // What the file says of the console's file, of networks and sockets is not followed: they may be anybody's.
-        let vsock = snapshot.meta().config.vsock.clone();
+        let vsock = snapshot.meta.config.vsock.clone();
         let config = VmConfig {
             serial,
             nets,
@@ -201,7 +201,7 @@ impl SnapshotSource {
             deadline,
             on_reboot: OnReboot::Exit,
             sandbox: SandboxMode::default(),
-            ..snapshot.meta().config.clone()
+            ..snapshot.meta.config.clone()
         };
         Ok(Restorable {
             config,

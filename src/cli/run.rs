@@ -76,7 +76,7 @@ pub fn run(
     let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
     let saver = Saver::open(plan.snapshot_at.as_ref(), source).map_err(VmError::from)?;
     if let Some(source) = source {
-        process::name_file_on_bus_error(source.path());
+        process::name_file_on_bus_error(&source.path);
     }
     let (console, stderr, input) = plan.open_consoles(&threads)?;
     let terminal = match config.serial {
@@ -128,8 +128,9 @@ pub fn run(
         && matches!(outcome, Outcome::VcpuFailed(_))
         && source.has_changed()
     {
-        let path = source.path().to_owned();
-        return Err(VmError::from(SnapshotError::Changed(path)).into());
+        let path = source.path.display();
+        let error = format!("the snapshot {path} was changed while a VM ran from it");
+        return Err(VmError::from(SnapshotError::Refused(error)).into());
     }
     emit(final_log);
     Ok(outcome)

@@ -64,33 +64,33 @@ pub fn run(args: &SnapshotArgs, out: &mut dyn Write) -> Result<(), SnapshotComma
 
 fn info(file: &Path, out: &mut dyn Write) -> Result<(), SnapshotCommandError> {
     let snapshot = Snapshot::open(file)?;
-    let meta = snapshot.meta();
+    let meta = &snapshot.meta;
     let (size, on_disk) = snapshot.size();
     let kib = |bytes: u64| format!("{} KiB", bytes.div_ceil(1024));
     let taken = UNIX_EPOCH.checked_add(Duration::from_nanos(meta.taken_at_ns));
     let taken = taken.map(|at| humantime::format_rfc3339_seconds(at).to_string());
-    let tsc = snapshot.vcpus().first().map_or(0, |vcpu| vcpu.tsc_khz());
+    let tsc = snapshot.vcpus.first().map_or(0, |vcpu| vcpu.tsc_khz());
     let memory = MemorySize {
         bytes: meta.config.memory.bytes,
     };
     let mut line = |name: &str, value: String| writeln!(out, "{name:<14} {value}");
     line(
         "format",
-        format!("{MAJOR}.{}, by {}", snapshot.minor(), meta.writer),
+        format!("{MAJOR}.{}, by {}", snapshot.minor, meta.writer),
     )?;
     line("taken", taken.unwrap_or_default())?;
     line("boot mark", meta.mark.to_string())?;
     line("generation", meta.generation.to_string())?;
     line("vCPUs", format!("{}, TSC {tsc} kHz", meta.config.cpus))?;
-    line(
-        "memory",
-        format!("{memory}, {} not zero", kib(meta.ram_used)),
-    )?;
+    line("memory", memory.to_string())?;
     line("file", format!("{}, {} on disk", kib(size), kib(on_disk)))?;
     line("kernel", meta.config.kernel.display().to_string())?;
     line("command line", meta.cmdline.clone())?;
-    for disk in snapshot.disks() {
-        line("disk", format!("{}: {}", disk.id(), disk.path().display()))?;
+    for disk in &snapshot.disks {
+        line(
+            "disk",
+            format!("{}: {}", disk.id, disk.identity.path.display()),
+        )?;
     }
     for (index, net) in meta.config.nets.iter().enumerate() {
         let what = match net.passt {
@@ -101,7 +101,7 @@ fn info(file: &Path, out: &mut dyn Write) -> Result<(), SnapshotCommandError> {
         line("network", format!("{index}: {what}"))?;
     }
     line("host", format!("{}, {}", meta.processor, meta.host.kernel))?;
-    if snapshot.is_from_this_host() {
+    if snapshot.is_from_this_host {
         line("this host", "the same, in the same boot".to_owned())?;
         return Ok(());
     }

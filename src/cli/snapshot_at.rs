@@ -100,7 +100,8 @@ impl Saver {
         let written = if vm.pause() {
             target.write(vm, at.mark, &stop)
         } else {
-            Err(SnapshotError::NotPaused)
+            let error = "the VM did not stop to be saved";
+            Err(SnapshotError::Refused(error.into()))
         };
         // Where the VM ends here, what its guest has asked of its disks and they have not begun is for those that go on from it.
         let ends = at.exit && written.is_ok();

@@ -89,20 +89,20 @@ impl Prepared {
     ) -> Result<Self, VmError> {
         machine::check_capacity(config)?;
         let kvm = Arc::new(kvm::open()?);
-        let disks = config.disks.iter().zip(snapshot.disks());
+        let disks = config.disks.iter().zip(&snapshot.disks);
         let disks = disks.map(|(disk, saved)| {
             let open = |options| Ok(saved.open(options)?);
             open_disk(disk, open, config.cpus, threads)
         });
         let disks = disks.collect::<Result<_, _>>()?;
         let (vsock, _vsock_file) = open_vsock(config, threads)?;
-        let mem = memory::map_file(config.memory.bytes, snapshot.file(), snapshot.ram_offset())?;
+        let mem = memory::map_file(config.memory.bytes, &snapshot.file, snapshot.ram.offset)?;
         if config.mergeable {
             memory::enable_ksm(&mem)?;
         }
         times.memory_mapped = Some(Instant::now());
         // To ask KVM takes longer than all the rest: 0.36 ms where the host is a virtual machine itself.
-        if !snapshot.is_from_this_host() {
+        if !snapshot.is_from_this_host {
             let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
             snapshot.check_host(&supported.map_err(refused("KVM_GET_SUPPORTED_CPUID"))?)?;
         }
@@ -110,7 +110,7 @@ impl Prepared {
         rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| host("random numbers")(e.into()))?;
         let restored = Restored {
-            generation: snapshot.meta().generation,
+            generation: snapshot.meta.generation,
             seed,
             index: identity.index,
             argument: identity.argument,
@@ -118,7 +118,7 @@ impl Prepared {
         let fd = create_vm(&kvm)?;
         map_slots(&fd, &mem)?;
         times.vm_created = Some(Instant::now());
-        let meta = snapshot.meta();
+        let meta = &snapshot.meta;
         Ok(Self {
             fd: Arc::new(fd),
             kvm,

@@ -128,13 +128,10 @@ impl Vm {
         match &mut parts.origin {
             Origin::Boot(_) => write_tables(&parts, &machine)?,
             Origin::Snapshot(snapshot, restored) => {
-                let clock = snapshot.clock();
-                parts
-                    .fd
-                    .set_clock(&clock)
-                    .map_err(refused("KVM_SET_CLOCK"))?;
-                let saved = snapshot.devices();
-                machine.state.restore(saved).map_err(VmError::Devices)?;
+                let set = parts.fd.set_clock(&snapshot.clock);
+                set.map_err(refused("KVM_SET_CLOCK"))?;
+                let restored_devices = machine.state.restore(&snapshot.devices);
+                restored_devices.map_err(VmError::Devices)?;
                 if let Some(restored) = restored.take() {
                     let mark = machine.boot_mark.lock();
                     let mut mark = mark.unwrap_or_else(PoisonError::into_inner);
@@ -353,7 +350,7 @@ fn make_vcpus(parts: &Prepared, profiled: bool) -> Result<Vec<Vcpu>, VmError> {
         }
         Origin::Snapshot(snapshot, _) => {
             let support = StateSupport::of(&parts.kvm);
-            let mut states = snapshot.vcpus().iter();
+            let mut states = snapshot.vcpus.iter();
             set_states(&vcpus, |vcpu| {
                 let state = states.next().ok_or(arch::vcpu::StateError::Missing)?;
                 state.restore(&vcpu.fd, &support, vcpu.index == 0)

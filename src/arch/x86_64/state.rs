@@ -60,14 +60,17 @@ pub struct VcpuState {
     cpuid: Vec<kvm_cpuid_entry2>,
     /// In the order in which they are set.
     msrs: Vec<kvm_msr_entry>,
-    tsc_khz: u32,
 }
 
-/// The structures whose size never changes, one behind the other as [`VcpuState::encode`] has them.
+/// What has the same size for every vCPU.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
-#[repr(C, packed)]
+#[repr(C)]
 struct FixedState {
+    tsc_khz: u32,
+    /// Entries of CPUID and MSRs, and bytes of XSAVE state.
+    counts: [u32; 3],
     mp_state: kvm_mp_state,
+    reserved: u32,
     regs: kvm_regs,
     sregs: kvm_sregs,
     xcrs: kvm_xcrs,
@@ -109,20 +112,24 @@ impl VcpuState {
         let events = fd
             .get_vcpu_events()
             .map_err(refused("KVM_GET_VCPU_EVENTS"))?;
-        Ok(Self {
-            fixed: FixedState {
-                mp_state,
-                regs,
-                sregs,
-                xcrs,
-                debugregs,
-                lapic,
-                events,
-            },
-            xsave,
-            cpuid: cpuid.as_slice().to_vec(),
-            msrs,
+        let cpuid = cpuid.as_slice().to_vec();
+        let fixed = FixedState {
             tsc_khz,
+            counts: [cpuid.len(), msrs.len(), xsave.len()].map(|count| count as u32),
+            mp_state,
+            reserved: 0,
+            regs,
+            sregs,
+            xcrs,
+            debugregs,
+            lapic,
+            events,
+        };
+        Ok(Self {
+            fixed,
+            xsave,
+            cpuid,
+            msrs,
         })
     }
 
@@ -135,21 +142,24 @@ impl VcpuState {
         first: bool,
     ) -> Result<(), StateError> {
         let FixedState {
+            tsc_khz,
+            counts: _,
             mp_state,
+            reserved: _,
             regs,
             sregs,
             xcrs,
             debugregs,
             lapic,
             events,
-        } = self.fixed;
+        } = &self.fixed;
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::Nonsense("CPUID"))?;
         fd.set_cpuid2(&cpuid).map_err(refused("KVM_SET_CPUID2"))?;
-        self.restore_tsc_frequency(fd, support)?;
-        fd.set_mp_state(mp_state)
+        restore_tsc_frequency(fd, *tsc_khz, support)?;
+        fd.set_mp_state(*mp_state)
             .map_err(refused("KVM_SET_MP_STATE"))?;
-        fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))?;
-        let mut sregs = sregs;
+        fd.set_regs(regs).map_err(refused("KVM_SET_REGS"))?;
+        let mut sregs = *sregs;
         if support.emulated_by_qemu {
             // KVM on AMD reports TR as a busy TSS whatever the processor has (svm_get_segment). Where the processor is QEMU's, a guest
             // goes on with that, and QEMU takes I/O permissions only from a TSS that is not busy (check_io): all port accesses outside
@@ -160,16 +170,16 @@ impl VcpuState {
         restore_xsave(fd, &self.xsave, support.xsave_len)?;
         // A host without XSAVE has none, and refuses even that.
         if xcrs.nr_xcrs != 0 {
-            fd.set_xcrs(&xcrs).map_err(refused("KVM_SET_XCRS"))?;
+            fd.set_xcrs(xcrs).map_err(refused("KVM_SET_XCRS"))?;
         }
-        fd.set_debug_regs(&debugregs)
+        fd.set_debug_regs(debugregs)
             .map_err(refused("KVM_SET_DEBUGREGS"))?;
-        fd.set_lapic(&lapic).map_err(refused("KVM_SET_LAPIC"))?;
+        fd.set_lapic(lapic).map_err(refused("KVM_SET_LAPIC"))?;
         if first {
             self.unsettle_tsc(fd)?;
         }
         set_msrs(fd, &self.msrs)?;
-        fd.set_vcpu_events(&events)
+        fd.set_vcpu_events(events)
             .map_err(refused("KVM_SET_VCPU_EVENTS"))
     }
 
@@ -183,25 +193,9 @@ impl VcpuState {
         })
     }
 
-    fn restore_tsc_frequency(&self, fd: &VcpuFd, support: &StateSupport) -> Result<(), StateError> {
-        let host = fd.get_tsc_khz().map_err(refused("KVM_GET_TSC_KHZ"))?;
-        let (saved, tolerance) = (u64::from(self.tsc_khz), TSC_TOLERANCE_PPM);
-        if saved.abs_diff(host.into()) * 1_000_000 <= tolerance * u64::from(host) {
-            return Ok(());
-        }
-        if !support.tsc_control {
-            return Err(StateError::TscFrequency {
-                saved: self.tsc_khz,
-                host,
-            });
-        }
-        fd.set_tsc_khz(self.tsc_khz)
-            .map_err(refused("KVM_SET_TSC_KHZ"))
-    }
-
     /// Lets the TSC count as if `nanoseconds` had passed since the state was saved.
     pub fn advance_tsc(&mut self, nanoseconds: u64) {
-        let cycles = u128::from(nanoseconds) * u128::from(self.tsc_khz) / 1_000_000;
+        let cycles = u128::from(nanoseconds) * u128::from(self.fixed.tsc_khz) / 1_000_000;
         for msr in self.msrs.iter_mut().filter(|msr| msr.index == IA32_TSC) {
             msr.data = msr.data.wrapping_add(cycles as u64);
         }
@@ -214,40 +208,24 @@ impl VcpuState {
 
     /// The frequency of its TSC in kHz.
     pub fn tsc_khz(&self) -> u32 {
-        self.tsc_khz
+        self.fixed.tsc_khz
     }
 
-    /// The state as bytes: a head of four 32-bit numbers (TSC frequency in kHz, counts of CPUID entries and MSRs, bytes of
-    /// XSAVE state), then KVM's structures one after the other.
+    /// The state as bytes: KVM's structures, one after the other.
     pub fn encode(&self) -> Vec<u8> {
         let Self {
             fixed,
             xsave,
             cpuid,
             msrs,
-            tsc_khz,
         } = self;
-        let head = [
-            *tsc_khz,
-            cpuid.len() as u32,
-            msrs.len() as u32,
-            xsave.len() as u32,
-        ];
-        [
-            head.as_bytes(),
-            fixed.as_bytes(),
-            xsave,
-            cpuid.as_bytes(),
-            msrs.as_bytes(),
-        ]
-        .concat()
+        [fixed.as_bytes(), xsave, cpuid.as_bytes(), msrs.as_bytes()].concat()
     }
 
     /// The state that [`Self::encode`] wrote. Counts are checked before anything is allocated.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut rest = bytes;
-        let [tsc_khz, cpuid, msrs, xsave] = take::<[u32; 4]>(&mut rest)?;
-        let (cpuid, msrs, xsave) = (cpuid as usize, msrs as usize, xsave as usize);
+        let (fixed, mut rest) = FixedState::read_from_prefix(bytes).map_err(|_| DecodeError)?;
+        let [cpuid, msrs, xsave] = fixed.counts.map(|count| count as usize);
         if !(1..=KVM_MAX_CPUID_ENTRIES).contains(&cpuid)
             || msrs > MSRS_MAX
             || !(XSAVE_MIN..=XSAVE_MAX).contains(&xsave)
@@ -255,34 +233,39 @@ impl VcpuState {
         {
             return Err(DecodeError);
         }
-        let fixed = take(&mut rest)?;
-        let xsave = rest.split_off(..xsave).ok_or(DecodeError)?.to_vec();
-        let cpuid = take_all(&mut rest, cpuid)?;
-        let msrs = take_all(&mut rest, msrs)?;
-        if !rest.is_empty() {
-            return Err(DecodeError);
-        }
-        Ok(Self {
+        let state = Self {
             fixed,
-            xsave,
-            cpuid,
-            msrs,
-            tsc_khz,
-        })
+            xsave: rest.split_off(..xsave).ok_or(DecodeError)?.to_vec(),
+            cpuid: take(&mut rest, cpuid)?,
+            msrs: take(&mut rest, msrs)?,
+        };
+        rest.is_empty().then_some(state).ok_or(DecodeError)
     }
 }
 
-fn take<T: FromBytes>(rest: &mut &[u8]) -> Result<T, DecodeError> {
-    let (value, behind) = T::read_from_prefix(rest).map_err(|_| DecodeError)?;
-    *rest = behind;
-    Ok(value)
+fn take<T: FromBytes>(rest: &mut &[u8], count: usize) -> Result<Vec<T>, DecodeError> {
+    let mut one = || {
+        let (value, behind) = T::read_from_prefix(rest).map_err(|_| DecodeError)?;
+        *rest = behind;
+        Ok(value)
+    };
+    (0..count).map(|_| one()).collect()
 }
 
-fn take_all<T: FromBytes + Immutable>(
-    rest: &mut &[u8],
-    count: usize,
-) -> Result<Vec<T>, DecodeError> {
-    (0..count).map(|_| take(rest)).collect()
+fn restore_tsc_frequency(
+    fd: &VcpuFd,
+    saved: u32,
+    support: &StateSupport,
+) -> Result<(), StateError> {
+    let host = fd.get_tsc_khz().map_err(refused("KVM_GET_TSC_KHZ"))?;
+    let difference = u64::from(saved.abs_diff(host)) * 1_000_000;
+    if difference <= TSC_TOLERANCE_PPM * u64::from(host) {
+        return Ok(());
+    }
+    if !support.tsc_control {
+        return Err(StateError::TscFrequency { saved, host });
+    }
+    fd.set_tsc_khz(saved).map_err(refused("KVM_SET_TSC_KHZ"))
 }
 
 #[allow(unsafe_code, reason = "KVM decides how much of the area it writes")]
@@ -376,25 +359,18 @@ fn msr(index: u32, data: u64) -> kvm_msr_entry {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use zerocopy::FromZeros;
 
     fn state() -> VcpuState {
+        let mut fixed = FixedState::new_zeroed();
+        fixed.tsc_khz = 2_000_000;
+        fixed.counts = [3, 2, XSAVE_MIN as u32 + 8];
+        fixed.regs.rip = 0x1234;
         VcpuState {
-            fixed: FixedState {
-                mp_state: kvm_mp_state::default(),
-                regs: kvm_regs {
-                    rip: 0x1234,
-                    ..Default::default()
-                },
-                sregs: kvm_sregs::default(),
-                xcrs: kvm_xcrs::default(),
-                debugregs: kvm_debugregs::default(),
-                lapic: kvm_lapic_state::default(),
-                events: kvm_vcpu_events::default(),
-            },
+            fixed,
             xsave: vec![7; XSAVE_MIN + 8],
             cpuid: vec![kvm_cpuid_entry2::default(); 3],
             msrs: vec![msr(IA32_TSC, 1000), msr(IA32_TSC_DEADLINE, 9)],
-            tsc_khz: 2_000_000,
         }
     }
 
@@ -403,7 +379,7 @@ mod tests {
         let bytes = state().encode();
         let decoded = VcpuState::decode(&bytes).unwrap();
         assert_eq!(decoded.encode(), bytes);
-        assert_eq!({ decoded.fixed.regs }.rip, 0x1234);
+        assert_eq!(decoded.fixed.regs.rip, 0x1234);
         assert_eq!(decoded.msrs[1].data, 9);
     }
 

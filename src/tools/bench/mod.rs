@@ -118,7 +118,7 @@ fn guest(options: &BenchOptions) -> Result<VmConfig, ToolError> {
     let usage = |what: &str| Err(ToolError::Usage(what.into()));
     if let Some(path) = &options.restore {
         let snapshot = Snapshot::open(path).map_err(cannot("measure restores"))?;
-        return Ok(snapshot.meta().config.clone());
+        return Ok(snapshot.meta.config.clone());
     }
     if options.until.is_empty() {
         return usage("--until needs some text that the guest prints");

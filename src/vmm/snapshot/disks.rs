@@ -16,11 +16,14 @@ use crate::host::ownership::is_ours;
 
 /// A disk as it was when its VM was saved.
 pub struct SavedDisk {
-    id: String,
-    identity: DiskIdentity,
+    /// Its serial number, or its place among the disks if it has none.
+    pub id: String,
+    /// Which file it was.
+    pub identity: DiskIdentity,
     /// What was written to it, if it is ephemeral, and where that is.
     overlay: Option<(Arc<File>, Bulk)>,
-    is_written: bool,
+    /// Whether its VM writes to the file.
+    pub(super) is_written: bool,
     /// Whether the path in the snapshot may be opened.
     path_is_trusted: bool,
     /// What the user has named in its place.
@@ -59,21 +62,6 @@ impl SavedDisk {
             named: None,
         };
         Ok(disks.map(disk).collect())
-    }
-
-    /// Its serial number, or its place among the disks if it has none.
-    pub fn id(&self) -> &str {
-        &self.id
-    }
-
-    /// Where its file was.
-    pub fn path(&self) -> &Path {
-        &self.identity.path
-    }
-
-    /// Whether its VM writes to the file.
-    pub(super) fn is_written(&self) -> bool {
-        self.is_written
     }
 
     /// Takes the file that the user names, which is trusted to hold what the VM left.

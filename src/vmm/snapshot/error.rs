@@ -3,8 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::arch::vcpu::StateError;
-
 /// Why a file cannot be used as a snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum FormatError {
@@ -24,15 +22,9 @@ pub enum FormatError {
     /// Of another architecture.
     #[error("it is of another architecture (ELF machine {0}, not x86-64)")]
     Architecture(u32),
-    /// The header was changed.
-    #[error("its header is damaged: the checksum is wrong")]
-    HeaderChecksum,
-    /// A section was changed.
-    #[error("it is damaged: the checksum of section {0} is wrong")]
-    Checksum(u32),
-    /// RAM was changed.
-    #[error("it is damaged: the checksum of the guest's memory is wrong")]
-    RamChecksum,
+    /// It was changed.
+    #[error("it is damaged: the checksum of {0} is wrong")]
+    Checksum(String),
     /// The file ends too early.
     #[error("it is cut short")]
     Truncated,
@@ -84,27 +76,9 @@ pub enum SnapshotError {
     /// The file that is to be written cannot be made.
     #[error("cannot write a snapshot to {}", .0.display())]
     Write(PathBuf, #[source] io::Error),
-    /// It would be written over the file that the VM came from.
-    #[error("cannot write a snapshot to {}: the VM runs from this file; name another", .0.display())]
-    OwnSource(PathBuf),
-    /// The vCPUs did not stop.
-    #[error("the VM did not stop to be saved")]
-    NotPaused,
-    /// It was no longer wanted.
-    #[error("it was stopped")]
-    Stopped,
-    /// KVM refused to give a vCPU's state.
-    #[error("cannot read the state of vCPU {0}")]
-    Vcpu(u8, #[source] StateError),
-    /// KVM refused to give the VM's state.
-    #[error("{0} failed")]
-    Kvm(&'static str, #[source] kvm_ioctls::Error),
-    /// What the guest has written would not outlast a failure of the host.
-    #[error("cannot make durable what the guest has written to its disks")]
-    Flush(#[source] io::Error),
-    /// The devices cannot be paused or saved.
-    #[error("cannot save the devices")]
-    Devices(#[source] minivmm_devices::state::StateError),
+    /// A step of it failed.
+    #[error("cannot {0}")]
+    Step(String, #[source] Box<dyn std::error::Error + Send + Sync>),
     /// The user names a file for a disk that is not there.
     #[error("the snapshot's VM has no disk {id}; it has {}", if known.is_empty() { "none".into() } else { known.join(", ") })]
     NoDisk {
@@ -124,18 +98,14 @@ pub enum SnapshotError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A disk that only one VM can write to.
-    #[error("the snapshot's VM writes to the disk {}: VMs that go on side by side can only share what is read-only or ephemeral", .0.display())]
-    SharedDisk(PathBuf),
-    /// A network that only one VM can have.
-    #[error(
-        "VMs that go on side by side cannot share a TAP interface or a published port: each can have a passt of its own, without ports"
-    )]
-    SharedNetwork,
-    /// The file was changed while a VM ran from it.
-    #[error("the snapshot {} was changed while a VM ran from it", .0.display())]
-    Changed(PathBuf),
-    /// Something of the VM that is not saved.
-    #[error("{0} cannot be saved")]
-    Unsupported(String),
+    /// What cannot be, and why.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// That a step failed.
+pub(super) fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    step: impl ToString,
+) -> impl FnOnce(E) -> SnapshotError {
+    move |source| SnapshotError::Step(step.to_string(), source.into())
 }

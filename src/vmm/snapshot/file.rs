@@ -14,6 +14,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
 use super::error::FormatError;
 
 /// The first bytes of a snapshot. The last two notice a transfer as text.
@@ -34,13 +36,37 @@ pub const PAGE_SIZE: u64 = 4096;
 /// Most bytes before the RAM: 64 vCPUs take 1 MiB.
 const MAX_RAM_OFFSET: u64 = 16 << 20;
 
-const TABLE_OFFSET: usize = 32;
-const ENTRY_LEN: usize = 32;
 /// Sections that the header has room for.
-pub const MAX_SECTIONS: usize = (HEADER_LEN - TABLE_OFFSET) / ENTRY_LEN;
+pub const MAX_SECTIONS: usize = (HEADER_LEN - 32) / size_of::<Entry>();
 const SECTION_ALIGN: u64 = 8;
-/// The checksum of the header counts itself as zero.
-const HEADER_CRC: std::ops::Range<usize> = 20..24;
+
+/// The first bytes of the file.
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Header {
+    magic: [u8; 8],
+    major: u16,
+    minor: u16,
+    architecture: u32,
+    /// Entries of the table.
+    count: u32,
+    /// Of the header, in which it counts itself as zero.
+    crc: u32,
+    reserved: u64,
+    table: [Entry; MAX_SECTIONS],
+}
+
+const _: () = assert!(size_of::<Header>() == HEADER_LEN && cfg!(target_endian = "little"));
+
+impl Header {
+    fn checksum(&self) -> u32 {
+        let unsigned = Self {
+            crc: 0,
+            ..self.clone()
+        };
+        crc32fast::hash(unsigned.as_bytes())
+    }
+}
 
 /// What a section is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,13 +95,29 @@ impl Kind {
 }
 
 /// An entry of the header's table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
 struct Entry {
     kind: u32,
-    optional: bool,
+    /// Bit 0: who does not know the kind may skip it.
+    flags: u32,
     offset: u64,
     len: u64,
     crc: u32,
+    reserved: u32,
+}
+
+impl Entry {
+    fn new(kind: Kind, Bulk { offset, len, crc }: Bulk) -> Self {
+        Self {
+            kind: kind as u32,
+            flags: 0,
+            offset,
+            len,
+            crc,
+            reserved: 0,
+        }
+    }
 }
 
 /// A section that is not read but mapped or used in place: RAM, or an overlay.
@@ -107,13 +149,9 @@ impl Front {
         let mut entries = Vec::with_capacity(sections.len() + 1);
         for (kind, section) in sections {
             bytes.resize(bytes.len().next_multiple_of(SECTION_ALIGN as usize), 0);
-            entries.push(Entry {
-                kind: *kind as u32,
-                optional: false,
-                offset: bytes.len() as u64,
-                len: section.len() as u64,
-                crc: crc32fast::hash(section),
-            });
+            let (offset, len) = (bytes.len() as u64, section.len() as u64);
+            let crc = crc32fast::hash(section);
+            entries.push(Entry::new(*kind, Bulk { offset, len, crc }));
             bytes.extend_from_slice(section);
         }
         let ram_offset = (bytes.len() as u64).next_multiple_of(RAM_ALIGN);
@@ -129,46 +167,26 @@ impl Front {
 
     /// Header and sections, once RAM and overlays are known.
     pub fn finish(mut self, ram: Bulk, overlays: &[Bulk]) -> Vec<u8> {
-        let overlays = overlays.iter().map(|overlay| (Kind::Overlay, overlay));
-        for (kind, bulk) in std::iter::once((Kind::Ram, &ram)).chain(overlays) {
-            self.entries.push(Entry {
-                kind: kind as u32,
-                optional: false,
-                offset: bulk.offset,
-                len: bulk.len,
-                crc: bulk.crc,
-            });
+        self.entries.push(Entry::new(Kind::Ram, ram));
+        let overlays = overlays.iter().map(|bulk| Entry::new(Kind::Overlay, *bulk));
+        self.entries.extend(overlays);
+        let mut header = Header {
+            magic: MAGIC,
+            major: MAJOR,
+            minor: MINOR,
+            architecture: ARCHITECTURE,
+            count: self.entries.len() as u32,
+            ..Header::new_zeroed()
+        };
+        for (place, entry) in header.table.iter_mut().zip(self.entries) {
+            *place = entry;
         }
-        let header = header(&self.entries);
-        if let Some(front) = self.bytes.first_chunk_mut() {
-            *front = header;
+        header.crc = header.checksum();
+        if let Some(front) = self.bytes.get_mut(..HEADER_LEN) {
+            front.copy_from_slice(header.as_bytes());
         }
         self.bytes
     }
-}
-
-fn header(entries: &[Entry]) -> [u8; HEADER_LEN] {
-    let mut bytes = Vec::with_capacity(HEADER_LEN);
-    bytes.extend(MAGIC);
-    bytes.extend(MAJOR.to_le_bytes());
-    bytes.extend(MINOR.to_le_bytes());
-    bytes.extend(ARCHITECTURE.to_le_bytes());
-    bytes.extend((entries.len() as u32).to_le_bytes());
-    bytes.resize(TABLE_OFFSET, 0);
-    for entry in entries {
-        bytes.extend(entry.kind.to_le_bytes());
-        bytes.extend(u32::from(entry.optional).to_le_bytes());
-        bytes.extend(entry.offset.to_le_bytes());
-        bytes.extend(entry.len.to_le_bytes());
-        bytes.extend(entry.crc.to_le_bytes());
-        bytes.extend([0; 4]);
-    }
-    bytes.resize(HEADER_LEN, 0);
-    let mut header = [0; HEADER_LEN];
-    header.copy_from_slice(&bytes);
-    let crc = crc32fast::hash(&header);
-    header[HEADER_CRC].copy_from_slice(&crc.to_le_bytes());
-    header
 }
 
 /// The sections of a file, checked.
@@ -187,9 +205,9 @@ impl Sections {
     /// Reads and checks header and sections of a file of `file_len` bytes; not its RAM. Nothing that the file says is allocated
     /// before it is bounded.
     pub fn read(file: &File, file_len: u64) -> Result<Self, FormatError> {
-        let mut header = [0; HEADER_LEN];
-        read(file, &mut header, 0)?;
-        let (minor, table) = parse_header(&header)?;
+        let mut header = Header::new_zeroed();
+        read(file, header.as_mut_bytes(), 0)?;
+        let table = check_header(&header)?;
         let ram = table.iter().position(|e| e.kind == Kind::Ram as u32);
         let (ahead, bulk) = table.split_at(ram.ok_or(FormatError::Table)?);
         check_table(ahead, bulk, file_len)?;
@@ -208,16 +226,17 @@ impl Sections {
             let range = entry.offset as usize..(entry.offset + entry.len) as usize;
             let section = front.get(range.clone()).ok_or(FormatError::Table)?;
             if crc32fast::hash(section) != entry.crc {
-                return Err(FormatError::Checksum(entry.kind));
+                let what = format!("section {}", entry.kind);
+                return Err(FormatError::Checksum(what));
             }
             match Kind::from_number(entry.kind) {
                 Some(kind) => entries.push((kind, range)),
-                None if entry.optional => {}
+                None if entry.flags & 1 != 0 => {}
                 None => return Err(FormatError::UnknownSection(entry.kind)),
             }
         }
         Ok(Self {
-            minor,
+            minor: header.minor,
             ram,
             overlays: bulk.collect(),
             front,
@@ -249,13 +268,12 @@ fn read(file: &File, bytes: &mut [u8], offset: u64) -> Result<(), FormatError> {
         })
 }
 
-/// Minor version and table of a header.
-fn parse_header(header: &[u8; HEADER_LEN]) -> Result<(u16, Vec<Entry>), FormatError> {
-    if header[..8] != MAGIC {
+/// The table of a header.
+fn check_header(header: &Header) -> Result<&[Entry], FormatError> {
+    let Header { major, minor, .. } = *header;
+    if header.magic != MAGIC {
         return Err(FormatError::NoSnapshot);
     }
-    let major = u16::from_le_bytes([header[8], header[9]]);
-    let minor = u16::from_le_bytes([header[10], header[11]]);
     if major != MAJOR {
         return Err(FormatError::Version {
             major,
@@ -263,28 +281,14 @@ fn parse_header(header: &[u8; HEADER_LEN]) -> Result<(u16, Vec<Entry>), FormatEr
             known: MAJOR,
         });
     }
-    let architecture = u32_at(header, 12);
-    if architecture != ARCHITECTURE {
-        return Err(FormatError::Architecture(architecture));
+    if header.architecture != ARCHITECTURE {
+        return Err(FormatError::Architecture(header.architecture));
     }
-    let mut unsigned = *header;
-    unsigned[HEADER_CRC].fill(0);
-    if crc32fast::hash(&unsigned) != u32_at(header, HEADER_CRC.start) {
-        return Err(FormatError::HeaderChecksum);
+    if header.checksum() != header.crc {
+        return Err(FormatError::Checksum("its header".into()));
     }
-    let count = u32_at(header, 16) as usize;
-    if count > MAX_SECTIONS {
-        return Err(FormatError::Table);
-    }
-    let entries = header[TABLE_OFFSET..].chunks_exact(ENTRY_LEN).take(count);
-    let entry = |bytes: &[u8]| Entry {
-        kind: u32_at(bytes, 0),
-        optional: u32_at(bytes, 4) & 1 != 0,
-        offset: u64_at(bytes, 8),
-        len: u64_at(bytes, 16),
-        crc: u32_at(bytes, 24),
-    };
-    Ok((minor, entries.map(entry).collect()))
+    let table = header.table.get(..header.count as usize);
+    table.ok_or(FormatError::Table)
 }
 
 /// Sections lie one behind the other; `bulk` begins with the RAM and ends with the file.
@@ -310,14 +314,4 @@ fn check_table(ahead: &[Entry], bulk: &[Entry], file_len: u64) -> Result<(), For
         Ordering::Greater => Err(FormatError::Truncated),
         Ordering::Less => Err(FormatError::Table),
     }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    let number = bytes.get(at..).and_then(<[u8]>::first_chunk);
-    number.map_or(0, |number| u32::from_le_bytes(*number))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    let number = bytes.get(at..).and_then(<[u8]>::first_chunk);
-    number.map_or(0, |number| u64::from_le_bytes(*number))
 }

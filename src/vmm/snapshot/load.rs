@@ -23,17 +23,27 @@ use crate::vmm::memory::end_of_ram;
 
 /// A snapshot, ready for any number of VMs.
 pub struct Snapshot {
-    path: PathBuf,
-    file: Arc<File>,
+    /// The file's name.
+    pub path: PathBuf,
+    /// The file.
+    pub file: Arc<File>,
     stamp: Stamp,
-    meta: Meta,
-    same_host: bool,
-    clock: kvm_clock_data,
-    vcpus: Vec<VcpuState>,
-    devices: Vec<u8>,
-    disks: Vec<SavedDisk>,
-    minor: u16,
-    ram: Bulk,
+    /// What it says of its VM.
+    pub meta: Meta,
+    /// Whether it was taken on this host since this host's boot.
+    pub is_from_this_host: bool,
+    /// kvm-clock when the VM was paused.
+    pub clock: kvm_clock_data,
+    /// The boot vCPU first.
+    pub vcpus: Vec<VcpuState>,
+    /// All devices' state.
+    pub devices: Vec<u8>,
+    /// In their order.
+    pub disks: Vec<SavedDisk>,
+    /// The format's minor version.
+    pub minor: u16,
+    /// Where the RAM is in the file.
+    pub ram: Bulk,
     overlays: Vec<Bulk>,
 }
 
@@ -113,7 +123,7 @@ impl Snapshot {
             path: path.to_owned(),
             file,
             stamp,
-            same_host: meta.host.is_same(&HostFingerprint::read()),
+            is_from_this_host: meta.host.is_same(&HostFingerprint::read()),
             clock: kvm_clock_data {
                 clock,
                 ..Default::default()
@@ -138,12 +148,12 @@ impl Snapshot {
 
     /// Has a restored VM use this file for a disk, which is named by its serial number or its number.
     pub fn use_for_disk(&mut self, id: &str, path: &Path) -> Result<(), SnapshotError> {
-        let named = self.disks.iter().position(|disk| disk.id() == id);
+        let named = self.disks.iter().position(|disk| disk.id == id);
         let named = named.or_else(|| id.parse().ok());
         match named.and_then(|index| self.disks.get_mut(index)) {
             Some(disk) => disk.use_file(path),
             None => {
-                let known = self.disks.iter().map(|disk| disk.id().to_owned());
+                let known = self.disks.iter().map(|disk| disk.id.clone());
                 return Err(SnapshotError::NoDisk {
                     id: id.to_owned(),
                     known: known.collect(),
@@ -157,10 +167,17 @@ impl Snapshot {
     pub fn check_fork(&self, nets: &[NetConfig]) -> Result<(), SnapshotError> {
         let is_own = |net: &NetConfig| net.tap.is_none() && net.fd.is_none();
         if !nets.iter().all(|net| is_own(net) && net.publish.is_empty()) {
-            return Err(SnapshotError::SharedNetwork);
+            return Err(SnapshotError::Refused(
+                "VMs that go on side by side cannot share a TAP interface or a published port: each can have a passt of its own, \
+                 without ports"
+                    .into(),
+            ));
         }
-        match self.disks.iter().find(|disk| disk.is_written()) {
-            Some(disk) => Err(SnapshotError::SharedDisk(disk.path().to_owned())),
+        match self.disks.iter().find(|disk| disk.is_written) {
+            Some(disk) => Err(SnapshotError::Refused(format!(
+                "the snapshot's VM writes to the disk {}: VMs that go on side by side can only share what is read-only or ephemeral",
+                disk.identity.path.display()
+            ))),
             None => Ok(()),
         }
     }
@@ -168,16 +185,15 @@ impl Snapshot {
     /// Reads all of the RAM and of what was written to ephemeral disks, and compares it with its checksums.
     pub fn verify(&self) -> Result<(), SnapshotError> {
         let failed = |source| SnapshotError::Format(self.path.clone(), source);
-        let ram = (&self.ram, FormatError::RamChecksum);
-        let overlays = self.overlays.iter();
-        let overlays = overlays.map(|bulk| (bulk, FormatError::Checksum(Kind::Overlay as u32)));
-        for (bulk, damaged) in std::iter::once(ram).chain(overlays) {
+        let ram = (&self.ram, "the guest's memory");
+        let overlays = self.overlays.iter().map(|bulk| (bulk, "a disk's writes"));
+        for (bulk, what) in std::iter::once(ram).chain(overlays) {
             let sum = checksum(&self.file, *bulk).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => failed(FormatError::Truncated),
                 _ => failed(FormatError::Read(e)),
             })?;
             if sum != bulk.crc {
-                return Err(failed(damaged));
+                return Err(failed(FormatError::Checksum(what.into())));
             }
         }
         Ok(())
@@ -207,11 +223,6 @@ impl Snapshot {
         cpuid::missing_features(boot, supported)
     }
 
-    /// Whether it was taken on this host since this host's boot.
-    pub fn is_from_this_host(&self) -> bool {
-        self.same_host
-    }
-
     /// Whether the file is no longer what it was when it was opened.
     pub fn has_changed(&self) -> bool {
         Stamp::of(&self.file).ok() != Some(self.stamp)
@@ -223,54 +234,9 @@ impl Snapshot {
         stat.is_ok_and(|stat| (stat.dev(), stat.ino()) == self.stamp.file)
     }
 
-    /// The file.
-    pub fn file(&self) -> &Arc<File> {
-        &self.file
-    }
-
-    /// The file's name.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Its size in bytes: with the holes, and on the disk.
     pub fn size(&self) -> (u64, u64) {
         let blocks = self.file.metadata().map_or(0, |metadata| metadata.blocks());
         (self.stamp.len, blocks * 512)
-    }
-
-    /// The format's minor version.
-    pub fn minor(&self) -> u16 {
-        self.minor
-    }
-
-    /// Where the RAM is in the file.
-    pub fn ram_offset(&self) -> u64 {
-        self.ram.offset
-    }
-
-    /// What it says of its VM.
-    pub fn meta(&self) -> &Meta {
-        &self.meta
-    }
-
-    /// kvm-clock when the VM was paused.
-    pub fn clock(&self) -> kvm_clock_data {
-        self.clock
-    }
-
-    /// The vCPUs, the boot vCPU first.
-    pub fn vcpus(&self) -> &[VcpuState] {
-        &self.vcpus
-    }
-
-    /// The disks in their order.
-    pub fn disks(&self) -> &[SavedDisk] {
-        &self.disks
-    }
-
-    /// The devices.
-    pub fn devices(&self) -> &[u8] {
-        &self.devices
     }
 }

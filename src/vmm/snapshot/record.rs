@@ -30,6 +30,4 @@ pub struct Meta {
     pub host: HostFingerprint,
     /// Model of the host's processor.
     pub processor: String,
-    /// Bytes of RAM that are not zero.
-    pub ram_used: u64,
 }

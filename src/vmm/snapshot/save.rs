@@ -16,7 +16,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use zerocopy::IntoBytes;
 
 use super::disks::{identities, write_overlays};
-use super::error::SnapshotError;
+use super::error::{SnapshotError, failed};
 use super::file::{Bulk, Front, Kind, PAGE_SIZE};
 use super::host::HostFingerprint;
 use super::load::Snapshot;
@@ -67,9 +67,12 @@ impl Target {
     /// Opens the file, and whatever else is needed to write it. A VM that was restored names its `source`.
     pub fn create(path: &Path, source: Option<&Snapshot>) -> Result<Self, SnapshotError> {
         if source.is_some_and(|source| source.is_file(path)) {
-            return Err(SnapshotError::OwnSource(path.to_owned()));
+            return Err(SnapshotError::Refused(format!(
+                "cannot write a snapshot to {}: the VM runs from this file; name another",
+                path.display()
+            )));
         }
-        let file = create(path).map_err(|source| SnapshotError::Write(path.to_owned(), source))?;
+        let file = create(path).map_err(unwritten(path))?;
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -92,8 +95,8 @@ impl Target {
         let devices = &vm.machine().state;
         match devices.pause(DRAIN_LIMIT, stop) {
             Ok(()) => self.write_paused(vm, mark, stop),
-            Err(_) if stop() => Err(SnapshotError::Stopped),
-            Err(e) => Err(SnapshotError::Devices(e)),
+            Err(_) if stop() => Err(SnapshotError::Refused("it was stopped".into())),
+            Err(e) => Err(failed("save the devices")(e)),
         }
     }
 
@@ -104,91 +107,70 @@ impl Target {
         stop: &dyn Fn() -> bool,
     ) -> Result<(), SnapshotError> {
         // Completions have sent their interrupts, so the local APICs are final.
-        let devices = vm.machine().state.save().map_err(SnapshotError::Devices)?;
+        let devices = vm.machine().state.save();
+        let devices = devices.map_err(failed("save the devices"))?;
         let vcpus = save_vcpus(vm)?;
         let (parts, disks) = (vm.parts(), &vm.machine().disks);
         // A file that relies on what the guest has written is no more durable than that.
         let flushed = disks.iter().try_for_each(|disk| disk.flush());
-        flushed.map_err(SnapshotError::Flush)?;
-        let clock = parts.fd.get_clock();
-        let clock = clock.map_err(|source| SnapshotError::Kvm("KVM_GET_CLOCK", source))?;
+        flushed.map_err(failed(
+            "make durable what the guest has written to its disks",
+        ))?;
+        let clock = parts.fd.get_clock().map_err(failed("read kvm-clock"))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let mut meta = Meta {
+        let meta = Meta {
             writer: format!("minivmm {}", env!("CARGO_PKG_VERSION")),
             taken_at_ns: now.map_or(0, |now| now.as_nanos() as u64),
             mark,
             generation: 1 + match &parts.origin {
                 Origin::Boot(_) => 0,
-                Origin::Snapshot(snapshot, _) => snapshot.meta().generation,
+                Origin::Snapshot(snapshot, _) => snapshot.meta.generation,
             },
             config: vm.config().clone(),
-            disks: identities(disks, &self.dir).map_err(|e| self.failed(e))?,
+            disks: identities(disks, &self.dir).map_err(self.unwritten())?,
             cmdline: vm.cmdline().to_owned(),
             kernel: vm.kernel().clone(),
             host: self.host.clone(),
             processor: self.processor.clone(),
-            // As long as the number can become.
-            ram_used: u64::MAX,
         };
-        let sections = |meta: &Meta| -> Result<Front, SnapshotError> {
-            let text = serde_json::to_vec(meta)
-                .map_err(|e| SnapshotError::Unsupported(format!("this VM ({e})")))?;
-            let mut sections = vec![
-                (Kind::Meta, text),
-                (Kind::Clock, clock.as_bytes().to_vec()),
-                (Kind::Devices, devices.clone()),
-            ];
-            sections.extend(vcpus.iter().map(|state| (Kind::Vcpu, state.encode())));
-            Front::new(&sections).map_err(|e| SnapshotError::Unsupported(format!("this VM ({e})")))
+        let meta = serde_json::to_vec(&meta).map_err(failed("describe the VM"))?;
+        let mut sections = vec![
+            (Kind::Meta, meta),
+            (Kind::Clock, clock.as_bytes().to_vec()),
+            (Kind::Devices, devices),
+        ];
+        sections.extend(vcpus.iter().map(|state| (Kind::Vcpu, state.encode())));
+        let front = Front::new(&sections).map_err(failed("describe the VM"))?;
+        let file = self.file.file();
+        let write = || {
+            let ram = self.write_ram(vm, front.ram_offset, stop)?;
+            let overlays = write_overlays(disks, file, ram.offset + ram.len, stop)?;
+            file.write_all_at(&front.finish(ram, &overlays), 0)
         };
-        let ram_offset = sections(&meta)?.ram_offset;
-        let (ram, used) = self.write_ram(vm, ram_offset, stop)?;
-        meta.ram_used = used;
-        let overlays = write_overlays(disks, self.file.file(), ram.offset + ram.len, stop);
-        let overlays = overlays.map_err(|e| self.failed(e))?;
-        let front = sections(&meta)?.finish(ram, &overlays);
-        self.file
-            .file()
-            .write_all_at(&front, 0)
-            .map_err(|e| self.failed(e))
+        write().map_err(self.unwritten())
     }
 
-    /// Writes each page that is not zero; returns where, and how many bytes those were.
-    fn write_ram(
-        &self,
-        vm: &Vm,
-        offset: u64,
-        stop: &dyn Fn() -> bool,
-    ) -> Result<(Bulk, u64), SnapshotError> {
+    /// Writes each page that is not zero; returns where.
+    fn write_ram(&self, vm: &Vm, offset: u64, stop: &dyn Fn() -> bool) -> io::Result<Bulk> {
         let source = match &vm.parts().origin {
             Origin::Boot(_) => None,
             Origin::Snapshot(snapshot, _) => Some(&**snapshot),
         };
         let len: u64 = vm.mem().iter().map(GuestMemoryRegion::len).sum();
-        self.file
-            .file()
-            .set_len(offset + len)
-            .map_err(|e| self.failed(e))?;
+        self.file.file().set_len(offset + len)?;
         let mut writer = RamWriter {
             file: self.file.file(),
             offset,
             sum: SparseChecksum::default(),
-            used: 0,
         };
         let mut start = 0;
         for region in vm.mem().iter() {
             let pages = self.candidates(region, start, source);
-            writer
-                .write_region(region, start, &pages, stop)
-                .map_err(|e| self.failed(e))?;
+            writer.write_region(region, start, &pages, stop)?;
             start += region.len();
         }
-        let ram = Bulk {
-            offset,
-            len,
-            crc: writer.sum.finish(),
-        };
-        Ok((ram, writer.used))
+        let crc = writer.sum.finish();
+        Ok(Bulk { offset, len, crc })
     }
 
     /// The pages of a region that may have a byte that is not zero, each as `true`. `start` is where the region begins in the RAM.
@@ -230,21 +212,26 @@ impl Target {
 
     /// Gives the written file its name, in place of what has it.
     pub fn publish(self) -> Result<PathBuf, SnapshotError> {
-        let Self { path, file, .. } = self;
-        let failed = |source| SnapshotError::Write(path.clone(), source);
-        file.file().sync_all().map_err(failed)?;
-        match file {
-            Unpublished::Nameless(file) => link(&file, &path).map_err(failed)?,
-            Unpublished::Named(file) => {
-                file.persist(&path).map_err(|e| failed(e.error))?;
+        let unwritten = self.unwritten();
+        let publish = || {
+            self.file.file().sync_all()?;
+            match self.file {
+                Unpublished::Nameless(file) => link(&file, &self.path),
+                Unpublished::Named(file) => Ok(file.persist(&self.path).map(drop)?),
             }
-        }
-        Ok(path)
+        };
+        publish().map_err(unwritten)?;
+        Ok(self.path)
     }
 
-    fn failed(&self, source: io::Error) -> SnapshotError {
-        SnapshotError::Write(self.path.clone(), source)
+    fn unwritten(&self) -> impl Fn(io::Error) -> SnapshotError + use<> {
+        unwritten(&self.path)
     }
+}
+
+fn unwritten(path: &Path) -> impl Fn(io::Error) -> SnapshotError + use<> {
+    let path = path.to_owned();
+    move |source| SnapshotError::Write(path.clone(), source)
 }
 
 fn save_vcpus(vm: &Vm) -> Result<Vec<VcpuState>, SnapshotError> {
@@ -252,9 +239,9 @@ fn save_vcpus(vm: &Vm) -> Result<Vec<VcpuState>, SnapshotError> {
     let support = StateSupport::of(&parts.kvm);
     let save = |(index, vcpu): (u8, &crate::vmm::vcpu::RunningVcpu)| {
         let handle = vcpu.handle(&parts.fd);
-        let handle = handle.map_err(|source| SnapshotError::Kvm("the access to a vCPU", source))?;
-        VcpuState::save(&handle, &parts.kvm, &support)
-            .map_err(|source| SnapshotError::Vcpu(index, source))
+        let handle = handle.map_err(failed("get at a vCPU"))?;
+        let state = VcpuState::save(&handle, &parts.kvm, &support);
+        state.map_err(failed(format!("read the state of vCPU {index}")))
     };
     (0..).zip(vm.running()).map(save).collect()
 }
@@ -264,7 +251,6 @@ struct RamWriter<'a> {
     /// Where the RAM begins in the file.
     offset: u64,
     sum: SparseChecksum,
-    used: u64,
 }
 
 impl RamWriter<'_> {
@@ -285,7 +271,6 @@ impl RamWriter<'_> {
                 continue;
             }
             self.sum.add(start / PAGE_SIZE + number as u64, page);
-            self.used += PAGE_SIZE;
             let at = number * PAGE_SIZE as usize;
             if run.end != at || run.len() >= WRITE_MAX {
                 self.flush(ram, &run, start)?;
