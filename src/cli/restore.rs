@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use minivmm_devices::platform::control::MAX_ARGUMENT;
@@ -178,16 +178,13 @@ impl SnapshotSource {
             log::warn!("net {index} has no network, and its link is down: give --net for each");
         }
         nets.resize_with(count, NetConfig::default);
-        if self.clock == ClockMode::Realtime {
-            let taken = UNIX_EPOCH + Duration::from_nanos(snapshot.meta.taken_at_ns);
-            let since = SystemTime::now().duration_since(taken).unwrap_or_default();
-            if since > LONGEST_JUMP {
-                log::warn!(
-                    "the guest's clocks jump by {}: Linux before 6.10 may compute a wrong time",
-                    humantime::format_duration(Duration::from_secs(since.as_secs()))
-                );
-            }
-            snapshot.advance_clocks(since.as_nanos().try_into().unwrap_or(0));
+        snapshot.is_realtime = self.clock == ClockMode::Realtime;
+        let since = snapshot.age();
+        if snapshot.is_realtime && since > LONGEST_JUMP {
+            log::warn!(
+                "the guest's clocks jump by {}: Linux before 6.10 may compute a wrong time",
+                humantime::format_duration(Duration::from_secs(since.as_secs()))
+            );
         }
         // What the file says of the console's file, of networks and sockets is not followed: they may be anybody's.
         let vsock = snapshot.meta.config.vsock.clone();

@@ -26,7 +26,6 @@ use crate::vmm::event_loop::EventLoop;
 use crate::vmm::networks::Networks;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Prepared};
-use crate::vmm::snapshot::error::SnapshotError;
 use crate::vmm::vcpu::VcpuError;
 use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
 
@@ -126,11 +125,8 @@ pub fn run(
     // Memory that has gone may be an error of KVM_RUN or a guest without handlers.
     if let Some(source) = source
         && matches!(outcome, Outcome::VcpuFailed(_))
-        && source.has_changed()
     {
-        let path = source.path.display();
-        let error = format!("the snapshot {path} was changed while a VM ran from it");
-        return Err(VmError::from(SnapshotError::Refused(error)).into());
+        source.check_unchanged().map_err(VmError::from)?;
     }
     emit(final_log);
     Ok(outcome)

@@ -128,7 +128,7 @@ impl Vm {
         match &mut parts.origin {
             Origin::Boot(_) => write_tables(&parts, &machine)?,
             Origin::Snapshot(snapshot, restored) => {
-                let set = parts.fd.set_clock(&snapshot.clock);
+                let set = parts.fd.set_clock(&snapshot.clock());
                 set.map_err(refused("KVM_SET_CLOCK"))?;
                 let restored_devices = machine.state.restore(&snapshot.devices);
                 restored_devices.map_err(VmError::Devices)?;
@@ -350,9 +350,12 @@ fn make_vcpus(parts: &Prepared, profiled: bool) -> Result<Vec<Vcpu>, VmError> {
         }
         Origin::Snapshot(snapshot, _) => {
             let support = StateSupport::of(&parts.kvm);
-            let mut states = snapshot.vcpus.iter();
+            let mut states = snapshot.vcpus.iter().cloned();
+            // All vCPUs have the same TSC.
+            let advance = snapshot.clock_advance();
             set_states(&vcpus, |vcpu| {
-                let state = states.next().ok_or(arch::vcpu::StateError::Missing)?;
+                let mut state = states.next().ok_or(arch::vcpu::StateError::Missing)?;
+                state.advance_tsc(advance);
                 state.restore(&vcpu.fd, &support, vcpu.index == 0)
             })?;
         }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{CpuId, kvm_clock_data};
 use zerocopy::FromBytes;
@@ -32,8 +33,9 @@ pub struct Snapshot {
     pub meta: Meta,
     /// Whether it was taken on this host since this host's boot.
     pub is_from_this_host: bool,
-    /// kvm-clock when the VM was paused.
-    pub clock: kvm_clock_data,
+    clock: kvm_clock_data,
+    /// Whether the guest's clocks go on as if they had run since the VM was saved.
+    pub is_realtime: bool,
     /// The boot vCPU first.
     pub vcpus: Vec<VcpuState>,
     /// All devices' state.
@@ -128,6 +130,7 @@ impl Snapshot {
                 clock,
                 ..Default::default()
             },
+            is_realtime: false,
             vcpus,
             devices: sections.one(Kind::Devices)?.to_vec(),
             disks,
@@ -138,11 +141,26 @@ impl Snapshot {
         })
     }
 
-    /// Lets the guest's clocks go on as if it had been saved `nanoseconds` later.
-    pub fn advance_clocks(&mut self, nanoseconds: u64) {
-        self.clock.clock = self.clock.clock.saturating_add(nanoseconds);
-        for vcpu in &mut self.vcpus {
-            vcpu.advance_tsc(nanoseconds);
+    /// How far the clocks of a VM that starts now are ahead of where they stood, in nanoseconds.
+    pub fn clock_advance(&self) -> u64 {
+        let since = match self.is_realtime {
+            true => self.age(),
+            false => Duration::ZERO,
+        };
+        since.as_nanos().try_into().unwrap_or(0)
+    }
+
+    /// The time since the VM was saved.
+    pub fn age(&self) -> Duration {
+        let taken = UNIX_EPOCH + Duration::from_nanos(self.meta.taken_at_ns);
+        SystemTime::now().duration_since(taken).unwrap_or_default()
+    }
+
+    /// kvm-clock for a VM that starts now.
+    pub fn clock(&self) -> kvm_clock_data {
+        kvm_clock_data {
+            clock: self.clock.clock.saturating_add(self.clock_advance()),
+            ..self.clock
         }
     }
 
@@ -223,9 +241,14 @@ impl Snapshot {
         cpuid::missing_features(boot, supported)
     }
 
-    /// Whether the file is no longer what it was when it was opened.
-    pub fn has_changed(&self) -> bool {
-        Stamp::of(&self.file).ok() != Some(self.stamp)
+    /// Whether the file is still what it was when it was opened.
+    pub fn check_unchanged(&self) -> Result<(), SnapshotError> {
+        if Stamp::of(&self.file).ok() == Some(self.stamp) {
+            return Ok(());
+        }
+        let path = self.path.display();
+        let error = format!("the snapshot {path} was changed while a VM ran from it");
+        Err(SnapshotError::Refused(error))
     }
 
     /// Whether `path` is this file.

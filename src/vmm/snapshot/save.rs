@@ -106,16 +106,16 @@ impl Target {
         mark: u8,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), SnapshotError> {
-        // Completions have sent their interrupts, so the local APICs are final.
-        let devices = vm.machine().state.save();
-        let devices = devices.map_err(failed("save the devices"))?;
-        let vcpus = save_vcpus(vm)?;
         let (parts, disks) = (vm.parts(), &vm.machine().disks);
-        // A file that relies on what the guest has written is no more durable than that.
+        // A file that relies on what the guest has written is no more durable than that. This may take long, and the clocks run.
         let flushed = disks.iter().try_for_each(|disk| disk.flush());
         flushed.map_err(failed(
             "make durable what the guest has written to its disks",
         ))?;
+        // Completions have sent their interrupts, so the local APICs are final.
+        let devices = vm.machine().state.save();
+        let devices = devices.map_err(failed("save the devices"))?;
+        let vcpus = save_vcpus(vm)?;
         let clock = parts.fd.get_clock().map_err(failed("read kvm-clock"))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let meta = Meta {
