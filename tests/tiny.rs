@@ -299,7 +299,7 @@ fn shell(before: &str, cmdline: &str, guest: &str, args: &str) -> std::process::
     command
         .arg("-c")
         .arg(format!(
-            "{before} exec {minivmm} --memory 16M --cmdline '{cmdline}' {args} --kernel {}",
+            "{before} exec {minivmm} --memory 64M --cmdline '{cmdline}' {args} --kernel {}",
             guest.display()
         ))
         .stdin(Stdio::null())
@@ -330,7 +330,7 @@ fn resource_limits_exit_cleanly() {
     for (limit, fragment) in [
         ("ulimit -n 4;", "(os error 24)"),
         ("ulimit -n 10;", "(os error 24)"),
-        ("ulimit -v 20000;", "ulimit -v"),
+        ("ulimit -v 40000;", "ulimit -v"),
     ] {
         let ended = run(&mut shell(limit, "", "hello", ""));
         ended.assert_code(125);
