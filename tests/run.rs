@@ -273,7 +273,11 @@ fn the_network_leads_out_and_published_ports_lead_in() {
     let port = server.local_addr().unwrap().port();
     let served = std::thread::spawn(move || {
         let (mut client, _) = server.accept().unwrap();
-        client.write_all(b"from the host").unwrap();
+        let mut request = [0; 4];
+        client.read_exact(&mut request).unwrap();
+        client
+            .write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom the host\n")
+            .unwrap();
     });
     let inside = TcpListener::bind("127.0.0.1:0")
         .unwrap()
@@ -281,7 +285,7 @@ fn the_network_leads_out_and_published_ports_lead_in() {
         .unwrap();
     let publish = format!("{}:80", inside.port());
     let script = format!(
-        "busybox nc 10.9.0.1 {port} </dev/null; echo; busybox nc -l -p 80 -e busybox echo from the guest"
+        "busybox wget -qO- http://10.9.0.1:{port}/ && busybox nc -l -p 80 -e busybox echo from the guest"
     );
     let mut command = image.command(&cloud(), &["-p", &publish], &["sh", "-c", &script]);
     let mut child = command.spawn().unwrap();

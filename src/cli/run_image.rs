@@ -255,7 +255,10 @@ impl RunArgs {
             pid: getpid().as_raw_pid(),
         };
         let claim = running()?.claim(&name, &info);
-        claim.map_err(|e| RunError::Usage(format!("--name: {e}")))
+        claim.map_err(|e| match e.kind() {
+            std::io::ErrorKind::InvalidInput => RunError::Usage(format!("--name: {e}")),
+            _ => host("the VM's name")(e).into(),
+        })
     }
 
     /// Whether the VM is to have a network.

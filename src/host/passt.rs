@@ -189,8 +189,11 @@ fn show(stderr: ChildStderr) {
     {
         let text = String::from_utf8_lossy(&line);
         let text = text.trim();
-        // It says of each line that there is no system log.
-        if !text.is_empty() && !text.ends_with("bytes to syslog") && shown <= MAX_LINES {
+        // It says of each line that there is no system log; and without IPv4 or IPv6 it goes on with the other.
+        let is_noise = text.is_empty()
+            || text.ends_with("bytes to syslog")
+            || text.starts_with("No external routable interface");
+        if !is_noise && shown <= MAX_LINES {
             shown += 1;
             match shown {
                 ..=MAX_LINES => log::warn!("{PROGRAM}: {}", escaped(text)),
