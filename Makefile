@@ -25,7 +25,7 @@ build test bench lint: export CARGO_BUILD_TARGET = $(TRIPLE)
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, small, ...); ends with poweroff;'
-	@echo '              NET=passt,host-loopback gives it a network, in which the gateway is this host'
+	@echo '              NET=passt,host-loopback gives it a network, in which the gateway is this host (not in the lab: that has none)'
 	@echo 'make boot-debian   Debian with systemd from a disk, to a login (root, minivmm); what it writes is gone afterwards'
 	@echo 'make run      a command in a container image, busybox (KERNEL=cloud, 6.12, small, ...)'
 	@echo 'make build    the static release binary, $(MINIVMM)'

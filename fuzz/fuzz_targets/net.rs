@@ -112,7 +112,14 @@ struct InFlight([[Option<u32>; SLOTS]; 2]);
 
 impl InFlight {
     /// Gives a buffer to the device.
-    fn offer(&mut self, driver: &mut Driver, queue: u16, header: &[u8], pieces: &[u16], flags: u16) {
+    fn offer(
+        &mut self,
+        driver: &mut Driver,
+        queue: u16,
+        header: &[u8],
+        pieces: &[u16],
+        flags: u16,
+    ) {
         driver.queue = queue;
         let slots = &mut self.0[usize::from(queue)];
         let Some(slot) = slots.iter().position(Option::is_none) else {

@@ -74,7 +74,10 @@ fuzz_target!(|acts: Vec<Act>| {
         accepted.lock().unwrap().push_back(theirs);
         Ok(ours)
     });
-    let host = HostSide { listener, connect: Some(connect) };
+    let host = HostSide {
+        listener,
+        connect: Some(connect),
+    };
     let device = Vsock::new(Some(host), 3, &ThreadStarter::default()).unwrap();
     let mut driver = Driver::new(Box::new(device));
     driver.queues = 0..3;

@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    #[allow(unsafe_code)]
+    #[allow(unsafe_code, reason = "it calls the allocator")]
     fn memory_keeps_its_content_however_it_grows_and_shrinks() {
         let sizes = [
             16,
