@@ -170,7 +170,7 @@ fn a_block_device_has_its_own_sectors_and_may_be_read_only() {
     let device = Loop::new("--read-only", file.path());
     let ended = device.boot("");
     ended.assert_code(125);
-    let wanted = format!("{} is read-only: add ro", device.0);
+    let wanted = format!("{} is a read-only block device: add ro", device.0);
     assert!(ended.stderr.contains(&wanted), "{}", ended.stderr);
     for options in [",ro", ",ephemeral", ",sector=4096,ro"] {
         device.boot(options).assert_code(0);
