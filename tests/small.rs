@@ -4,14 +4,11 @@
 
 mod common;
 
-use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use common::image::Image;
-use common::linux::{
-    Debian, boot, boot_command, debian_disk, expect, expect_restored, guest, initramfs, kernel,
-};
+use common::linux::{Debian, boot, debian_disk, expect, expect_restored, guest, initramfs, kernel};
 use common::{Ended, minivmm, run, run_with_input};
 use tempfile::NamedTempFile;
 
@@ -184,54 +181,4 @@ fn debian_with_systemd_runs_on_it() {
     debian.run("systemctl is-system-running --wait", "running\r\n");
     debian.run("uname -r", "-minivmm\r\n");
     debian.power_off();
-}
-
-/// This command in a network of its own, where passt finds a route and the gateway's port 8000 leads to a server.
-fn on_a_network(command: &Command, files: &Path) -> Command {
-    const SCRIPT: &str = "ip link set lo up; ip link add ext type dummy; ip link set ext up
-        ip addr add 192.0.2.2/24 dev ext; ip route add default via 192.0.2.1
-        python3 -m http.server -d $0 -b 127.0.0.1 8000 >/dev/null 2>&1 & server=$!
-        until python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", 8000))' 2>/dev/null; do sleep 0.1; done
-        \"$@\"; status=$?; kill $server; exit $status";
-    let mut wrapped = Command::new("unshare");
-    wrapped.args(["--net", "sh", "-c", SCRIPT]).arg(files);
-    wrapped.arg(command.get_program()).args(command.get_args());
-    wrapped
-}
-
-#[test]
-fn a_restored_guest_is_on_its_network_again() {
-    const NET: [&str; 2] = ["--net", "passt,host-loopback"];
-    let files = tempfile::tempdir().unwrap();
-    fs::write(files.path().join("page"), "from the host\n").unwrap();
-    let (snapshot, timeline) = (files.path().join("snapshot"), files.path().join("timeline"));
-    let script = "page() { wget -q -T 20 -O - http://192.0.2.1:8000/page || echo no page; }; page
-        count() { cat /sys/class/net/eth0/carrier_changes; }; before=$(count)
-        guestctl snapshot 7 sh -c :; page; echo $(($(count) - before)) changes";
-    let mut boot = boot_command(&bzimage(), &NET, &script.replace('\n', ";"));
-    boot.args(["--snapshot-at", &format!("7={},exit", snapshot.display())]);
-    let saved = run(&mut on_a_network(&boot, files.path()));
-    saved.assert_code(0).assert_printed(&["from the host\r\n"]);
-
-    let mut restore = minivmm(&["restore"]);
-    restore
-        .arg(&snapshot)
-        .args(NET)
-        .arg("--timeline")
-        .arg(&timeline);
-    let ended = run(&mut on_a_network(&restore, files.path()));
-    // The link has gone down and up once.
-    let seen = ended.assert_code(0).out();
-    assert_eq!(seen, "from the host\r\n2 changes\r\n", "{}", ended.stderr);
-    let timeline = fs::read_to_string(timeline).unwrap();
-    let at = |name: &str| {
-        timeline
-            .find(name)
-            .unwrap_or_else(|| panic!("no {name}: {timeline}"))
-    };
-    assert!(at("link_up") < at("first_packet_sent"));
-    assert!(at("first_packet_sent") < at("first_packet_received"));
-    // And not of itself.
-    let ended = run(minivmm(&["restore"]).arg(&snapshot));
-    ended.assert_code(0).assert_printed(&["no page"]);
 }
