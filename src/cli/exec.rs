@@ -14,8 +14,8 @@ use rustix::net::{RecvFlags, recv};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::exit_status::of_signal;
+use super::program::ProgramArgs;
 use super::run::{MAX_FORWARDED, RunError};
-use super::run_image::{check_terminal, variable};
 use super::running::find;
 use crate::config::ConsoleTarget;
 use crate::console::{Console, ConsoleInput, FrameSink, InputOutcome, RawTerminal, Signals};
@@ -34,15 +34,9 @@ const CHUNK: usize = 64 << 10;
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
 pub struct ExecArgs {
-    /// Give the program what comes on stdin
-    #[arg(short, long)]
-    interactive: bool,
-    /// Give the program a terminal
-    #[arg(short, long)]
-    tty: bool,
-    /// Set a variable, or take it from minivmm's own environment; may be given again
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    env: Vec<String>,
+    /// Streams and environment.
+    #[command(flatten)]
+    program: ProgramArgs,
     /// Work directory [default: that of the image's program]
     #[arg(short, long, value_name = "DIR")]
     workdir: Option<String>,
@@ -71,18 +65,19 @@ enum Source {
 
 /// Runs a program; its exit status.
 pub fn run(args: ExecArgs) -> Result<u8, RunError> {
-    check_terminal(args.tty, args.interactive)?;
+    let program = args.program;
+    program.check_terminal()?;
     let vm = find(&args.vm)?;
-    let mut environment: Vec<String> = args.env.iter().filter_map(|text| variable(text)).collect();
-    if args.tty {
-        environment.insert(0, "TERM=xterm".to_owned());
-    }
     let exec = Exec {
         command: args.command,
-        environment,
+        environment: program
+            .term()
+            .into_iter()
+            .chain(program.variables())
+            .collect(),
         user: args.user,
         directory: args.workdir,
-        terminal: args.tty,
+        terminal: program.tty,
     };
     let request = serde_json::to_vec(&exec).map_err(|e| host("the request")(e.into()))?;
     if request.len() > MAX_EXEC as usize {
@@ -98,8 +93,8 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
     let threads = ThreadStarter::default();
     let (stdout, _) = Console::open(&ConsoleTarget::Stdio, &threads)?;
     let stderr = Console::stderr(&threads)?;
-    let (input, credit) = ConsoleInput::framed(args.interactive).map_err(host("an eventfd"))?;
-    let terminal = match args.tty && args.interactive {
+    let (input, credit) = ConsoleInput::framed(program.interactive).map_err(host("an eventfd"))?;
+    let terminal = match program.tty && program.interactive {
         true => RawTerminal::enter().map_err(host("the terminal"))?,
         false => None,
     };
@@ -117,7 +112,7 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
         pending: Vec::new(),
         room,
         input,
-        terminal: args.tty,
+        terminal: program.tty,
     };
     let result = session.run(&signals);
     let give_up = || signals.stop_requested().is_some();

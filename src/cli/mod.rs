@@ -14,6 +14,7 @@ mod line_output;
 pub mod log;
 pub mod plan;
 pub mod process;
+mod program;
 pub mod pull;
 mod release;
 mod restore;

@@ -10,6 +10,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::log::LogArgs;
 use super::plan::{Plan, Streams};
+use super::program::{ProgramArgs, variable};
 use super::pull::RegistryArgs;
 use super::run::RunError;
 use super::running::running;
@@ -47,15 +48,9 @@ executed, 127 if it is not there; otherwise as without a subcommand.";
 #[derive(Debug, Args)]
 #[command(after_help = HELP, disable_help_flag = true)]
 pub struct RunArgs {
-    /// Give the program what comes on stdin
-    #[arg(short, long)]
-    interactive: bool,
-    /// Give the program a terminal
-    #[arg(short, long)]
-    tty: bool,
-    /// Set a variable, or take it from minivmm's own environment; may be given again
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    env: Vec<String>,
+    /// Streams and environment.
+    #[command(flatten)]
+    program: ProgramArgs,
     /// Set the variables of a file, one a line; may be given again
     #[arg(long, value_name = "FILE")]
     env_file: Vec<PathBuf>,
@@ -129,15 +124,6 @@ pub struct RunArgs {
     command: Vec<String>,
 }
 
-/// A terminal of a program's own that takes input needs one here.
-pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<(), RunError> {
-    if tty && interactive && !rustix::termios::isatty(std::io::stdin()) {
-        let why = "-t needs a terminal on stdin; without one, give -i alone".to_owned();
-        return Err(RunError::Usage(why));
-    }
-    Ok(())
-}
-
 impl RunArgs {
     /// The level of the log. There is no -v: docker has it for something else.
     pub fn log_level(&self) -> log::LevelFilter {
@@ -147,7 +133,7 @@ impl RunArgs {
 
     /// Finds image and kernel and says what is to be run.
     pub fn into_plan(self) -> Result<Plan, RunError> {
-        check_terminal(self.tty, self.interactive)?;
+        self.program.check_terminal()?;
         let kernel = match &self.kernel {
             Some(kernel) => kernel.clone(),
             None => find_kernel(&boot::cache_dir().unwrap_or_default())?,
@@ -199,8 +185,8 @@ impl RunArgs {
         Ok(Plan {
             config,
             streams: Some(Streams {
-                terminal: self.tty,
-                interactive: self.interactive,
+                terminal: self.program.tty,
+                interactive: self.program.interactive,
             }),
             initramfs: Some(initrd),
             claim: Some(claim),
@@ -232,7 +218,7 @@ impl RunArgs {
                 .to_string_lossy()
                 .into_owned(),
             hostname,
-            terminal: self.tty,
+            terminal: self.program.tty,
             read_only: self.read_only,
             network: None,
         })
@@ -279,9 +265,7 @@ impl RunArgs {
     /// The image's variables, those of files, and those that were given; later ones count.
     fn environment(&self, config: &ImageConfig, hostname: &str) -> Result<Vec<String>, RunError> {
         let mut list = vec![PATH.to_owned(), format!("HOSTNAME={hostname}")];
-        if self.tty {
-            list.push("TERM=xterm".to_owned());
-        }
+        list.extend(self.program.term());
         list.extend(config.env.iter().flatten().cloned());
         for path in &self.env_file {
             let text = read_text(path).map_err(file(&path.display().to_string()))?;
@@ -292,7 +276,7 @@ impl RunArgs {
                     .filter_map(variable),
             );
         }
-        list.extend(self.env.iter().filter_map(|text| variable(text)));
+        list.extend(self.program.variables());
         Ok(list)
     }
 }
@@ -308,14 +292,6 @@ fn read_text(path: &Path) -> std::io::Result<String> {
     let file = fs::File::open(path)?;
     file.take(MAX_ENV_FILE).read_to_string(&mut text)?;
     Ok(text)
-}
-
-/// NAME=VALUE; for a name alone, the value that it has here, if it has one.
-pub(super) fn variable(text: &str) -> Option<String> {
-    if text.contains('=') {
-        return Some(text.to_owned());
-    }
-    Some(format!("{text}={}", std::env::var(text).ok()?))
 }
 
 /// Arguments replace the image's own; an entrypoint that is given takes those of the image away.
@@ -368,7 +344,11 @@ mod tests {
             panic!("no run");
         };
         assert_eq!(args.command, ["sh", "-c", "-x", "--rm"]);
-        assert!(args.tty && args.interactive && args.env == ["A=b"]);
+        assert!(
+            args.program.tty
+                && args.program.interactive
+                && args.program.variables().collect::<Vec<_>>() == ["A=b"]
+        );
         assert_eq!(args.memory.bytes, 1 << 30);
         for unknown in [
             "-d",
