@@ -8,9 +8,9 @@
 //! The directory is opened once and all accesses are relative to that descriptor. The owner of a parent directory gains nothing
 //! by renaming it or by replacing it with a symbolic link.
 
-use std::fs::{DirBuilder, File, FileTimes, OpenOptions};
+use std::fs::{File, FileTimes};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::input::FileIdentity;
-use crate::host::ownership::is_ours;
+use crate::host::ownership::{is_ours, open_own_dir};
 
 /// Limits of the cache: number of files, and bytes on disk. The oldest entries are evicted first.
 const MAX_FILES: usize = 8;
@@ -56,18 +56,8 @@ pub(crate) struct KernelCache {
 impl KernelCache {
     /// Opens the directory, and creates it if necessary.
     pub(crate) fn open(dir: &Path) -> io::Result<Self> {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let dir = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
-            .open(dir)?;
-        if is_ours(&dir.metadata()?) {
-            Ok(Self { dir })
-        } else {
-            Err(io::Error::other(
-                "it belongs to another user, or others may write to it",
-            ))
-        }
+        let dir = open_own_dir(dir)?;
+        Ok(Self { dir })
     }
 
     /// The entry for this file, if there is one that can be trusted.

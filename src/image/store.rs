@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::digest::Digest;
 use super::oci::ImageConfig;
 use super::reference::Reference;
-use crate::host::ownership::is_ours;
+use crate::host::ownership::open_own_dir;
 
 /// Bytes on disk of all images; what has not been used for longest goes first.
 const MAX_BYTES: u64 = 32 << 30;
@@ -67,16 +67,7 @@ impl Store {
     /// Opens the store in `dir`, and creates it if necessary.
     pub fn open(dir: &Path) -> io::Result<Self> {
         let dir = dir.join(format!("v{VERSION}"));
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        let there = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
-            .open(&dir)?;
-        if !is_ours(&there.metadata()?) {
-            return Err(io::Error::other(
-                "it belongs to another user, or others may write to it",
-            ));
-        }
+        open_own_dir(&dir)?;
         Ok(Self { dir })
     }
 

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
-use crate::host::ownership::is_ours;
+use crate::host::ownership::open_own_dir;
 
 /// Longest name in bytes.
 const MAX_NAME: usize = 32;
@@ -62,13 +62,8 @@ impl Running {
             Some(runtime) => runtime.join("minivmm"),
             None => cache.join("run"),
         };
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        if !is_ours(&fs::symlink_metadata(&dir)?) {
-            return Err(io::Error::other(format!(
-                "{} belongs to another user, or others may write to it",
-                dir.display()
-            )));
-        }
+        open_own_dir(&dir)
+            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", dir.display())))?;
         Ok(Self(dir))
     }
 
