@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::exit_status::of_signal;
 use super::program::ProgramArgs;
-use super::run::{MAX_FORWARDED, RunError};
+use super::run::RunError;
 use super::running::find;
 use crate::config::ConsoleTarget;
 use crate::console::{Console, ConsoleInput, FrameSink, InputOutcome, RawTerminal, Signals};
@@ -167,7 +167,6 @@ impl Session {
     /// Serves the streams until the program has ended.
     fn run(mut self, signals: &Signals) -> Result<u8, RunError> {
         let events = self.sources(signals).map_err(host("the event loop"))?;
-        let mut forwarded = 0;
         self.resize();
         loop {
             if let Some(status) = self.copy_output().map_err(host("the VM's socket"))? {
@@ -180,13 +179,10 @@ impl Session {
                 match source {
                     Source::Streams => {}
                     Source::Signal => {
-                        if let Some(signal) = signals.stop_requested() {
-                            let ends = [libc::SIGINT, libc::SIGTERM].contains(&signal);
-                            forwarded += u32::from(ends);
-                            if forwarded > MAX_FORWARDED {
-                                return Ok(of_signal(signal));
-                            }
-                            self.input.send_signal(signal);
+                        if let Some(signal) = signals.stop_requested()
+                            && !self.input.forward_signal(signal)
+                        {
+                            return Ok(of_signal(signal));
                         }
                         // It may have been a SIGWINCH.
                         self.resize();

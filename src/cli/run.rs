@@ -32,9 +32,6 @@ use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
 /// How often devices that the host could not let be paused are asked whether they go on.
 const RESUME_PERIOD: Duration = Duration::from_millis(10);
 
-/// How many SIGINTs and SIGTERMs a container's program is sent, as docker does it.
-pub const MAX_FORWARDED: u32 = 2;
-
 /// From now on, signals that ask minivmm to end, and the deadline, end the process.
 ///
 /// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
@@ -94,7 +91,6 @@ pub fn run(
         stderr: stderr.as_ref(),
         input,
         signals: &signals,
-        forwarded: 0,
         deadline,
         timeline,
     };
@@ -159,8 +155,6 @@ struct Run<'a> {
     stderr: Option<&'a Console>,
     input: ConsoleInput,
     signals: &'a Arc<Signals>,
-    /// How many signals to end it a container's program has been sent.
-    forwarded: u32,
     deadline: Option<Instant>,
     timeline: &'a mut Timeline,
 }
@@ -321,7 +315,7 @@ impl Run<'_> {
                     Source::Ended => return Ok(()),
                     Source::Signal => {
                         if let Some(signal) = self.signals.stop_requested()
-                            && !self.forward(signal)
+                            && !self.input.forward_signal(signal)
                         {
                             control.end(Outcome::Signal(signal));
                             return Ok(());
@@ -341,17 +335,6 @@ impl Run<'_> {
                 self.pump(vm);
             }
         }
-    }
-
-    /// Sends a signal to the container's program, if that is what runs; at the third one that is to end it, that is tried no more.
-    fn forward(&mut self, signal: i32) -> bool {
-        let ends = [libc::SIGINT, libc::SIGTERM].contains(&signal);
-        self.forwarded += u32::from(ends);
-        if self.plan.streams.is_none() || self.forwarded > MAX_FORWARDED {
-            return false;
-        }
-        self.input.send_signal(signal);
-        true
     }
 
     /// The process may have been stopped: then there may be input that gave no event, and the terminal may have another size; and the

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant, SystemTime};
 use clap::Args;
 use rustix::process::Signal;
 
-use super::run::{MAX_FORWARDED, RunError};
+use super::run::RunError;
 use crate::boot;
+use crate::console::MAX_FORWARDED;
 use crate::run::{Running, Vm};
 use crate::vmm::error::host;
 

@@ -18,6 +18,8 @@ use crate::guest::frames::{INPUT, RESIZE, SIGNAL, frame};
 /// Bytes of read-ahead for a guest that does not read its input. A terminal is read ahead of the guest so that `Ctrl-A x` works
 /// then. When this is full, the terminal is not read, and nothing is lost.
 const LOOK_AHEAD: usize = 64 << 10;
+/// How many SIGINTs and SIGTERMs a container's program is sent, as docker does it.
+pub const MAX_FORWARDED: u32 = 2;
 /// Bytes per read(2).
 const CHUNK: usize = 4096;
 
@@ -51,6 +53,8 @@ pub struct ConsoleInput {
     ended: bool,
     /// What goes to the guest goes in frames; how much input may.
     framed: Option<Arc<Credit>>,
+    /// Signals to end it that a container's program was sent, or would have been.
+    forwarded: u32,
 }
 
 enum Read {
@@ -91,6 +95,7 @@ impl ConsoleInput {
             ahead: VecDeque::new(),
             break_pending: false,
             framed: None,
+            forwarded: 0,
         }
     }
 
@@ -117,9 +122,16 @@ impl ConsoleInput {
         self.framed.as_ref()
     }
 
-    /// Sends a container's program a signal with the next [`ConsoleInput::pump`].
-    pub fn send_signal(&mut self, signal: i32) {
+    /// Sends a container's program a signal with the next [`ConsoleInput::pump`], if that is what runs: else `false`, and after
+    /// [`MAX_FORWARDED`] of those that are to end it, since it was told often enough.
+    pub fn forward_signal(&mut self, signal: i32) -> bool {
+        let ends = [libc::SIGINT, libc::SIGTERM].contains(&signal);
+        self.forwarded += u32::from(ends);
+        if self.framed.is_none() || self.forwarded > MAX_FORWARDED {
+            return false;
+        }
         self.ahead.extend(frame(SIGNAL, &[signal as u8]));
+        true
     }
 
     /// Likewise the size of the terminal, if it has one.

@@ -28,7 +28,7 @@ use minivmm_devices::thread::ThreadStarter;
 use thiserror::Error;
 
 pub use frames::{Credit, FrameSink};
-pub use input::{ConsoleInput, InputOutcome};
+pub use input::{ConsoleInput, InputOutcome, MAX_FORWARDED};
 pub use signals::Signals;
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
