@@ -30,7 +30,7 @@ pub(super) fn store() -> Result<Store, RunError> {
 /// Lists the images, the one that was used last first.
 pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
     let images = store()?.list().map_err(host("the store of images"))?;
-    let print = |out: &mut dyn Write| -> io::Result<()> {
+    print(out, |out| {
         writeln!(out, "{:<14} {:>9}  {:<20} NAME", "DIGEST", "SIZE", "USED")?;
         for image in &images {
             let digest = image.meta.digest.hex();
@@ -44,9 +44,15 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
             )?;
         }
         Ok(())
-    };
-    match print(out) {
-        // A reader that has seen enough.
+    })
+}
+
+/// Prints a list. A reader that has seen enough is no error.
+pub(super) fn print(
+    out: &mut dyn Write,
+    lines: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<(), RunError> {
+    match lines(out) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         printed => Ok(printed.map_err(host("stdout"))?),
     }

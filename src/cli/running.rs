@@ -1,12 +1,13 @@
 //! `ps` and `stop`: the VMs of images that run.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args;
 use rustix::process::Signal;
 
+use super::images::print;
 use super::run::RunError;
 use crate::boot;
 use crate::console::MAX_FORWARDED;
@@ -47,7 +48,7 @@ pub(super) fn find(name: &str) -> Result<Vm, RunError> {
 pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
     let vms = running()?.list();
     let vms = vms.map_err(host("the directory of running VMs"))?;
-    let print = |out: &mut dyn Write| -> io::Result<()> {
+    print(out, |out| {
         let name = "NAME";
         writeln!(
             out,
@@ -65,12 +66,7 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
             writeln!(out, "{name:<20} {pid:>8}  {up:<10} {image:<24} {command}")?;
         }
         Ok(())
-    };
-    match print(out) {
-        // A reader that has seen enough.
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        printed => Ok(printed.map_err(host("stdout"))?),
-    }
+    })
 }
 
 /// Ends VMs: by a signal to the program, then by ones that the VMM takes for itself, then by SIGKILL.

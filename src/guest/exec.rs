@@ -46,7 +46,7 @@ fn run(mut connection: File, orders: &Orders, children: &Children) {
     };
     let orders = orders.with(request);
     let result = process::start(&orders, &channel, children);
-    let status = match result.map(process::Started::wait) {
+    let status = match result.map(|program| program.wait(|| ())) {
         Ok(status) => status,
         Err(Failure { status, text }) => {
             channel.error(format!("minivmm: error: in the guest: {text}\n").as_bytes());

@@ -72,7 +72,7 @@ fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
     let children = Children::reap();
     let program = process::start(&orders, channel, &children)?;
     exec::serve(later, Arc::new(orders), children);
-    Ok(program.wait_and_kill_others())
+    Ok(program.wait(process::kill_all))
 }
 
 fn mount_one(

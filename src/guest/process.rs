@@ -36,22 +36,14 @@ pub(super) struct Started {
 }
 
 impl Started {
-    /// Waits for its end and for the end of its output. Its exit status, as a shell has it.
-    pub(super) fn wait(self) -> u8 {
+    /// Waits for its end, does what is to be done `then`, and waits for the end of its output. Its exit status, as a shell has it.
+    pub(super) fn wait(self, then: impl FnOnce()) -> u8 {
         // It comes always: a child is reaped when it ends.
         let status = self.status.recv().unwrap_or(125);
+        then();
         self.outputs
             .into_iter()
             .for_each(|output| drop(output.join()));
-        status
-    }
-
-    /// The same for the image's program: what it has left behind goes with it.
-    pub(super) fn wait_and_kill_others(mut self) -> u8 {
-        let outputs = std::mem::take(&mut self.outputs);
-        let status = self.wait();
-        kill_all();
-        outputs.into_iter().for_each(|output| drop(output.join()));
         status
     }
 }
@@ -180,9 +172,9 @@ fn before_program(command: &mut Command, user: User, terminal: bool) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// Kills all processes but this one.
+/// Kills all processes but this one: what the image's program has left behind goes with it, so that its streams end.
 #[allow(unsafe_code, reason = "no safe interface signals all processes")]
-fn kill_all() {
+pub(super) fn kill_all() {
     // SAFETY: it sends a signal, never to the first process itself.
     unsafe { libc::kill(-1, libc::SIGKILL) };
 }

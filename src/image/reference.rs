@@ -112,12 +112,17 @@ impl fmt::Display for Reference {
     }
 }
 
+/// A host's name or address, the latter in brackets if it is one of IPv6, and its port.
+pub(super) fn name_and_port(authority: &str) -> (&str, Option<&str>) {
+    match authority.rsplit_once(':') {
+        Some((name, port)) if !port.contains(']') => (name, Some(port)),
+        _ => (authority, None),
+    }
+}
+
 /// A name or an address, perhaps with a port. It goes into a URL, so that nothing else may be in it.
 fn is_authority(host: &str) -> bool {
-    let (name, port) = match host.rsplit_once(':') {
-        Some((name, port)) if !port.contains(']') => (name, Some(port)),
-        _ => (host, None),
-    };
+    let (name, port) = name_and_port(host);
     let label = |label: &str| {
         let inner = |c: char| c.is_ascii_alphanumeric() || c == '-';
         !label.is_empty()

@@ -76,7 +76,7 @@ impl Interrupt {
         self.0.target.config_changed();
     }
 
-    /// Sets DEVICE_NEEDS_RESET and tells the driver (§ 2.1.2). Whoever calls this does no more work.
+    /// Sets DEVICE_NEEDS_RESET and tells the driver (§ 2.1.2). The caller does no more work.
     pub fn needs_reset(&self, why: &dyn fmt::Display) {
         self.set_needs_reset(why);
         self.config_changed();

@@ -21,7 +21,7 @@ use ureq::{Agent, Body};
 
 use super::digest::Digest;
 use super::limits::MAX_JSON;
-use super::reference::Reference;
+use super::reference::{Reference, name_and_port};
 use super::tar::bad;
 
 /// Host of the default registry.
@@ -218,10 +218,7 @@ impl Repository {
 
 /// Whether a host is this one. What resolves to it does not count: a name may lead anywhere tomorrow.
 fn is_loopback(authority: &str) -> bool {
-    let host = match authority.rsplit_once(':') {
-        Some((host, port)) if !port.contains(']') => host,
-        _ => authority,
-    };
+    let (host, _) = name_and_port(authority);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost"
         || host
