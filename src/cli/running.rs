@@ -33,8 +33,8 @@ pub struct StopArgs {
 
 /// The directory of the VMs that run.
 pub(super) fn running() -> Result<Running, RunError> {
-    let cache = boot::cache_dir().unwrap_or_default();
-    Ok(Running::open(&cache).map_err(host("the directory of running VMs"))?)
+    let cache = boot::cache_dir();
+    Ok(Running::open(cache.as_deref()).map_err(host("the directory of running VMs"))?)
 }
 
 /// The one with this name.

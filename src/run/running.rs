@@ -54,13 +54,19 @@ pub struct Claim {
 pub struct Running(PathBuf);
 
 impl Running {
-    /// Opens the directory, and makes it if it is not there: in $XDG_RUNTIME_DIR or else below `cache`.
-    pub fn open(cache: &Path) -> io::Result<Self> {
+    /// Opens the directory, and makes it if it is not there: in $XDG_RUNTIME_DIR or else below `cache`,
+    /// if there is one.
+    pub fn open(cache: Option<&Path>) -> io::Result<Self> {
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
         let runtime = runtime.filter(|dir| dir.is_absolute());
-        let dir = match runtime {
-            Some(runtime) => runtime.join("minivmm"),
-            None => cache.join("run"),
+        let dir = match (runtime, cache) {
+            (Some(runtime), _) => runtime.join("minivmm"),
+            (None, Some(cache)) => cache.join("run"),
+            (None, None) => {
+                return Err(io::Error::other(
+                    "there is no place for it: set XDG_RUNTIME_DIR or HOME",
+                ));
+            }
         };
         open_own_dir(&dir)
             .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", dir.display())))?;
