@@ -34,6 +34,12 @@ fn man_pages_and_completions_have_every_option() {
         pages.push((format!("minivmm-{}.1", command.get_name()), of(command)));
     }
     assert_eq!(pages.len(), 14, "{pages:?}");
+    // Arguments that subcommands have in common bring no text that stands in place of their own.
+    let abouts = cli
+        .get_subcommands()
+        .map(|c| c.get_about().unwrap().to_string());
+    let different: std::collections::BTreeSet<_> = abouts.collect();
+    assert_eq!(different.len(), pages.len(), "{different:?}");
     for (page, options) in pages {
         // In roff a hyphen that is none of a word is written \-.
         let text = read(&page).replace("\\-", "-");

@@ -9,7 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{NOTICE, console, escaped};
 
-/// How much minivmm says on stderr.
+// How much minivmm says on stderr. As documentation, it would stand in place of a subcommand's in its help.
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Default, Args)]
 pub struct LogArgs {
     /// Say more: -v informs, -vv debugs

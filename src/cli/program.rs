@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::run::RunError;
 
-/// Streams and environment of a program.
+// No documentation comment: it would stand in place of the subcommand's in its help.
 #[derive(Debug, Args)]
 pub(super) struct ProgramArgs {
     /// Give the program what comes on stdin

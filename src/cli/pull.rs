@@ -20,7 +20,8 @@ use crate::vmm::error::host;
 /// How long an image may take before there is anything to be seen of it, and how long a line stays at least.
 const QUIET: Duration = Duration::from_millis(200);
 
-/// How a registry is talked to.
+// How a registry is talked to. As documentation, it would stand in place of the subcommand's in its help.
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Default, Args)]
 pub struct RegistryArgs {
     /// Allow plain HTTP with the image's registry; without it, only with one on this host (localhost, 127.0.0.1)
@@ -45,7 +46,7 @@ impl RegistryArgs {
     }
 }
 
-/// The command line of `pull`.
+#[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[cfg(feature = "registry")]
 #[derive(Debug, Args)]
 pub struct PullArgs {

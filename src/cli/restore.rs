@@ -47,7 +47,7 @@ pub(super) struct Restorable {
     pub(super) identity: Identity,
 }
 
-/// A snapshot, and how its VMs go on: arguments.
+// A snapshot, and how its VMs go on: arguments. No documentation, see LogArgs.
 #[derive(Debug, Args)]
 pub(super) struct SnapshotSource {
     /// Snapshot, written by --snapshot-at
