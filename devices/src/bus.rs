@@ -1,6 +1,7 @@
 //! An address space with devices in it: guest ports and MMIO alike.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -22,27 +23,11 @@ pub enum BusError {
     #[error("the range at {0:#x} is empty")]
     Empty(u64),
     /// The range runs past the end of the address space.
-    #[error("the range at {base:#x} of length {len:#x} runs past the end of the address space")]
-    Overflow {
-        /// Start of the range.
-        base: u64,
-        /// Length of the range, in bytes.
-        len: u64,
-    },
+    #[error("the range at {0:#x} of length {1:#x} runs past the end of the address space")]
+    Overflow(u64, u64),
     /// Another device has some of these addresses.
-    #[error(
-        "the range {base:#x}..={last:#x} overlaps a device at {other_base:#x}..={other_last:#x}"
-    )]
-    Overlap {
-        /// First address of the new range.
-        base: u64,
-        /// Last address of the new range.
-        last: u64,
-        /// First address of the range that is there.
-        other_base: u64,
-        /// Last address of the range that is there.
-        other_last: u64,
-    },
+    #[error("the range {0:#x?} overlaps a device at {1:#x?}")]
+    Overlap(RangeInclusive<u64>, RangeInclusive<u64>),
 }
 
 /// A named range of addresses and the device behind it.
@@ -90,18 +75,12 @@ impl Bus {
         device: Arc<Mutex<dyn BusDevice>>,
     ) -> Result<(), BusError> {
         let reach = len.checked_sub(1).ok_or(BusError::Empty(base))?;
-        let last = base
-            .checked_add(reach)
-            .ok_or(BusError::Overflow { base, len })?;
+        let last = base.checked_add(reach);
+        let last = last.ok_or(BusError::Overflow(base, len))?;
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         let index = regions.partition_point(|r| r.last < base);
         if let Some(other) = regions.get(index).filter(|r| r.base <= last) {
-            return Err(BusError::Overlap {
-                base,
-                last,
-                other_base: other.base,
-                other_last: other.last,
-            });
+            return Err(BusError::Overlap(base..=last, other.base..=other.last));
         }
         let region = Region {
             name: name.to_owned(),
@@ -272,10 +251,7 @@ mod tests {
         assert_eq!(bus.map("test", 7, 0, device(0)), Err(BusError::Empty(7)));
         assert_eq!(
             bus.map("test", u64::MAX, 2, device(0)),
-            Err(BusError::Overflow {
-                base: u64::MAX,
-                len: 2
-            })
+            Err(BusError::Overflow(u64::MAX, 2))
         );
         bus.map("test", u64::MAX, 1, device(0)).unwrap();
         bus.map("test", 0x100, 0x10, device(0)).unwrap();
@@ -289,7 +265,7 @@ mod tests {
             assert!(
                 matches!(
                     bus.map("test", base, len, device(0)),
-                    Err(BusError::Overlap { .. })
+                    Err(BusError::Overlap(..))
                 ),
                 "{base:#x}"
             );

@@ -29,13 +29,8 @@ pub enum StateError {
     #[error("its saved state is damaged ({0})")]
     Unreadable(String),
     /// A record of a later version.
-    #[error("its saved state has version {found}, and this minivmm knows versions up to {known}")]
-    Version {
-        /// That of the record.
-        found: u32,
-        /// The last one that is known.
-        known: u32,
-    },
+    #[error("its saved state has version {0}, and this minivmm knows versions up to {1}")]
+    Version(u32, u32),
     /// A value that the device cannot have.
     #[error("its saved state is wrong: {0} {1}")]
     Value(&'static str, String),
@@ -121,10 +116,7 @@ pub(crate) fn from_record<T: DeserializeOwned>(
     let Versioned { version, state } =
         serde_json::from_str::<Versioned<&Record>>(text).map_err(unreadable)?;
     if version > known {
-        return Err(StateError::Version {
-            found: version,
-            known,
-        });
+        return Err(StateError::Version(version, known));
     }
     serde_json::from_str(state.get()).map_err(unreadable)
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use super::queue::Virtqueue;
-pub use super::resources::{Interrupt, InterruptTarget, Resources, StopMode};
+pub use super::resources::{Interrupt, Resources, StopMode};
 use super::worker::QueueWorker;
 use crate::state::SaveState;
 
@@ -14,7 +14,7 @@ use crate::state::SaveState;
 ///            start             stop (a reset, a fault, the end)          stop gives the queues
 /// stopped ----------> running ----------------------------------> stopping ---------------> stopped
 ///    ^ |                 | ^                                        | ^
-///    +-+ stop            +-+ notify, write_config                   +-+ stop
+///    +-+ stop            +-+ notify                                 +-+ stop
 /// ```
 ///
 /// Whatever the state, the transport may ask for the type, features, queue sizes and configuration. Dropping a device
@@ -31,9 +31,6 @@ pub trait VirtioDevice: SaveState + Send {
 
     /// Reads the configuration space at `offset`. `data` is zero; what lies beyond the space stays so.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-
-    /// Writes the configuration space. Most devices have nothing there that a driver may write.
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// The threads that serve its queues; a device without any starts, is notified and stops in ways of its own.
     fn workers(&mut self) -> &mut [QueueWorker] {

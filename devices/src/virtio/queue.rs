@@ -24,50 +24,25 @@ pub(super) const fn max_pieces(size: u16) -> usize {
 }
 
 const DESCRIPTOR_SIZE: u64 = size_of::<RawDescriptor>() as u64;
-const DESCRIPTOR_ALIGN: u64 = 16;
-const AVAIL_ALIGN: u64 = 2;
-const USED_ALIGN: u64 = 4;
 
 /// Why a queue cannot go on, mostly a rule that its driver broke. Every one of these ends in DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// A queue size that is none.
-    #[error("queue size {size} is not a power of two from 1 to {max}")]
-    Size {
-        /// What the driver wrote.
-        size: u32,
-        /// What the device offers.
-        max: u16,
-    },
-    /// A ring is not aligned as it must be.
-    #[error("the {ring} at {address:#x} is not aligned")]
-    Misaligned {
-        /// Which one.
-        ring: &'static str,
-        /// Its GPA.
-        address: u64,
-    },
-    /// A ring is not in RAM.
-    #[error("the {ring} at {address:#x}, {len} bytes, is not in RAM")]
-    RingOutside {
-        /// Which one.
-        ring: &'static str,
-        /// Its GPA.
-        address: u64,
-        /// Its length in bytes.
-        len: u64,
-    },
+    #[error("queue size {0} is not a power of two from 1 to {1}")]
+    Size(u32, u16),
+    /// A ring at this GPA is not aligned as it must be.
+    #[error("the {0} at {1:#x} is not aligned")]
+    Misaligned(&'static str, u64),
+    /// A ring at this GPA, of so many bytes, is not in RAM.
+    #[error("the {0} at {1:#x}, {2} bytes, is not in RAM")]
+    RingOutside(&'static str, u64, u64),
     /// The available ring's index is further ahead than the queue is long, or the crate found another fault in a ring.
     #[error("bad ring: {0}")]
     Ring(#[from] RingError),
     /// A head or `next` beyond the table.
-    #[error("descriptor index {index} in a table of {len}")]
-    Index {
-        /// The index.
-        index: u16,
-        /// Entries in the table.
-        len: u32,
-    },
+    #[error("descriptor index {0} in a table of {1}")]
+    Index(u16, u32),
     /// A chain longer than its table: a loop.
     #[error("the descriptor chain at {0} is a loop")]
     Loop(u16),
@@ -103,27 +78,18 @@ pub enum QueueError {
 /// Checks that the rings of this queue are aligned (§ 2.7) and lie in RAM.
 pub(super) fn check_rings(state: &QueueState, mem: &GuestMemoryMmap) -> Result<(), QueueError> {
     let size = u64::from(state.size);
+    let (descriptors, available, used) = (state.desc_table, state.avail_ring, state.used_ring);
+    // Alignments, and lengths: flags, index and event are 2 bytes each, entries have 2 and 8.
     for (ring, address, align, len) in [
-        (
-            "descriptor table",
-            state.desc_table,
-            DESCRIPTOR_ALIGN,
-            DESCRIPTOR_SIZE * size,
-        ),
-        // § 2.7: flags, index and event are 2 bytes each; entries have 2 and 8.
-        (
-            "available ring",
-            state.avail_ring,
-            AVAIL_ALIGN,
-            6 + 2 * size,
-        ),
-        ("used ring", state.used_ring, USED_ALIGN, 6 + 8 * size),
+        ("descriptor table", descriptors, 16, DESCRIPTOR_SIZE * size),
+        ("available ring", available, 2, 6 + 2 * size),
+        ("used ring", used, 4, 6 + 8 * size),
     ] {
         if !address.is_multiple_of(align) {
-            return Err(QueueError::Misaligned { ring, address });
+            return Err(QueueError::Misaligned(ring, address));
         }
         if !mem.check_range(GuestAddress(address), len as usize, Permissions::ReadWrite) {
-            return Err(QueueError::RingOutside { ring, address, len });
+            return Err(QueueError::RingOutside(ring, address, len));
         }
     }
     Ok(())
@@ -199,7 +165,7 @@ impl Virtqueue {
         let (mut index, mut left, mut in_indirect) = (chain.head, len, false);
         loop {
             if u32::from(index) >= len {
-                return Err(QueueError::Index { index, len });
+                return Err(QueueError::Index(index, len));
             }
             left = left.checked_sub(1).ok_or(QueueError::Loop(chain.head))?;
             let address = table.saturating_add(DESCRIPTOR_SIZE * u64::from(index));

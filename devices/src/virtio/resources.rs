@@ -4,9 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vm_memory::GuestMemoryMmap;
 
 use super::queue::Virtqueue;
+use crate::interrupt::IrqLine;
 
 /// What becomes of the requests that a device has taken from its queues when it stops. It takes no others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,22 +34,14 @@ pub struct Resources {
     pub resumed: bool,
 }
 
-/// Where the interrupts of a device go: what differs between transports.
-pub trait InterruptTarget: Send + Sync {
-    /// This queue has new used buffers.
-    fn used_buffers(&self, queue: u16);
-    /// The configuration or the device status has changed.
-    fn config_changed(&self);
-    /// The device has been reset: nothing that it has told is of interest any more.
-    fn reset(&self);
-}
-
 /// The device's way to its driver. Clones are one and the same.
 #[derive(Clone)]
 pub struct Interrupt(Arc<Shared>);
 
 struct Shared {
-    target: Box<dyn InterruptTarget>,
+    line: IrqLine,
+    /// InterruptStatus (§ 4.2.2), which is set before the edge: who sees the edge sees why.
+    status: AtomicU32,
     needs_reset: AtomicBool,
     config_generation: AtomicU32,
     /// It has been warned of; a guest that goes on breaking rules cannot flood the log.
@@ -55,25 +49,48 @@ struct Shared {
 }
 
 impl Interrupt {
-    /// Interrupts that end at `target`.
-    pub fn new(target: impl InterruptTarget + 'static) -> Self {
+    /// Interrupts by this line, an edge each.
+    pub fn new(line: IrqLine) -> Self {
         Self(Arc::new(Shared {
-            target: Box::new(target),
+            line,
+            status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
             config_generation: AtomicU32::new(0),
             reported: AtomicBool::new(false),
         }))
     }
 
-    /// Tells the driver of used buffers in this queue.
-    pub fn used_buffers(&self, queue: u16) {
-        self.0.target.used_buffers(queue);
+    fn raise(&self, bits: u32) {
+        self.0.status.fetch_or(bits, Ordering::AcqRel);
+        self.0.line.signal();
+    }
+
+    /// Tells the driver of used buffers.
+    pub fn used_buffers(&self) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
     }
 
     /// Tells the driver of a change in the configuration space. A driver must not be able to read the new values before.
     pub fn config_changed(&self) {
         self.0.config_generation.fetch_add(1, Ordering::AcqRel);
-        self.0.target.config_changed();
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    /// InterruptStatus: what the driver has been told and has not acknowledged.
+    pub(super) fn status(&self) -> u32 {
+        self.0.status.load(Ordering::Acquire)
+    }
+
+    /// The driver acknowledges these bits of it.
+    pub(super) fn acknowledge(&self, bits: u32) {
+        self.0.status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    /// Signals the line once more, if the driver has not acknowledged all.
+    pub(super) fn repeat(&self) {
+        if self.status() != 0 {
+            self.0.line.signal();
+        }
     }
 
     /// Sets DEVICE_NEEDS_RESET and tells the driver (§ 2.1.2). The caller does no more work.
@@ -108,15 +125,16 @@ impl Interrupt {
     }
 
     /// The device is as it was saved.
-    pub(super) fn restore(&self, needs_reset: bool, config_generation: u32) {
+    pub(super) fn restore(&self, status: u32, needs_reset: bool, config_generation: u32) {
+        self.0.status.store(status, Ordering::Release);
         self.0.needs_reset.store(needs_reset, Ordering::Release);
         let generation = &self.0.config_generation;
         generation.store(config_generation, Ordering::Release);
     }
 
-    /// The device has been reset.
+    /// The device has been reset: nothing that it has told is of interest any more.
     pub(super) fn reset(&self) {
         self.0.needs_reset.store(false, Ordering::Release);
-        self.0.target.reset();
+        self.0.status.store(0, Ordering::Release);
     }
 }

@@ -343,7 +343,7 @@ impl<'m> QueueContext<'m> {
         if self.unreported > 0 {
             self.unreported = 0;
             if self.queue.needs_interrupt(&self.worker.mem)? {
-                self.worker.interrupt.used_buffers(self.queue.index());
+                self.worker.interrupt.used_buffers();
             }
         }
         Ok(())

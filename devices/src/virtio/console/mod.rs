@@ -295,7 +295,7 @@ impl Port {
             self.sent = 0;
             queue.complete(mem, chain.head(), 0)?;
             if queue.needs_interrupt(mem)? {
-                interrupt.used_buffers(queue.index());
+                interrupt.used_buffers();
             }
         }
         Ok(())
@@ -357,7 +357,7 @@ impl ConsoleDevice for Port {
                 taken += len;
             }
             if taken > 0 && queue.needs_interrupt(mem)? {
-                running.interrupt.used_buffers(queue.index());
+                running.interrupt.used_buffers();
             }
             Ok(())
         });

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -104,9 +105,17 @@ pub struct Core {
     device: Box<dyn VirtioDevice>,
     mem: GuestMemoryMmap,
     interrupt: Interrupt,
-    /// As the driver wrote it; DEVICE_NEEDS_RESET is the interrupt's to know.
-    status: u32,
+    /// What the driver has written.
+    pub registers: Registers,
     state: State,
+    queues: Vec<QueueState>,
+}
+
+/// What a driver writes, but for the parameters of queues.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Registers {
+    /// The device status; DEVICE_NEEDS_RESET is the interrupt's to know.
+    status: u32,
     /// Which 32 of the offered feature bits the driver reads.
     pub device_features_select: u32,
     /// Which 32 feature bits the driver writes.
@@ -114,7 +123,6 @@ pub struct Core {
     driver_features: u64,
     /// The queue of which the driver reads and writes the parameters.
     pub queue_select: u32,
-    queues: Vec<QueueState>,
 }
 
 impl Core {
@@ -124,12 +132,8 @@ impl Core {
             device,
             mem,
             interrupt,
-            status: 0,
+            registers: Registers::default(),
             state: State::Stopped,
-            device_features_select: 0,
-            driver_features_select: 0,
-            driver_features: 0,
-            queue_select: 0,
             queues: Vec::new(),
         };
         core.stop(StopMode::Cancel, Then::Reset);
@@ -144,9 +148,9 @@ impl Core {
     /// The device status (§ 2.1).
     pub fn status(&self) -> u32 {
         if self.interrupt.is_reset_needed() {
-            self.status | VIRTIO_CONFIG_S_NEEDS_RESET
+            self.registers.status | VIRTIO_CONFIG_S_NEEDS_RESET
         } else {
-            self.status
+            self.registers.status
         }
     }
 
@@ -164,7 +168,7 @@ impl Core {
         if self.is_stopping() {
             return;
         }
-        let old = self.status;
+        let old = self.registers.status;
         // A bit once set goes only in a reset (§ 2.1.1). DEVICE_NEEDS_RESET is not the driver's.
         let known = STATUS_STEPS
             .iter()
@@ -176,24 +180,24 @@ impl Core {
         }
         if given & VIRTIO_CONFIG_S_FAILED != 0 {
             // The driver has given up.
-            self.status |= VIRTIO_CONFIG_S_FAILED;
+            self.registers.status |= VIRTIO_CONFIG_S_FAILED;
             return self.stop(StopMode::Cancel, Then::Nothing);
         }
         let mut before = true;
         for step in STATUS_STEPS {
-            if given & step & !self.status != 0 {
+            if given & step & !self.registers.status != 0 {
                 if !before {
                     return self.fail(fault);
                 }
                 match step {
                     // § 3.1.1 step 6: the driver reads back whether the device agrees. To go on all the same is a fault.
                     VIRTIO_CONFIG_S_FEATURES_OK
-                        if !self.are_features_possible(self.driver_features) => {}
+                        if !self.are_features_possible(self.registers.driver_features) => {}
                     VIRTIO_CONFIG_S_DRIVER_OK => return self.start(false),
-                    _ => self.status |= step,
+                    _ => self.registers.status |= step,
                 }
             }
-            before = self.status & step != 0;
+            before = self.registers.status & step != 0;
         }
     }
 
@@ -207,7 +211,7 @@ impl Core {
 
     /// The selected 32 bits of the offered features (§ 2.2); zero beyond the 64 that there are.
     pub fn device_features(&self) -> u32 {
-        match self.device_features_select {
+        match self.registers.device_features_select {
             0 => self.offered_features() as u32,
             1 => (self.offered_features() >> 32) as u32,
             _ => 0,
@@ -216,25 +220,26 @@ impl Core {
 
     /// The driver accepts features (§ 2.2.1).
     pub fn set_driver_features(&mut self, bits: u32) {
-        if self.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
+        if self.registers.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
             return self.fail(Fault::LateFeatures);
         }
-        let half = match self.driver_features_select {
+        let half = match self.registers.driver_features_select {
             0 => Half::Low,
             1 => Half::High,
             _ => return,
         };
-        set_half(&mut self.driver_features, half, bits);
+        set_half(&mut self.registers.driver_features, half, bits);
     }
 
     /// The selected queue's parameters, if there is such a queue.
     pub fn queue(&self) -> Option<&QueueState> {
-        self.queues.get(usize::try_from(self.queue_select).ok()?)
+        self.queues
+            .get(usize::try_from(self.registers.queue_select).ok()?)
     }
 
     fn selected_queue(&mut self) -> Option<&mut QueueState> {
         self.queues
-            .get_mut(usize::try_from(self.queue_select).ok()?)
+            .get_mut(usize::try_from(self.registers.queue_select).ok()?)
     }
 
     /// The driver sets the selected queue's size.
@@ -243,7 +248,7 @@ impl Core {
             let max = queue.max_size;
             match u16::try_from(size) {
                 Ok(size) if size.is_power_of_two() && size <= max => queue.size = size,
-                _ => return Err(QueueError::Size { size, max }.into()),
+                _ => return Err(QueueError::Size(size, max).into()),
             }
             Ok(())
         });
@@ -276,7 +281,7 @@ impl Core {
             return;
         }
         let then = Then::ReturnQueue {
-            queue: self.queue_select,
+            queue: self.registers.queue_select,
             go_on: self.state == State::Running,
         };
         self.stop(StopMode::Drain, then);
@@ -287,7 +292,7 @@ impl Core {
         &mut self,
         change: impl FnOnce(&mut QueueState, &GuestMemoryMmap) -> Result<(), Fault>,
     ) {
-        let in_use = self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        let in_use = self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         let mem = self.mem.clone();
         let Some(queue) = self.selected_queue() else {
             return;
@@ -331,20 +336,15 @@ impl Core {
         self.device.read_config(offset, data);
     }
 
-    /// The driver writes the configuration space.
-    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
-        self.device.write_config(offset, data);
-    }
-
     /// DRIVER_OK, or the driver goes on without a queue: hands the ready queues to the device.
     fn start(&mut self, resumed: bool) {
-        self.status |= VIRTIO_CONFIG_S_DRIVER_OK;
+        self.registers.status |= VIRTIO_CONFIG_S_DRIVER_OK;
         if self.interrupt.is_reset_needed() {
             // What was broken before is told now (§ 2.1.2).
             return self.interrupt.config_changed();
         }
-        let indirect = self.driver_features & F_INDIRECT_DESC != 0;
-        let event_idx = self.driver_features & F_EVENT_IDX != 0;
+        let indirect = self.registers.driver_features & F_INDIRECT_DESC != 0;
+        let event_idx = self.registers.driver_features & F_EVENT_IDX != 0;
         let queues: Result<Vec<_>, _> = (0u16..)
             .zip(&mut self.queues)
             .filter(|(_, state)| state.ready)
@@ -356,7 +356,7 @@ impl Core {
         let started = queues.map_err(Fault::from).and_then(|queues| {
             let resources = Resources {
                 mem: self.mem.clone(),
-                features: self.driver_features,
+                features: self.registers.driver_features,
                 queues,
                 interrupt: self.interrupt.clone(),
                 resumed,
@@ -425,11 +425,7 @@ impl Core {
     fn reset(&mut self) {
         // Nothing can set it now.
         self.interrupt.reset();
-        self.status = 0;
-        self.device_features_select = 0;
-        self.driver_features_select = 0;
-        self.driver_features = 0;
-        self.queue_select = 0;
+        self.registers = Registers::default();
         self.queues = self
             .device
             .queue_sizes()
@@ -444,7 +440,7 @@ impl Core {
 
     fn fail(&mut self, fault: impl fmt::Display) {
         self.stop(StopMode::Cancel, Then::Nothing);
-        if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+        if self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             self.interrupt.needs_reset(&fault);
         } else {
             self.interrupt.set_needs_reset(&fault);

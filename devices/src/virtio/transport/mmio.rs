@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -16,7 +14,7 @@ use super::core::{Core, Half, Ring};
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
 use crate::state::{Record, SaveState, StateError, Suspend, from_record, to_record};
-use crate::virtio::device::{Interrupt, InterruptTarget, VirtioDevice};
+use crate::virtio::device::{Interrupt, VirtioDevice};
 
 /// Version of the saved state.
 const STATE_VERSION: u32 = 1;
@@ -45,7 +43,7 @@ const VENDOR: u32 = u32::from_le_bytes(*b"mini");
 /// The configuration space takes every width.
 pub struct MmioTransport {
     core: Core,
-    interrupt: MmioInterrupt,
+    interrupt: Interrupt,
     ioeventfds: Option<Ioeventfds>,
     /// Restored, and not resumed yet.
     restored: bool,
@@ -63,12 +61,9 @@ struct Ioeventfds {
 impl MmioTransport {
     /// Puts `device` behind registers; its interrupts go to `line`, an edge each.
     pub fn new(device: Box<dyn VirtioDevice>, mem: GuestMemoryMmap, line: IrqLine) -> Self {
-        let interrupt = MmioInterrupt {
-            status: Arc::new(AtomicU32::new(0)),
-            line,
-        };
+        let interrupt = Interrupt::new(line);
         Self {
-            core: Core::new(device, mem, Interrupt::new(interrupt.clone())),
+            core: Core::new(device, mem, interrupt.clone()),
             interrupt,
             ioeventfds: None,
             restored: false,
@@ -110,7 +105,7 @@ impl MmioTransport {
             VIRTIO_MMIO_DEVICE_FEATURES => self.core.device_features(),
             VIRTIO_MMIO_QUEUE_NUM_MAX => self.core.queue().map_or(0, |queue| queue.max_size.into()),
             VIRTIO_MMIO_QUEUE_READY => self.core.queue().map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status.load(Ordering::Acquire),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             VIRTIO_MMIO_STATUS => self.core.status(),
             // No shared memory: length and base of each region are -1.
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
@@ -124,15 +119,13 @@ impl MmioTransport {
         use Ring::{Available, Descriptors, Used};
         let core = &mut self.core;
         match offset {
-            VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.interrupt.status.fetch_and(!value, Ordering::AcqRel);
-            }
+            VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
             VIRTIO_MMIO_STATUS => core.set_status(value),
             _ if core.is_stopping() => {}
-            VIRTIO_MMIO_DEVICE_FEATURES_SEL => core.device_features_select = value,
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => core.registers.device_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES => core.set_driver_features(value),
-            VIRTIO_MMIO_DRIVER_FEATURES_SEL => core.driver_features_select = value,
-            VIRTIO_MMIO_QUEUE_SEL => core.queue_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => core.registers.driver_features_select = value,
+            VIRTIO_MMIO_QUEUE_SEL => core.registers.queue_select = value,
             VIRTIO_MMIO_QUEUE_NUM => core.set_queue_size(value),
             VIRTIO_MMIO_QUEUE_READY => core.set_queue_ready(value & 1 != 0),
             VIRTIO_MMIO_QUEUE_NOTIFY => self.notify(value),
@@ -173,10 +166,9 @@ impl BusDevice for MmioTransport {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         self.core.poll_stop();
-        if let Some(offset) = config_offset(offset) {
-            return self.core.write_config(offset, data);
-        }
-        if let Some(offset) = register(offset, data.len())
+        // No device has anything in its configuration space that a driver may write.
+        if config_offset(offset).is_none()
+            && let Some(offset) = register(offset, data.len())
             && let Ok(value) = data.try_into()
         {
             self.write_register(offset, u32::from_le_bytes(value));
@@ -200,7 +192,7 @@ impl SaveState for MmioTransport {
             restored: _,
         } = self;
         let saved = Saved {
-            interrupt_status: interrupt.status.load(Ordering::Acquire),
+            interrupt_status: interrupt.status(),
             core: core.save()?,
         };
         to_record(STATE_VERSION, saved)
@@ -213,8 +205,7 @@ impl SaveState for MmioTransport {
             let why = format!("has unknown bits: {status:#x}");
             return Err(StateError::value("interrupt_status", why));
         }
-        self.core.restore(saved.core)?;
-        self.interrupt.status.store(status, Ordering::Release);
+        self.core.restore(saved.core, status)?;
         self.restored = true;
         Ok(())
     }
@@ -230,39 +221,11 @@ impl Suspend for MmioTransport {
         let resumed = self.core.resume();
         if std::mem::take(&mut self.restored) {
             if self.core.has_active_queues() {
-                self.interrupt.raise(VIRTIO_MMIO_INT_VRING);
-            } else if self.interrupt.status.load(Ordering::Acquire) != 0 {
-                self.interrupt.line.signal();
+                self.interrupt.used_buffers();
+            } else {
+                self.interrupt.repeat();
             }
         }
         resumed
-    }
-}
-
-/// InterruptStatus and the wire. The status is set before the edge: whoever sees the edge sees why.
-#[derive(Clone)]
-struct MmioInterrupt {
-    status: Arc<AtomicU32>,
-    line: IrqLine,
-}
-
-impl MmioInterrupt {
-    fn raise(&self, bits: u32) {
-        self.status.fetch_or(bits, Ordering::AcqRel);
-        self.line.signal();
-    }
-}
-
-impl InterruptTarget for MmioInterrupt {
-    fn used_buffers(&self, _queue: u16) {
-        self.raise(VIRTIO_MMIO_INT_VRING);
-    }
-
-    fn config_changed(&self) {
-        self.raise(VIRTIO_MMIO_INT_CONFIG);
-    }
-
-    fn reset(&self) {
-        self.status.store(0, Ordering::Release);
     }
 }

@@ -179,23 +179,24 @@ impl Connection {
             },
             State::Requested if self.is_broken => Next::Drop,
             State::Requested => Next::Stay,
-            State::Established => {
+            State::Established | State::Detached => {
                 self.flush();
-                Next::Stay
-            }
-            State::Detached => {
-                self.flush();
-                if self.unsent.is_empty() {
-                    Next::Drop
-                } else {
-                    Next::Stay
+                match self.state {
+                    State::Detached if self.unsent.is_empty() => Next::Drop,
+                    _ => Next::Stay,
                 }
             }
         }
     }
 
     /// A packet of the guest, with this payload. [`Next::Drop`] says that it breaks a rule.
-    pub(super) fn on_packet(&mut self, header: &Header, host: u32, payload: &Buffers<'_>) -> Next {
+    pub(super) fn on_packet(
+        &mut self,
+        header: &Header,
+        host: u32,
+        payload: &Buffers<'_>,
+        iovecs: &mut Iovecs,
+    ) -> Next {
         self.note_credit(header);
         self.is_announced = true;
         match (header.op, &self.state) {
@@ -217,7 +218,7 @@ impl Connection {
                 if !is_allowed {
                     return Next::Drop;
                 }
-                self.forward(payload, len);
+                self.forward(payload, len, iovecs);
             }
             (op::CREDIT_UPDATE, State::Established) => {}
             (op::CREDIT_REQUEST, State::Established) => self.pending |= 1 << op::CREDIT_UPDATE,
@@ -251,11 +252,11 @@ impl Connection {
     }
 
     /// Writes what there is for the host, behind what waits already.
-    fn forward(&mut self, payload: &Buffers<'_>, len: usize) {
+    fn forward(&mut self, payload: &Buffers<'_>, len: usize, iovecs: &mut Iovecs) {
         let slices = payload.slices().iter().copied();
         let mut done = 0;
         if self.unsent.is_empty() && self.is_writable && !self.is_broken && len > 0 {
-            match Iovecs::default().write(&self.stream, window(slices.clone(), 0, len)) {
+            match iovecs.write(&self.stream, window(slices.clone(), 0, len)) {
                 Ok(written) => done = written.unwrap_or(0),
                 Err(_) => self.give_up(),
             }
@@ -334,15 +335,16 @@ impl Connection {
     }
 
     /// The next packet for the guest: operation, flags and the length of its payload, which is in `buffers` behind the header.
-    pub(super) fn next_packet(&mut self, buffers: &Buffers<'_>) -> Option<(u16, u32, usize)> {
-        let is_pending = |operation: u16| self.pending & 1 << operation != 0;
-        let first = [op::REQUEST, op::RESPONSE].into_iter();
-        let mut packet = first
-            .clone()
-            .find(|op| is_pending(*op))
-            .map(|op| (op, 0, 0));
+    pub(super) fn next_packet(
+        &mut self,
+        buffers: &Buffers<'_>,
+        iovecs: &mut Iovecs,
+    ) -> Option<(u16, u32, usize)> {
+        let mut first = [op::REQUEST, op::RESPONSE].into_iter();
+        let first = first.find(|op| self.pending & 1 << op != 0);
+        let mut packet = first.map(|op| (op, 0, 0));
         if packet.is_none() && self.can_read() {
-            packet = match self.read(buffers) {
+            packet = match self.read(buffers, iovecs) {
                 0 if self.credit() == 0 && !self.at_end => {
                     self.has_asked = true;
                     Some((op::CREDIT_REQUEST, 0, 0))
@@ -376,13 +378,13 @@ impl Connection {
     }
 
     /// Reads from the host what the guest has credit and `buffers` have room for.
-    fn read(&mut self, buffers: &Buffers<'_>) -> usize {
+    fn read(&mut self, buffers: &Buffers<'_>, iovecs: &mut Iovecs) -> usize {
         let slices = buffers.slices().iter().copied();
         let mut slices = window(slices, HEADER_LEN, self.credit() as usize).peekable();
         if slices.peek().is_none() {
             return 0;
         }
-        let count = match Iovecs::default().read(&self.stream, slices) {
+        let count = match iovecs.read(&self.stream, slices) {
             Ok(Some(count)) => count,
             Ok(None) => {
                 self.is_readable = false;

@@ -17,6 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::connection::{BUFFER_SIZE, Connection, Next};
 use super::packet::{HEADER_LEN, HOST_CID, Header, NO_PORT, Ports, STREAM, op};
 use crate::virtio::queue::Buffers;
+use crate::virtio::vectored::Iovecs;
 
 /// Most connections at a time, half-open ones included: half of what a process may usually have of open files.
 pub(super) const MAX_CONNECTIONS: usize = 512;
@@ -49,7 +50,8 @@ const TICK: Timespec = Timespec {
 /// Most bytes of all connections, and of what waits for the guest. A list grows to twice of what it needs.
 pub(super) const MEMORY_BOUND: usize = MAX_CONNECTIONS
     * (2 * BUFFER_SIZE + 4 * size_of::<Connection>())
-    + 2 * (MAX_RESETS + 2 * MAX_CONNECTIONS) * size_of::<Header>();
+    + 2 * (MAX_RESETS + 2 * MAX_CONNECTIONS) * size_of::<Header>()
+    + Iovecs::MEMORY_BOUND;
 
 /// Connects to what listens at a port of the host, without waiting for it; the stream does not block.
 pub type Connect = Box<dyn FnMut(u32) -> io::Result<UnixStream> + Send>;
@@ -73,6 +75,8 @@ pub(super) struct Muxer {
     ready: VecDeque<Ports>,
     resets: VecDeque<Header>,
     last_port: u32,
+    /// Room for a packet's, so that none is made for each.
+    iovecs: Iovecs,
     /// Programs of the host may wait to be accepted.
     may_accept: bool,
 }
@@ -90,6 +94,7 @@ impl Muxer {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             last_port: FIRST_PORT - 1,
+            iovecs: Iovecs::default(),
             may_accept: false,
         };
         muxer.watch(&muxer.timer, ControlOperation::Add, TIMER)?;
@@ -189,17 +194,14 @@ impl Muxer {
         }
     }
 
-    /// A port of the host that no connection has.
-    fn free_port(&mut self) -> u32 {
+    /// A port of the host that no connection has, without one of the guest.
+    fn free_port(&mut self) -> Ports {
         loop {
-            let next = self.last_port.wrapping_add(1);
-            self.last_port = next.max(FIRST_PORT);
-            if !self
-                .connections
-                .keys()
-                .any(|ports| ports.host == self.last_port)
-            {
-                return self.last_port;
+            let host = self.last_port.wrapping_add(1).max(FIRST_PORT);
+            self.last_port = host;
+            if self.connections.keys().all(|ports| ports.host != host) {
+                let guest = NO_PORT;
+                return Ports { host, guest };
             }
         }
     }
@@ -212,10 +214,7 @@ impl Muxer {
             };
             match accept_with(&host.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok(stream) => {
-                    let ports = Ports {
-                        host: self.free_port(),
-                        guest: NO_PORT,
-                    };
+                    let ports = self.free_port();
                     let connection = Connection::from_host(stream.into());
                     self.insert(ports, connection, ControlOperation::Add);
                 }
@@ -231,16 +230,10 @@ impl Muxer {
     }
 
     /// A program of the host asks for a port of the guest.
-    fn request(&mut self, ports: Ports, port: u32) {
-        let (from, ports) = (
-            ports,
-            Ports {
-                guest: port,
-                ..ports
-            },
-        );
+    fn request(&mut self, from: Ports, guest: u32) {
+        let ports = Ports { guest, ..from };
         if let Some(mut connection) = self.remove(from)
-            && port != NO_PORT
+            && guest != NO_PORT
             && !self.connections.contains_key(&ports)
         {
             connection.request();
@@ -255,10 +248,7 @@ impl Muxer {
         if let Some(mut connection) = self.remove(ports)
             && connection.detach()
         {
-            let ports = Ports {
-                host: self.free_port(),
-                guest: NO_PORT,
-            };
+            let ports = self.free_port();
             self.insert(ports, connection, ControlOperation::Modify);
         }
     }
@@ -302,7 +292,7 @@ impl Muxer {
         let connection = self.connections.get_mut(&ports);
         match connection.filter(|_| is_valid) {
             Some(connection) => {
-                let next = connection.on_packet(header, ports.host, payload);
+                let next = connection.on_packet(header, ports.host, payload, &mut self.iovecs);
                 if next == Next::Detach && header.op != op::RST {
                     self.resets.push_back(header.reset());
                 }
@@ -349,7 +339,7 @@ impl Muxer {
                 continue;
             };
             connection.is_queued = false;
-            let Some((op, flags, len)) = connection.next_packet(buffers) else {
+            let Some((op, flags, len)) = connection.next_packet(buffers, &mut self.iovecs) else {
                 continue;
             };
             let header = Header {

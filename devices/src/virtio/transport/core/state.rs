@@ -9,19 +9,16 @@ use virtio_bindings::virtio_config::{
 
 use super::super::super::device::StopMode;
 use super::super::super::queue::{QueueState, check_rings};
-use super::{Core, STATUS_STEPS, State, Then};
+use super::{Core, Registers, STATUS_STEPS, State, Then};
 use crate::state::{Record, StateError};
 
 /// The saved state of a device with its status, features and queue parameters.
 #[derive(Serialize, Deserialize)]
 pub struct SavedCore {
     device_type: u32,
-    status: u32,
+    #[serde(flatten)]
+    registers: Registers,
     needs_reset: bool,
-    device_features_select: u32,
-    driver_features_select: u32,
-    driver_features: u64,
-    queue_select: u32,
     config_generation: u32,
     queues: Vec<SavedQueue>,
     device: Box<Record>,
@@ -105,12 +102,8 @@ impl Core {
             device,
             mem: _,
             interrupt,
-            status,
+            registers,
             state,
-            device_features_select,
-            driver_features_select,
-            driver_features,
-            queue_select,
             queues,
         } = self;
         if !matches!(state, State::Stopped | State::Paused) {
@@ -118,12 +111,8 @@ impl Core {
         }
         Ok(SavedCore {
             device_type: device.device_type(),
-            status: *status,
+            registers: *registers,
             needs_reset: interrupt.is_reset_needed(),
-            device_features_select: *device_features_select,
-            driver_features_select: *driver_features_select,
-            driver_features: *driver_features,
-            queue_select: *queue_select,
             config_generation: interrupt.config_generation(),
             queues: queues.iter().map(SavedQueue::from).collect(),
             device: device.save()?,
@@ -131,7 +120,7 @@ impl Core {
     }
 
     /// Takes over a saved state, with the checks that a driver's writes go through. Nothing runs before [`Core::resume`].
-    pub fn restore(&mut self, saved: SavedCore) -> Result<(), StateError> {
+    pub fn restore(&mut self, saved: SavedCore, interrupt_status: u32) -> Result<(), StateError> {
         let device_type = self.device.device_type();
         if saved.device_type != device_type {
             let why = format!(
@@ -155,20 +144,21 @@ impl Core {
         let queues = saved.queues.iter().zip(sizes);
         let queues = queues.map(|(queue, max)| self.check_queue(queue, *max, runs));
         self.queues = queues.collect::<Result<_, _>>()?;
-        self.status = saved.status;
-        self.device_features_select = saved.device_features_select;
-        self.driver_features_select = saved.driver_features_select;
-        self.driver_features = saved.driver_features;
-        self.queue_select = saved.queue_select;
+        self.registers = saved.registers;
         self.interrupt
-            .restore(saved.needs_reset, saved.config_generation);
+            .restore(interrupt_status, saved.needs_reset, saved.config_generation);
         self.state = if runs { State::Paused } else { State::Stopped };
         Ok(())
     }
 
     /// Checks status and features; says whether the device is one that runs.
     fn check_status(&self, saved: &SavedCore) -> Result<bool, StateError> {
-        let status = saved.status & !VIRTIO_CONFIG_S_FAILED;
+        let Registers {
+            status: written,
+            driver_features: features,
+            ..
+        } = saved.registers;
+        let status = written & !VIRTIO_CONFIG_S_FAILED;
         // 0 and each step with all before it (§ 3.1.1).
         let mut reached = 0;
         let is_possible = status == 0
@@ -177,18 +167,14 @@ impl Core {
                 reached == status
             });
         if !is_possible {
-            return Err(StateError::value(
-                "status",
-                format!("is {:#x}", saved.status),
-            ));
+            return Err(StateError::value("status", format!("is {written:#x}")));
         }
         let offered = self.offered_features();
-        let features = saved.driver_features;
         if status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.are_features_possible(features) {
             let why = format!("are {features:#x}, and the device here offers {offered:#x}");
             return Err(StateError::value("driver_features", why));
         }
-        Ok(saved.status & VIRTIO_CONFIG_S_FAILED == 0
+        Ok(written & VIRTIO_CONFIG_S_FAILED == 0
             && status & VIRTIO_CONFIG_S_DRIVER_OK != 0
             && !saved.needs_reset)
     }
