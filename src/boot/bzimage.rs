@@ -62,7 +62,12 @@ impl BzImage {
         }
         // Checked first: older versions lack other fields.
         if let Some(version) = u16_at(head, 0x206).filter(|version| *version < MIN_VERSION) {
-            return Err(BootError::ProtocolTooOld(input.path().to_owned(), version));
+            return Err(BootError::Refused(format!(
+                "{} speaks boot protocol {}.{:02}; 2.12 (Linux 3.8) is the oldest with a 64-bit entry, give a newer kernel",
+                input.path().display(),
+                version >> 8,
+                version & 0xff
+            )));
         }
         input.check_range(0, MIN_HEADER_END as u64, "the setup header")?;
         let header =
@@ -82,10 +87,7 @@ impl BzImage {
             .to_vec();
 
         if header.xloadflags & XLF_KERNEL_64 == 0 {
-            return Err(BootError::Kernel32(
-                input.path().to_owned(),
-                "a bzImage without the 64-bit entry, XLF_KERNEL_64",
-            ));
+            return Err(input.is_32_bit("a bzImage without the 64-bit entry, XLF_KERNEL_64"));
         }
         if header.loadflags & LOADED_HIGH == 0 {
             return Err(input

@@ -88,17 +88,19 @@ pub(crate) fn write(mem: &GuestMemory, cmdline: &str, kernel_max: usize) -> Resu
     let room = usize::try_from(layout::CMDLINE_MAX_SIZE).unwrap_or(usize::MAX) - 1;
     let max = kernel_max.min(room);
     if cmdline.len() > max {
-        return Err(BootError::CmdlineTooLong {
-            len: cmdline.len(),
-            max,
-        });
+        let len = cmdline.len();
+        return Err(BootError::Refused(format!(
+            "the kernel command line has {len} bytes, this kernel takes {max} at most; shorten it"
+        )));
     }
     if let Some(offset) = cmdline.find(['\0', '\n', '\r']) {
         let what = match cmdline.as_bytes().get(offset) {
             Some(0) => "a NUL",
             _ => "a line break",
         };
-        return Err(BootError::CmdlineByte(what, offset));
+        return Err(BootError::Refused(format!(
+            "the kernel command line has {what} at byte {offset}; remove it"
+        )));
     }
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);

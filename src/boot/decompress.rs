@@ -7,7 +7,7 @@ use lzma_rust2::{LzmaReader, XzReader};
 use ruzstd::decoding::StreamingDecoder;
 
 use super::bytes::{cut, damaged, u32_at};
-use super::format::Compression;
+use super::compression::Compression;
 
 /// Most memory in KiB that an LZMA or xz decoder may take for its dictionary: twice what Linux packs its kernels with
 /// (scripts/xz_wrap.sh). zstd's decoder has a limit of its own, 128 MiB, which is what Linux packs with.

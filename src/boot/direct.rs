@@ -8,60 +8,23 @@ use std::path::Path;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::rand::{GetRandomFlags, getrandom};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::bzimage::BzImage;
 use super::cache::KernelCache;
 use super::elf::{self, ElfKernel};
-use super::error::{BootError, Role};
+use super::error::{DirectBootError, Role};
 use super::input::InputFile;
 use super::kaslr::{self, KaslrSlot};
 use super::loaded::{Loading, PlacedKernel};
-use super::payload::{self, PayloadError};
+use super::payload;
 use super::ram::GuestMemory;
-use super::relocs::{Outside, Relocations};
+use super::relocs::Relocations;
 
 /// Maximum length of the relocation table in bytes; Debian's kernels have 0.9 MB.
 const MAX_TABLE: u64 = 16 << 20;
 /// Runs of zeros of this size, and at multiples of it, are left out of the files that we write.
 const HOLE: usize = 64 << 10;
-
-/// Why a bzImage cannot be booted directly and has to decompress itself.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum DirectBootError {
-    /// The payload cannot be decompressed.
-    #[error(transparent)]
-    Payload(#[from] PayloadError),
-    /// The kernel in it cannot be loaded.
-    #[error(transparent)]
-    Kernel(#[from] BootError),
-    /// The kernel in it contradicts the setup header.
-    #[error("its kernel is linked for {linked:#x}, its setup header says {preferred:#x}")]
-    OtherAddress {
-        /// First GPA of the kernel.
-        linked: u64,
-        /// pref_address.
-        preferred: u64,
-    },
-    /// An alignment that is invalid for a 64-bit kernel.
-    #[error("its alignment is {0:#x}")]
-    Alignment(u32),
-    /// What follows the kernel is not a relocation table.
-    #[error("the {0} bytes after its kernel are not a relocation table")]
-    NoTable(u64),
-    /// The relocation table is wrong.
-    #[error(transparent)]
-    Outside(#[from] Outside),
-    /// The command line restricts where the kernel may be loaded.
-    #[error("{0} is on the command line, and limits where it may go")]
-    Limited(String),
-    /// A system call failed.
-    #[error("cannot {0}")]
-    Host(&'static str, #[source] io::Error),
-    /// Guest memory refused an access.
-    #[error("cannot relocate it")]
-    Memory(#[from] GuestMemoryError),
-}
 
 /// The ELF kernel from a bzImage, and its relocations.
 pub(crate) struct DirectKernel {
@@ -122,18 +85,25 @@ impl DirectKernel {
         elf.entry_64(&input)?;
         let (linked, preferred) = (elf.range().start, image.load_gpa);
         if linked != preferred {
-            return Err(DirectBootError::OtherAddress { linked, preferred });
+            return Err(DirectBootError::Refused(format!(
+                "its kernel is linked for {linked:#x}, its setup header says {preferred:#x}"
+            )));
         }
         let align = image.header.kernel_alignment;
         if !(align.is_power_of_two() && u64::from(align) >= kaslr::MIN_ALIGN) {
-            return Err(DirectBootError::Alignment(align));
+            let why = format!("its alignment is {align:#x}");
+            return Err(DirectBootError::Refused(why));
         }
         let table_at = elf::end_of_file(&head).unwrap_or(u64::MAX).min(input.len());
         let table_len = input.len() - table_at;
         let relocs = if table_len == 0 {
             None
         } else {
-            let no_table = || DirectBootError::NoTable(table_len);
+            let no_table = || {
+                DirectBootError::Refused(format!(
+                    "the {table_len} bytes after its kernel are not a relocation table"
+                ))
+            };
             if table_len > MAX_TABLE || image.header.relocatable_kernel == 0 {
                 return Err(no_table());
             }
@@ -163,7 +133,11 @@ impl DirectKernel {
                 phys: link.start,
                 virt: link.start,
             },
-            (Some(_), Some(limit)) => return Err(DirectBootError::Limited(limit.to_owned())),
+            (Some(_), Some(limit)) => {
+                return Err(DirectBootError::Refused(format!(
+                    "{limit} is on the command line, and limits where it may go"
+                )));
+            }
             (Some(_), None) => {
                 let random = random().map_err(host("get random numbers"))?;
                 kaslr::choose(&link, self.align, ram_end, random)

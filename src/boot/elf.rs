@@ -17,6 +17,9 @@ const MAX_NOTES_LEN: u64 = 64 << 10;
 /// Type of the note with the 32-bit entry (xen/include/public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
+/// What to do about an ELF file that is no kernel.
+const KERNEL: &str = "give a bzImage (vmlinuz) or a vmlinux";
+
 const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 const EM_386: u16 = 3;
@@ -186,10 +189,7 @@ impl ElfKernel {
     /// The entry of the 64-bit Linux boot protocol.
     pub(crate) fn entry_64(&self, input: &InputFile) -> Result<u64, BootError> {
         if self.class != Class::Bits64 {
-            return Err(BootError::Kernel32(
-                input.path().to_owned(),
-                "ELF class 32, without a PVH note",
-            ));
+            return Err(input.is_32_bit("ELF class 32, without a PVH note"));
         }
         if !contains(&self.segments, self.entry) {
             return Err(input.malformed(format!(
@@ -216,19 +216,11 @@ fn contains(segments: &[Segment], gpa: u64) -> bool {
 /// Checks class, byte order, type and machine.
 fn check_ident(input: &InputFile, head: &[u8]) -> Result<Class, BootError> {
     let [class, order] = array(head, 4).unwrap_or_default();
-    let other = |what: String, hint: &str| BootError::WrongKind {
-        role: super::Role::Kernel,
-        path: input.path().to_owned(),
-        what,
-        hint: hint.to_owned(),
-    };
     const AMD64: &str = "this VM is x86-64: give a kernel built for x86_64 (amd64)";
     if order == 2 {
         let machine = array(head, 18).map(u16::from_be_bytes).unwrap_or(0);
-        return Err(other(
-            format!("a big-endian ELF file for {}", machine_name(machine)),
-            AMD64,
-        ));
+        let what = format!("a big-endian ELF file for {}", machine_name(machine));
+        return Err(input.wrong_kind(&what, AMD64));
     }
     let class = match (class, order) {
         (1, 1) => Class::Bits32,
@@ -242,22 +234,17 @@ fn check_ident(input: &InputFile, head: &[u8]) -> Result<Class, BootError> {
     match (class, machine) {
         (Class::Bits64, EM_X86_64) | (Class::Bits32, EM_386) => {}
         _ => {
-            return Err(other(
-                format!("an ELF file for {}", machine_name(machine)),
-                AMD64,
-            ));
+            let what = format!("an ELF file for {}", machine_name(machine));
+            return Err(input.wrong_kind(&what, AMD64));
         }
     }
     match kind {
         ET_EXEC => Ok(class),
-        ET_DYN => Err(other(
-            "a position-independent ELF program or library".to_owned(),
-            "give a bzImage (vmlinuz) or a vmlinux",
-        )),
-        _ => Err(other(
-            format!("an ELF file of type {kind} (an object or a core file)"),
-            "give a bzImage (vmlinuz) or a vmlinux",
-        )),
+        ET_DYN => Err(input.wrong_kind("a position-independent ELF program or library", KERNEL)),
+        _ => {
+            let what = format!("an ELF file of type {kind} (an object or a core file)");
+            Err(input.wrong_kind(&what, KERNEL))
+        }
     }
 }
 
@@ -318,12 +305,7 @@ fn read_program_headers(
 /// The loaded segments, checked, ascending.
 fn segments(input: &InputFile, headers: &[ProgramHeader]) -> Result<Vec<Segment>, BootError> {
     if headers.iter().any(|header| header.kind == PT_INTERP) {
-        return Err(BootError::WrongKind {
-            role: super::Role::Kernel,
-            path: input.path().to_owned(),
-            what: "an ELF program for an operating system".to_owned(),
-            hint: "give a bzImage (vmlinuz) or a vmlinux".to_owned(),
-        });
+        return Err(input.wrong_kind("an ELF program for an operating system", KERNEL));
     }
     let mut segments = Vec::new();
     for header in headers

@@ -2,7 +2,7 @@
 
 use memchr::memmem;
 
-use super::error::{BootError, Role};
+use super::error::BootError;
 use super::input::InputFile;
 
 /// Where a multiboot header is: in the first 8 KiB, or 32 KiB for version 2 (Multiboot Specification, § 3.1.1; version 2, § 3.1.1).
@@ -42,11 +42,6 @@ pub(super) fn refuse(input: &InputFile, odd: bool) -> Result<Option<BootError>, 
         None if multiboot => "a multiboot kernel, not Linux",
         None => return Ok(None),
     };
-    Ok(Some(BootError::WrongKind {
-        role: Role::Kernel,
-        path: input.path().to_owned(),
-        what: what.to_owned(),
-        hint: "minivmm boots Linux (bzImage, vmlinux) and ELF kernels with a PVH entry: give one of these"
-            .to_owned(),
-    }))
+    let hint = "minivmm boots Linux (bzImage, vmlinux) and ELF kernels with a PVH entry: give one of these";
+    Ok(Some(input.wrong_kind(what, hint)))
 }

@@ -50,12 +50,8 @@ fn too_big(path: &Path, size: u64, floor: u64, ceiling: u64, ram_end: u64) -> Bo
     } else {
         format!("raise the VM's memory, say to {need_mib}M, or make the initrd smaller")
     };
-    BootError::InitrdTooBig {
-        path: path.to_owned(),
-        size,
-        floor,
-        ceiling,
-        room: ceiling.saturating_sub(floor),
-        hint,
-    }
+    let (path, room) = (path.display(), ceiling.saturating_sub(floor));
+    BootError::InitrdTooBig(format!(
+        "the initrd {path} ({size} bytes) does not fit: between the end of the kernel ({floor:#x}) and {ceiling:#x} there are {room} bytes; {hint}"
+    ))
 }

@@ -1,7 +1,8 @@
 //! A kernel or initrd file on the host: opened once, every length checked, each byte read at most once.
 
+use std::fmt;
 use std::fs::{self, File, FileType, Metadata, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -58,17 +59,21 @@ impl FileIdentity {
 impl InputFile {
     /// Opens `path`. A FIFO or a device is refused before it is opened, so that opening neither blocks nor has side effects.
     pub(crate) fn open(role: Role, path: &Path) -> Result<Self, BootError> {
-        let failed = |source: io::Error| {
-            let path = path.to_owned();
-            match source.kind() {
-                io::ErrorKind::NotFound => BootError::Missing(role, path),
-                io::ErrorKind::PermissionDenied => BootError::Permission(role, path),
-                _ => BootError::Open(role, path, source),
+        let shown = path.display();
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => {
+                BootError::Refused(format!("there is no {role} at {shown}; check the path"))
             }
+            io::ErrorKind::PermissionDenied => BootError::Refused(format!(
+                "the {role} {shown} may not be read by this user: permission denied; check its mode and owner (ls -l {shown})"
+            )),
+            _ => BootError::Host(format!("open the {role} {shown}"), source),
         };
         let regular = |file_type: FileType| match irregular(file_type) {
             None => Ok(()),
-            Some(what) => Err(BootError::NotRegular(role, path.to_owned(), what)),
+            Some(what) => Err(BootError::Refused(format!(
+                "the {role} {shown} is {what}, not a regular file; give the {role} file itself"
+            ))),
         };
 
         regular(fs::metadata(path).map_err(failed)?.file_type())?;
@@ -81,7 +86,9 @@ impl InputFile {
         let metadata = file.metadata().map_err(failed)?;
         regular(metadata.file_type())?;
         if metadata.len() == 0 {
-            return Err(BootError::Empty(role, path.to_owned()));
+            return Err(BootError::Refused(format!(
+                "the {role} {shown} is empty; build or download it again"
+            )));
         }
         Ok(Self {
             role,
@@ -132,6 +139,11 @@ impl InputFile {
         let count = self.read_some(0, &mut head)?;
         head.truncate(count);
         Ok(head)
+    }
+
+    /// The file, to be read in order.
+    pub fn reader(&self) -> impl Read + '_ {
+        &self.file
     }
 
     /// Reads at `offset` until `buf` is full or the file ends; returns the bytes read.
@@ -233,22 +245,37 @@ impl InputFile {
     }
 
     /// The error about headers that contradict themselves.
-    pub(crate) fn malformed(&self, what: impl Into<String>) -> BootError {
-        BootError::Malformed(self.path.clone(), what.into())
+    pub(crate) fn malformed(&self, what: impl fmt::Display) -> BootError {
+        BootError::Refused(format!(
+            "the kernel {} is damaged or not a kernel: {what}; copy or download it again",
+            self.path.display()
+        ))
+    }
+
+    /// The error about a file of a known kind that cannot be what it was given as.
+    pub(crate) fn wrong_kind(&self, what: &str, hint: &str) -> BootError {
+        let (role, path) = (self.role, self.path.display());
+        BootError::Refused(format!("the {role} {path} is {what}; {hint}"))
+    }
+
+    /// The error about a kernel for 32-bit processors.
+    pub(crate) fn is_32_bit(&self, how: &str) -> BootError {
+        BootError::Refused(format!(
+            "{} is a 32-bit kernel ({how}); give a 64-bit one (CONFIG_64BIT=y, \"amd64\" or \"x86_64\" in a package's name)",
+            self.path.display()
+        ))
     }
 
     fn truncated(&self, what: &str, need: u64, have: u64) -> BootError {
-        BootError::Truncated {
-            role: self.role,
-            path: self.path.clone(),
-            what: what.to_owned(),
-            need,
-            have,
-        }
+        let (role, path) = (self.role, self.path.display());
+        BootError::Refused(format!(
+            "the {role} {path} is truncated: {what} ends at byte {need}, the file has {have} bytes; copy or download it again"
+        ))
     }
 
     fn read_failed(&self, source: io::Error) -> BootError {
-        BootError::Read(self.role, self.path.clone(), source)
+        let (role, path) = (self.role, self.path.display());
+        BootError::Host(format!("read the {role} {path}"), source)
     }
 }
 

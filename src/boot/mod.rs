@@ -15,6 +15,7 @@ mod bytes;
 mod bzimage;
 mod cache;
 mod cmdline;
+mod compression;
 mod decompress;
 mod direct;
 mod elf;
@@ -29,7 +30,6 @@ mod kaslr;
 mod loaded;
 mod payload;
 mod ram;
-mod reader;
 mod relocs;
 #[cfg(test)]
 mod tests;
@@ -46,10 +46,10 @@ use crate::error_chain;
 use bzimage::BzImage;
 pub use cache::{default_dir as default_cache_dir, user_dir as cache_dir};
 pub(crate) use cmdline::{reboots_by_triple_fault, suit as suit_cmdline};
+pub use compression::Compression;
 use direct::DirectKernel;
 use elf::{Class, ElfKernel};
 pub use error::{BootError, Role};
-pub use format::Compression;
 use format::FileKind;
 pub use image::panic_message;
 pub use input::InputFile;
@@ -57,7 +57,6 @@ pub use loaded::{KernelFormat, LoadedKernel, Loading};
 use ram::GuestMemory;
 pub use ram::MIB;
 use ram::{check_fits, low_ram_end};
-pub use reader::FileReader;
 
 /// What is to be booted.
 #[derive(Debug, Clone, Copy)]
@@ -96,12 +95,10 @@ fn load_bzimage(
     image: &BzImage,
 ) -> Result<LoadedKernel, BootError> {
     if source.protocol == BootProtocol::Pvh {
-        return Err(BootError::NoSuchEntry {
-            path: input.path().to_owned(),
-            protocol: source.protocol,
-            why: "a bzImage has no PVH entry; take the vmlinux out of it (scripts/extract-vmlinux in the kernel's \
-                  source) or choose linux64",
-        });
+        return Err(no_pvh(
+            input,
+            "a bzImage has no PVH entry; take the vmlinux out of it (scripts/extract-vmlinux in the kernel's source) or choose linux64",
+        ));
     }
     check_fits(input.path(), mem, image.end_gpa)?;
     cmdline::write(mem, source.cmdline, image.cmdline_max())?;
@@ -161,11 +158,8 @@ fn load_elf(
             start_info: layout::PVH_INFO_START as u32,
         },
         (BootProtocol::Pvh, None) => {
-            return Err(BootError::NoSuchEntry {
-                path: input.path().to_owned(),
-                protocol: source.protocol,
-                why: "it has no PVH note; build it with CONFIG_PVH=y or choose linux64",
-            });
+            let why = "it has no PVH note; build it with CONFIG_PVH=y or choose linux64";
+            return Err(no_pvh(input, why));
         }
         (BootProtocol::Auto | BootProtocol::Linux64, _) => Entry::Linux64 {
             rip: kernel.entry_64(input)?,
@@ -204,6 +198,13 @@ fn load_elf(
         kernel_range,
         initrd_range,
     })
+}
+
+fn no_pvh(input: &InputFile, why: &str) -> BootError {
+    let path = input.path().display();
+    BootError::Refused(format!(
+        "{path} cannot be started by the pvh protocol: {why}"
+    ))
 }
 
 fn boot_info(source: GuestMemoryError) -> BootError {

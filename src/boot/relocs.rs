@@ -7,6 +7,8 @@
 
 use vm_memory::{Bytes, VolatileSlice};
 
+use super::error::DirectBootError;
+
 /// Where the kernel's image is in virtual memory if it is at physical address 0, __START_KERNEL_map: its low half, the high
 /// half being all ones.
 const START_KERNEL_MAP: u32 = 0x8000_0000;
@@ -17,14 +19,6 @@ pub(crate) struct Relocations {
     add64: Vec<u32>,
     sub32: Vec<u32>,
     add32: Vec<u32>,
-}
-
-/// A relocation outside the kernel.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("its relocation table names {address:#x}, which is not in the kernel")]
-pub(crate) struct Outside {
-    /// The virtual address.
-    address: u64,
 }
 
 impl Relocations {
@@ -53,14 +47,17 @@ impl Relocations {
         image: &VolatileSlice<'_>,
         link: u64,
         delta: u64,
-    ) -> Result<(), Outside> {
+    ) -> Result<(), DirectBootError> {
         let at = |word: u32| {
             let offset = u64::from(word.wrapping_sub(START_KERNEL_MAP)).wrapping_sub(link);
             // What lies below the kernel has wrapped around and is beyond its end.
             usize::try_from(offset).unwrap_or(usize::MAX)
         };
-        let outside = |word: u32| Outside {
-            address: u64::from(word) | u64::from(u32::MAX) << 32,
+        let outside = |word: u32| {
+            let address = u64::from(word) | u64::from(u32::MAX) << 32;
+            DirectBootError::Refused(format!(
+                "its relocation table names {address:#x}, which is not in the kernel"
+            ))
         };
         for &word in &self.add64 {
             let value: u64 = image.read_obj(at(word)).map_err(|_| outside(word))?;

@@ -46,7 +46,7 @@ fn hint(error: &VmError) -> String {
         VmError::Boot(BootError::MemoryTooSmall { need_mib, .. }) => {
             format!("; raise it with --memory {need_mib}M or more")
         }
-        VmError::Boot(BootError::InitrdTooBig { .. }) => {
+        VmError::Boot(BootError::InitrdTooBig(_)) => {
             " (--memory says how much memory it has)".into()
         }
         VmError::Snapshot(SnapshotError::Disk { id, .. }) => {

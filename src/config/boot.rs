@@ -1,7 +1,5 @@
 //! How a kernel is entered: the value of `--boot-protocol`.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 
 /// Which protocol starts the kernel.
@@ -15,14 +13,4 @@ pub enum BootProtocol {
     Linux64,
     /// PVH.
     Pvh,
-}
-
-impl fmt::Display for BootProtocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::Linux64 => "linux64",
-            Self::Pvh => "pvh",
-        })
-    }
 }

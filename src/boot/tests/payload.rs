@@ -3,7 +3,8 @@
 use std::error::Error;
 
 use super::*;
-use crate::boot::payload::{self, PayloadError};
+use crate::boot::error::DirectBootError;
+use crate::boot::payload;
 
 const PACKED: [(&str, &[u8]); 5] = [
     ("gzip", include_bytes!("../../../tests/payloads/kernel.gz")),
@@ -42,7 +43,7 @@ pub(super) fn bzimage_with(payload: &[u8]) -> Vec<u8> {
     image
 }
 
-fn unpack(payload: &[u8]) -> Result<Vec<u8>, PayloadError> {
+fn unpack(payload: &[u8]) -> Result<Vec<u8>, DirectBootError> {
     let file = file(&bzimage_with(payload));
     let input = InputFile::open(Role::Kernel, file.path()).unwrap();
     let image = BzImage::parse(&input, &input.head().unwrap()).unwrap();

@@ -8,7 +8,7 @@ use memchr::memmem;
 
 use super::check::Check;
 use super::config::{KernelConfig, Setting};
-use crate::boot::{self, BootError, Compression, FileReader, MIB};
+use crate::boot::{self, BootError, Compression, MIB};
 use crate::tools::cpio;
 
 /// Most bytes that are read, and most that are decompressed.
@@ -29,7 +29,7 @@ fn inspect(path: &Path, config: Option<&KernelConfig>) -> Result<Vec<Check>, Boo
         );
     }
     let mut file = Vec::new();
-    if let Err(error) = FileReader::new(&input).take(MAX_LEN).read_to_end(&mut file) {
+    if let Err(error) = input.reader().take(MAX_LEN).read_to_end(&mut file) {
         checks.push(Check::unusable("file", &error));
     }
     checks.extend(check_archives(&file, config));

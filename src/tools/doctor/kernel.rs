@@ -8,7 +8,7 @@ use super::check::Check;
 use super::config::{self, KernelConfig};
 use super::scan::{self, Found};
 use crate::boot::inspect::KernelInfo;
-use crate::boot::{self, FileReader, InputFile, KernelFormat};
+use crate::boot::{self, InputFile, KernelFormat};
 
 /// A kernel file and its checks.
 #[derive(Debug, Serialize)]
@@ -56,7 +56,7 @@ pub fn inspect_kernel(path: &Path) -> KernelReport {
 }
 
 fn scan_file(input: &InputFile) -> Found {
-    scan::scan(FileReader::new(input)).unwrap_or_default()
+    scan::scan(input.reader()).unwrap_or_default()
 }
 
 fn check_info(info: &KernelInfo) -> Vec<Check> {
