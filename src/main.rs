@@ -13,7 +13,9 @@ use minivmm::cli::log::{TimedStderr, start_log};
 use minivmm::cli::plan::Plan;
 use minivmm::cli::run::RunError;
 use minivmm::cli::watch::Watch;
-use minivmm::cli::{Cli, Command, DoctorArgs, exec, fork, images, process, run, running, snapshot};
+use minivmm::cli::{
+    Cli, Command, DoctorArgs, disks, exec, fork, images, process, run, running, snapshot,
+};
 use minivmm::config::{ConfigError, Span};
 use minivmm::host::report_file::ReportFile;
 use minivmm::observe::timeline::{Point, Timeline};
@@ -72,6 +74,7 @@ fn main() {
         Some(Command::Pull(args)) => done(args.run(&mut Escaping(io::stdout()))),
         Some(Command::Images) => done(images::list(&mut Escaping(io::stdout()))),
         Some(Command::Rmi(args)) => done(images::remove(&args)),
+        Some(Command::Disks(args)) => done(disks::run(&args, &mut Escaping(io::stdout()))),
         Some(Command::Restore(mut args)) => {
             let (deadline, timeline) = (args.deadline, args.timeline.take());
             run_vm(|| args.into_plan(), deadline, started, timeline)

@@ -142,6 +142,65 @@ fn the_root_is_the_merged_layers_and_can_be_written_to() {
 }
 
 #[test]
+fn what_is_written_to_a_disk_stays_if_it_is_kept() {
+    let image = Image::new();
+    let disks = image.store().join("data/minivmm/disks");
+    let count = || std::fs::read_dir(&disks).unwrap().count();
+    let script = "busybox mount | busybox grep -q '^image on / type overlay.*rw' && busybox df -m / | busybox tail -n 1; busybox stat -c '%a %u' /
+        busybox dd if=/dev/zero of=/zeroes bs=1M count=200 2>/dev/null && echo written";
+    // More than the VM has memory.
+    let options = ["--disk-size", "1G", "-m", "192M"];
+    let ended = image.sh(&cloud(), &options, script);
+    ended.assert_code(0);
+    assert!(ended.out().ends_with("755 0\nwritten\n"), "{}", ended.out());
+    let size = ended.out().split_whitespace().nth(1).map(str::parse::<u32>);
+    assert!(matches!(size, Some(Ok(900..=1024))), "{}", ended.out());
+    assert_eq!(count(), 0);
+    // However it ends.
+    let mut child = image
+        .command(
+            &cloud(),
+            &options,
+            &["sh", "-c", "echo x >/file; echo ready; sleep 1000"],
+        )
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    common::expect(&mut child, "ready\n");
+    assert_eq!(count(), 0);
+    signal(&child, "KILL");
+    wait(child, common::PATIENCE);
+
+    let keep = ["--keep", "mine"];
+    let script = "echo $(( $(cat /count 2>/dev/null || echo 0) + 1 )) >/count; busybox chmod 750 /; cat /count";
+    let first = image.sh(&cloud(), &["--keep", "mine", "--disk-size", "1G"], script);
+    printed(&first, "1\n");
+    printed(&image.sh(&cloud(), &keep, script), "2\n");
+    // A VM that is killed leaves what it has synced, and a disk that can be used.
+    let script = format!("{script}; busybox sync; echo lost >/unsynced; echo ready; sleep 1000");
+    let mut child = image.command(&cloud(), &keep, &["sh", "-c", &script]);
+    let mut child = child.stdout(Stdio::piped()).spawn().unwrap();
+    common::expect(&mut child, "3\nready\n");
+    let taken = image.sh(&cloud(), &keep, "true");
+    taken.assert_code(125);
+    assert!(
+        taken.stderr.contains("'mine': a VM that runs has it"),
+        "{}",
+        taken.stderr
+    );
+    signal(&child, "KILL");
+    wait(child, common::PATIENCE);
+    printed(
+        &image.sh(&cloud(), &keep, "cat /count; busybox stat -c %a /"),
+        "3\n750\n",
+    );
+    let listed = run(&mut image.minivmm(&["disks"]));
+    listed.assert_printed(&["mine", "1024.0 MiB"]);
+    run(&mut image.minivmm(&["disks", "--remove", "mine"])).assert_code(0);
+    assert_eq!(count(), 0);
+}
+
+#[test]
 fn a_file_has_its_capabilities() {
     let image = Image::new();
     for (program, wanted) in [

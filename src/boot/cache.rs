@@ -38,12 +38,21 @@ pub fn default_dir() -> Option<PathBuf> {
 /// minivmm's directory in the user's cache: in $XDG_CACHE_HOME, or else ~/.cache (XDG Base Directory Specification). `None` if the
 /// environment names no such place.
 pub fn user_dir() -> Option<PathBuf> {
+    base_dir("XDG_CACHE_HOME", ".cache")
+}
+
+/// The same for what is to stay: in $XDG_DATA_HOME, or else ~/.local/share.
+pub fn data_dir() -> Option<PathBuf> {
+    base_dir("XDG_DATA_HOME", ".local/share")
+}
+
+fn base_dir(variable: &str, below_home: &str) -> Option<PathBuf> {
     let absolute = |name| {
         std::env::var_os(name)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
-    let base = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
+    let base = absolute(variable).or_else(|| Some(absolute("HOME")?.join(below_home)))?;
     Some(base.join("minivmm"))
 }
 

@@ -44,7 +44,7 @@ use crate::arch::{boot_params, layout, pvh};
 use crate::config::BootProtocol;
 use crate::error_chain;
 use bzimage::BzImage;
-pub use cache::{default_dir as default_cache_dir, user_dir as cache_dir};
+pub use cache::{data_dir, default_dir as default_cache_dir, user_dir as cache_dir};
 pub(crate) use cmdline::{reboots_by_triple_fault, suit as suit_cmdline};
 pub use compression::Compression;
 use direct::DirectKernel;

@@ -35,7 +35,7 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
         for image in &images {
             let digest = image.meta.digest.hex();
             let used = humantime::format_rfc3339_seconds(image.used);
-            let size = format!("{:.1} MiB", image.bytes as f64 / f64::from(1 << 20));
+            let size = mib(image.bytes);
             let digits = digest.get(..12).unwrap_or(&digest);
             writeln!(
                 out,
@@ -45,6 +45,10 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
         }
         Ok(())
     })
+}
+
+pub(super) fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// Prints a list. A reader that has seen enough is no error.

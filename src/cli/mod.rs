@@ -3,6 +3,7 @@
 mod bench;
 mod compare;
 mod confine;
+pub mod disks;
 pub mod exec;
 pub mod exit_status;
 mod final_log;
@@ -28,6 +29,7 @@ pub mod watch;
 
 pub use bench::BenchArgs;
 pub use compare::CompareArgs;
+pub use disks::DisksArgs;
 pub use exec::ExecArgs;
 pub use fork::ForkArgs;
 pub use guest::GuestArgs;
@@ -140,6 +142,8 @@ pub enum Command {
     Images,
     /// Remove such images
     Rmi(RmiArgs),
+    /// List the disks on which runs have kept what they wrote, or remove some
+    Disks(DisksArgs),
     /// Run one command on one root file system in container runtimes and in a virtual machine, and measure it
     Compare(CompareArgs),
 }

@@ -28,8 +28,8 @@ pub struct Plan {
     pub snapshot_at: Option<SnapshotAt>,
     /// The streams of the container's program that it runs, if that is what it does.
     pub streams: Option<Streams>,
-    /// The file behind the configuration's initrd, if it has no name.
-    pub initramfs: Option<File>,
+    /// The files without a name that the configuration has by their descriptors.
+    pub files: Vec<File>,
     /// The name by which other processes know it, if it has one.
     pub claim: Option<Claim>,
 }

@@ -1,6 +1,6 @@
 //! `run`: a container image as a VM.
 
-use std::fs;
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +8,7 @@ use clap::Args;
 use rustix::process::getpid;
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::disks::disks;
 use super::log::LogArgs;
 use super::plan::{Plan, Streams};
 use super::program::{ProgramArgs, variable};
@@ -34,11 +35,13 @@ const MAX_ENV_FILE: u64 = 1 << 20;
 const HELP: &str = "\
 IMAGE is an OCI layout (a directory or an archive), an archive of docker save or podman save, or - for one on stdin; \
 FILE:NAME takes one of several images. With --rootfs it is a directory or an archive of a root file system. Any other IMAGE \
-is one in the store, by name or digest, as minivmm images lists it, or else one in a registry, by docker's rules for names. What the program writes goes to memory and ends with the VM.
+is one in the store, by name or digest, as minivmm images lists it, or else one in a registry, by docker's rules for names. What the program \
+writes goes to memory and ends with the VM, unless --disk-size or --keep says otherwise.
 
 Examples:
   minivmm run -it debian:12 bash
   docker save nginx | minivmm run - nginx -v
+  minivmm run -it --keep work --disk-size 20G debian:12 bash
   minivmm run --rootfs ./root /bin/sh -c 'uname -a; exit 3'
 
 Exit status: that of the program, 128 + N if signal N ended it; 125 if minivmm could not go on, 126 if the program cannot be \
@@ -72,6 +75,14 @@ pub struct RunArgs {
     /// Let the program write to nothing but /dev/shm and what it mounts itself
     #[arg(long)]
     read_only: bool,
+    /// What the program writes goes to a disk of this size instead of memory; it takes no more of this host than is written, in
+    /// ~/.local/share/minivmm/disks (or $XDG_DATA_HOME), and ends with the VM. With --keep, the size of a disk that is not there yet
+    #[arg(long, value_name = "SIZE", conflicts_with = "read_only")]
+    disk_size: Option<MemorySize>,
+    /// Keep what the program writes on a disk with this name, which is made if it is not there [default size: 10G]. Later runs of the same
+    /// image find it there; one VM at a time can have it. minivmm disks lists and removes such disks
+    #[arg(long, value_name = "NAME", conflicts_with = "read_only")]
+    keep: Option<String>,
     /// Network [default: passt where it is installed and this host has a default route, else none]
     #[arg(long, value_name = "MODE", value_parser = ["passt", "none"])]
     network: Option<String>,
@@ -100,7 +111,7 @@ pub struct RunArgs {
     /// Say when what happened: a table on stderr when the VM has ended, or JSON in FILE
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     pub timeline: Option<Option<PathBuf>>,
-    /// Accepted for docker's sake: nothing of a VM stays
+    /// Accepted for docker's sake: nothing of a VM stays but what --keep says
     #[arg(long)]
     rm: bool,
     /// Print help
@@ -152,11 +163,11 @@ impl RunArgs {
             orders.network = Some(network);
         }
         let claim = self.claim(&orders)?;
+        let (disk, disk_file) = self.disk(&stored, &mut orders)?.unzip();
         let initrd = initramfs(&kernel, &mut orders).map_err(host("the initramfs"))?;
-        let path = format!("/proc/self/fd/{}", initrd.as_raw_fd());
         let config = VmConfig {
             kernel,
-            initrd: Some(path.into()),
+            initrd: Some(descriptor(&initrd)),
             // No console but COM1: hvc0 is for the program's streams.
             cmdline: Some(join_words([
                 DEFAULT_CMDLINE,
@@ -165,12 +176,16 @@ impl RunArgs {
             ])),
             cpus: self.cpus,
             memory: self.memory,
-            disks: vec![DiskConfig {
-                path: stored.root,
-                format: Some(DiskFormat::Raw),
-                read_only: true,
-                ..DiskConfig::default()
-            }],
+            disks: [(stored.root, true)]
+                .into_iter()
+                .chain(disk.map(|path| (path, false)))
+                .map(|(path, read_only)| DiskConfig {
+                    path,
+                    format: Some(DiskFormat::Raw),
+                    read_only,
+                    ..DiskConfig::default()
+                })
+                .collect(),
             nets,
             vsock: Some(VsockConfig {
                 path: Some(claim.socket()),
@@ -188,7 +203,7 @@ impl RunArgs {
                 terminal: self.program.tty,
                 interactive: self.program.interactive,
             }),
-            initramfs: Some(initrd),
+            files: disk_file.flatten().into_iter().chain([initrd]).collect(),
             claim: Some(claim),
             ..Plan::default()
         })
@@ -220,8 +235,39 @@ impl RunArgs {
             hostname,
             terminal: self.program.tty,
             read_only: self.read_only,
+            disk: None,
             network: None,
         })
+    }
+
+    /// The disk for what is written, if it is not memory; and its file, if it has no name.
+    fn disk(
+        &self,
+        stored: &Stored,
+        orders: &mut Orders,
+    ) -> Result<Option<(PathBuf, Option<File>)>, RunError> {
+        let bytes = self.disk_size.map(|size| size.bytes);
+        if self.keep.is_none() && bytes.is_none() {
+            return Ok(None);
+        }
+        // What is removed is given back to the host.
+        let mut options = "discard".to_owned();
+        let disks = disks()?;
+        let disk = match (&self.keep, bytes) {
+            (Some(name), _) => {
+                let path = disks.keep(name, bytes, &stored.meta.digest);
+                (path.map_err(name_or("--keep", "the VM's disk"))?, None)
+            }
+            (None, bytes) => {
+                // Nor does what ends with the VM have to be durable.
+                options += ",nobarrier";
+                let file = disks.temporary(bytes.unwrap_or_default());
+                let file = file.map_err(host("the VM's disk"))?;
+                (descriptor(&file), Some(file))
+            }
+        };
+        orders.disk = Some(options);
+        Ok(Some(disk))
     }
 
     /// Takes the VM's name.
@@ -241,10 +287,7 @@ impl RunArgs {
             pid: getpid().as_raw_pid(),
         };
         let claim = running()?.claim(&name, &info);
-        claim.map_err(|e| match e.kind() {
-            std::io::ErrorKind::InvalidInput => RunError::Usage(format!("--name: {e}")),
-            _ => host("the VM's name")(e).into(),
-        })
+        claim.map_err(name_or("--name", "the VM's name"))
     }
 
     /// Whether the VM is to have a network.
@@ -281,6 +324,19 @@ impl RunArgs {
     }
 }
 
+/// For what the host refuses, or else a name that is none.
+fn name_or(option: &'static str, what: &'static str) -> impl FnOnce(std::io::Error) -> RunError {
+    move |e| match e.kind() {
+        std::io::ErrorKind::InvalidInput => RunError::Usage(format!("{option}: {e}")),
+        _ => host(what)(e).into(),
+    }
+}
+
+/// The path of a file that may have no other.
+fn descriptor(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
 fn file(what: &str) -> impl FnOnce(std::io::Error) -> RunError + use<> {
     let what = what.to_owned();
     move |source| RunError::File(what, source)
@@ -289,7 +345,7 @@ fn file(what: &str) -> impl FnOnce(std::io::Error) -> RunError + use<> {
 fn read_text(path: &Path) -> std::io::Result<String> {
     use std::io::Read;
     let mut text = String::new();
-    let file = fs::File::open(path)?;
+    let file = File::open(path)?;
     file.take(MAX_ENV_FILE).read_to_string(&mut text)?;
     Ok(text)
 }

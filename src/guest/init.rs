@@ -12,7 +12,7 @@ use rustix::mount::{MountFlags, mount, mount_move, mount_remount};
 
 use super::children::Children;
 use super::exec;
-use super::failure::{Failure, cannot, make_directory};
+use super::failure::{Failure, c_string, cannot, make_directory};
 use super::modules;
 use super::network;
 use super::orders::{ORDERS, Orders};
@@ -23,8 +23,9 @@ use super::streams::Channel;
 const EXIT_PORT: u16 = 0xf4;
 /// How long a device may take to appear after its driver was loaded.
 const DEVICE_LIMIT: Duration = Duration::from_secs(10);
-/// The image's disk, the only one.
+/// The image's disk, and the one for what is written, if there is one.
 const DISK: &str = "/dev/vda";
+const WRITABLE: &str = "/dev/vdb";
 /// Where its streams go.
 const CHANNEL: &str = "/dev/hvc0";
 
@@ -102,21 +103,17 @@ fn wait_for(device: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Mounts the image, with memory above it for what is written, and makes it the root.
+/// Mounts the image, with memory or a disk above it for what is written, and makes it the root.
 fn enter_root(orders: &Orders) -> Result<(), Failure> {
     wait_for(DISK)?;
-    for dir in ["/image", "/memory", "/root"] {
+    for dir in ["/image", "/written", "/root"] {
         make_directory(Path::new(dir)).map_err(cannot(format_args!("make {dir}")))?;
     }
     mount(DISK, "/image", "erofs", MountFlags::RDONLY, None)
         .map_err(cannot("mount the image (EROFS)"))?;
-    mount("memory", "/memory", "tmpfs", MountFlags::empty(), None)
-        .map_err(cannot("mount tmpfs"))?;
-    for dir in ["/memory/upper", "/memory/work"] {
-        make_directory(Path::new(dir)).map_err(cannot(format_args!("make {dir}")))?;
-    }
-    copy_root_attributes().map_err(cannot("prepare the root"))?;
-    let layers = c"lowerdir=/image,upperdir=/memory/upper,workdir=/memory/work";
+    mount_written(orders)?;
+    prepare_upper().map_err(cannot("prepare the root"))?;
+    let layers = c"lowerdir=/image,upperdir=/written/upper,workdir=/written/work";
     mount(
         "image",
         "/root",
@@ -173,12 +170,37 @@ fn enter_root(orders: &Orders) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The root directory is the one that is made here: it gets owner and permissions of the image's.
-fn copy_root_attributes() -> io::Result<()> {
+/// Mounts the file system for what is written.
+fn mount_written(orders: &Orders) -> Result<(), Failure> {
+    let Some(options) = &orders.disk else {
+        return mount("memory", "/written", "tmpfs", MountFlags::empty(), None)
+            .map_err(cannot("mount tmpfs"));
+    };
+    wait_for(WRITABLE)?;
+    let options = c_string(options)?;
+    mount(
+        WRITABLE,
+        "/written",
+        "ext4",
+        MountFlags::empty(),
+        Some(&*options),
+    )
+    .map_err(cannot("mount the disk for what is written (ext4)"))
+}
+
+/// The root directory is the one that is made here, unless the disk has it: it gets owner and permissions of the image's.
+fn prepare_upper() -> io::Result<()> {
     use std::os::unix::fs::MetadataExt;
-    let root = fs::metadata("/image")?;
-    std::os::unix::fs::chown("/memory/upper", Some(root.uid()), Some(root.gid()))?;
-    fs::set_permissions("/memory/upper", root.permissions())
+    let [work, new, upper] = ["work", "new", "upper"].map(|dir| Path::new("/written").join(dir));
+    make_directory(&work)?;
+    if !upper.exists() {
+        make_directory(&new)?;
+        let root = fs::metadata("/image")?;
+        std::os::unix::fs::chown(&new, Some(root.uid()), Some(root.gid()))?;
+        fs::set_permissions(&new, root.permissions())?;
+        fs::rename(new, upper)?;
+    }
+    Ok(())
 }
 
 /// The files that say who this machine is, as docker writes them.

@@ -32,6 +32,8 @@ pub struct Orders {
     pub terminal: bool,
     /// Whether its root is read-only.
     pub read_only: bool,
+    /// How the second disk is mounted, to which goes what is written. Without it, that goes to memory.
+    pub disk: Option<String>,
     /// Its network, if it has one.
     pub network: Option<Network>,
 }

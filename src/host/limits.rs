@@ -1,12 +1,20 @@
-//! How much memory this host lets a process have.
+//! How much memory and disk this host lets a process have.
 
 use std::fs;
+use std::path::Path;
 
 use procfs::{Current, Meminfo};
 
 /// Memory in bytes that is available to programs; `None` without /proc.
 pub fn available_memory() -> Option<u64> {
     Meminfo::current().ok()?.mem_available
+}
+
+/// Bytes that this user may still write to the file system of `dir`; `None` if it does not say.
+pub fn free_bytes(dir: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(dir).ok()?;
+    // Some that are somewhere else have no size.
+    (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// The memory limit of this process's own cgroup, in bytes. Limits of parent cgroups are not read.

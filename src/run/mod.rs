@@ -1,5 +1,6 @@
 //! What `minivmm run` boots: a kernel, and an initramfs with minivmm itself as its first process.
 
+mod disk;
 mod kernel;
 mod modules;
 mod network;
@@ -11,6 +12,7 @@ use std::path::Path;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
+pub use disk::{Disks, Kept};
 pub use kernel::{KernelError, find as find_kernel};
 pub use network::passt_network;
 pub use running::{Claim, Info, Running, Vm};
@@ -23,7 +25,7 @@ use crate::tools::cpio::{write_end, write_member};
 /// Writes the initramfs for a guest with this kernel into a file without a name. The modules that the kernel needs are added to
 /// `orders`.
 pub fn initramfs(kernel: &Path, orders: &mut Orders) -> io::Result<File> {
-    let modules = modules::needed(kernel, orders.network.is_some())?;
+    let modules = modules::needed(kernel, orders)?;
     let names = |modules: &Vec<Module>| modules.iter().map(|(name, _)| name.clone()).collect();
     [orders.modules, orders.later_modules] = modules.each_ref().map(names);
     let program = fs::read("/proc/self/exe")?;

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::boot::inspect;
+use crate::guest::Orders;
 
 /// What an image needs. The checksum is for libcrc32c, which asks for it by a way that needs a program.
 const WANTED: &[&str] = &[
@@ -18,6 +19,8 @@ const WANTED: &[&str] = &[
 ];
 /// What its network needs.
 const NETWORK: &[&str] = &["virtio_net"];
+/// What a disk for what is written needs.
+const DISK: &[&str] = &["ext4"];
 /// What other programs in the VM need, for their streams.
 const LATER: &[&str] = &["vmw_vsock_virtio_transport"];
 /// Largest module in bytes, unpacked.
@@ -28,7 +31,7 @@ pub(super) type Module = (String, Vec<u8>);
 
 /// The modules that `kernel` needs, in the order in which they are loaded: those for a program, and those for others beside it.
 /// Empty where all is built in, or no modules of this kernel are there.
-pub(super) fn needed(kernel: &Path, network: bool) -> io::Result<[Vec<Module>; 2]> {
+pub(super) fn needed(kernel: &Path, orders: &Orders) -> io::Result<[Vec<Module>; 2]> {
     let Some(tree) = tree(kernel) else {
         return Ok(Default::default());
     };
@@ -37,7 +40,9 @@ pub(super) fn needed(kernel: &Path, network: bool) -> io::Result<[Vec<Module>; 2
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Default::default()),
         Err(e) => return Err(e),
     };
-    let wanted = WANTED.iter().chain(NETWORK.iter().filter(|_| network));
+    let network = NETWORK.iter().filter(|_| orders.network.is_some());
+    let disk = DISK.iter().filter(|_| orders.disk.is_some());
+    let wanted = WANTED.iter().chain(network).chain(disk);
     let files = in_order(&list, wanted);
     let read = |file: &&str| -> io::Result<Module> {
         let path = tree.join(file);

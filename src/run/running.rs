@@ -75,12 +75,7 @@ impl Running {
 
     /// Takes a name for a VM of this process.
     pub fn claim(&self, name: &str, info: &Info) -> io::Result<Claim> {
-        if !is_name(name) {
-            let why = format!(
-                "'{name}' is no name: write up to {MAX_NAME} letters, digits, '.', '_', '-'"
-            );
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-        }
+        check_name(name)?;
         let _guard = lock(&self.0)?;
         let dir = self.0.join(name);
         match DirBuilder::new().mode(0o700).create(&dir) {
@@ -176,8 +171,8 @@ impl Vm {
     }
 }
 
-/// Keeps other processes from taking names, and from removing what has been left, as long as it lives.
-fn lock(runtime: &Path) -> io::Result<File> {
+/// Keeps other processes from taking names in this directory, and from removing what has been left, as long as it lives.
+pub(super) fn lock(runtime: &Path) -> io::Result<File> {
     let file = File::open(runtime)?;
     flock(&file, FlockOperation::LockExclusive)?;
     Ok(file)
@@ -203,6 +198,15 @@ fn is_over(dir: &Path) -> io::Result<bool> {
             Ok(true)
         }
     }
+}
+
+/// Refuses what is no name, as invalid input.
+pub(super) fn check_name(name: &str) -> io::Result<()> {
+    if is_name(name) {
+        return Ok(());
+    }
+    let why = format!("'{name}' is no name: write up to {MAX_NAME} letters, digits, '.', '_', '-'");
+    Err(io::Error::new(io::ErrorKind::InvalidInput, why))
 }
 
 /// Whether a VM may be called so: it is the name of a directory, too.

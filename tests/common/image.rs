@@ -161,6 +161,7 @@ impl Image {
         let mut command = minivmm(args);
         command
             .env("XDG_CACHE_HOME", self.store())
+            .env("XDG_DATA_HOME", self.store().join("data"))
             .env_remove("XDG_RUNTIME_DIR");
         command
     }

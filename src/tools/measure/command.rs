@@ -9,8 +9,13 @@ use super::process::die_with_parent;
 
 /// Runs a program to its end, without input; an error has its last words.
 pub(crate) fn call<W: AsRef<OsStr>>(program: &str, words: &[W]) -> Result<(), String> {
-    let mut command = Command::new(program);
-    die_with_parent(command.args(words).stdin(Stdio::null()));
+    call_command(Command::new(program).args(words).stdin(Stdio::null()))
+}
+
+/// The same for one whose words and input are given.
+pub(crate) fn call_command(command: &mut Command) -> Result<(), String> {
+    die_with_parent(command);
+    let program = command.get_program().display().to_string();
     match command.output() {
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => Err(format!(

@@ -8,7 +8,7 @@ mod progress;
 mod stats;
 mod table;
 
-pub(crate) use command::{call, first_line, last_lines};
+pub(crate) use command::{call, call_command, first_line, last_lines};
 pub use command::{find_program, shown};
 pub use host::HostFacts;
 pub(crate) use process::note_status;
