@@ -141,7 +141,10 @@ fn load(
 ) -> io::Result<Stored> {
     let image = oci::Image::find(parts, name)?;
     let name = image.name.unwrap_or(shown);
-    let stored = store.get_or_make(&image.digest, |file| {
+    // Compressed, as far as they are.
+    let layers = image.layers.iter().flat_map(|layer| &layer.blob);
+    let bytes = layers.map(|(_, size)| *size).fold(0, u64::saturating_add);
+    let stored = store.get_or_make(&image.digest, bytes, |file| {
         let mut data = Data::new(file);
         let mut merge = Merge::new(&mut data);
         for (number, layer) in image.layers.iter().enumerate() {
@@ -176,7 +179,7 @@ fn load_root(store: &Store, path: &Path) -> io::Result<Stored> {
     if metadata.is_dir() {
         let listing = Listing::read(path)?;
         let digest = listing.digest();
-        let stored = store.get_or_make(&digest, |file| {
+        let stored = store.get_or_make(&digest, listing.bytes(), |file| {
             let mut data = Data::new(file);
             let mut merge = Merge::new(&mut data);
             listing.add_to(&mut merge)?;
@@ -186,8 +189,9 @@ fn load_root(store: &Store, path: &Path) -> io::Result<Stored> {
         return store.name(stored, &name);
     }
     let archive = open_regular(path)?;
-    let digest = Digest::of(stamp(&archive.metadata()?).as_bytes());
-    let stored = store.get_or_make(&digest, |file| {
+    let metadata = archive.metadata()?;
+    let digest = Digest::of(stamp(&metadata).as_bytes());
+    let stored = store.get_or_make(&digest, metadata.len(), |file| {
         let mut data = Data::new(file);
         let mut merge = Merge::new(&mut data);
         merge.layer(unpacked(archive)?, false)?;

@@ -76,6 +76,13 @@ impl Listing {
         Ok(Self(list))
     }
 
+    /// Bytes of its files on disk. What has several names is left out.
+    pub(super) fn bytes(&self) -> u64 {
+        let metadata = self.0.iter().map(|found| &found.metadata);
+        let files = metadata.filter(|m| m.is_file() && m.nlink() == 1);
+        files.map(|m| m.len().min(m.blocks() * 512)).sum()
+    }
+
     /// Stands for the content, which is not read.
     pub(super) fn digest(&self) -> Digest {
         let stamps = self.0.iter().map(|found| {

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::digest::Digest;
 use super::oci::ImageConfig;
 use super::reference::Reference;
+use crate::host::limits::free_bytes;
 use crate::host::ownership::open_own_dir;
 
 /// Bytes on disk of all images; what has not been used for longest goes first.
@@ -71,10 +72,12 @@ impl Store {
         Ok(Self { dir })
     }
 
-    /// The image with this digest; if it is not there, `make` writes its root file system into an empty file.
+    /// The image with this digest; if it is not there, `make` writes its root file system into an empty file, which takes at least
+    /// `bytes`, as far as is known before.
     pub fn get_or_make(
         &self,
         digest: &Digest,
+        bytes: u64,
         make: impl FnOnce(File) -> io::Result<(ImageConfig, File)>,
     ) -> io::Result<Stored> {
         let name = digest.hex();
@@ -84,6 +87,11 @@ impl Store {
         let _lock = self.lock(&name)?;
         if let Some(stored) = self.find(&name)? {
             return Ok(stored);
+        }
+        if let Some(free) = free_bytes(&self.dir).filter(|free| *free < bytes) {
+            let (dir, free, bytes) = (self.dir.display(), free >> 20, bytes.div_ceil(1 << 20));
+            let why = format!("{dir} has {free} MiB free, and the image needs {bytes} MiB or more");
+            return Err(io::Error::new(io::ErrorKind::StorageFull, why));
         }
         let temporary = self.dir.join(format!("{TEMPORARY}{name}"));
         remove(&temporary)?;

@@ -207,7 +207,8 @@ impl<R: Read> Archive<R> {
 
     fn member(&mut self, header: &Header, stored: u64, extended: Extended) -> io::Result<Member> {
         let kind = header.entry_type();
-        let path = (extended.path).unwrap_or_else(|| header.path_bytes().into_owned());
+        let path = (extended.sparse_name).or(extended.path);
+        let path = path.unwrap_or_else(|| header.path_bytes().into_owned());
         let shown = String::from_utf8_lossy(&path).into_owned();
         let wrong = |what: &str| bad(format!("'{shown}': {what}"));
         if path.len() > MAX_PATH {
@@ -248,31 +249,23 @@ impl<R: Read> Archive<R> {
             let (major, minor) = (header.device_major()?, header.device_minor()?);
             member.device = (major.unwrap_or(0), minor.unwrap_or(0));
         }
-        if kind == EntryType::GNUSparse {
-            self.read_pieces(header, stored, &mut member)
-                .map_err(|e| wrong(&format!("a damaged sparse file: {e}")))?;
-        }
+        let size = extended.sparse.size.filter(|_| member.kind == Kind::File);
+        let read = match size {
+            _ if kind == EntryType::GNUSparse => self.read_pieces(header, &mut member),
+            Some(size) => self.read_pax_pieces(size, extended.sparse, &mut member),
+            None => Ok(()),
+        };
+        read.map_err(|e| wrong(&format!("a damaged sparse file: {e}")))?;
         Ok(member)
     }
 
     /// Where the content of an old GNU sparse file belongs.
-    fn read_pieces(&mut self, header: &Header, stored: u64, member: &mut Member) -> io::Result<()> {
+    fn read_pieces(&mut self, header: &Header, member: &mut Member) -> io::Result<()> {
         let gnu = (header.as_gnu()).ok_or_else(|| bad("no header of GNU tar"))?;
-        member.size = gnu.real_size()?;
-        member.pieces.clear();
-        let mut end = 0u64;
-        let mut total = 0u64;
-        let mut add = |list: &[GnuSparseHeader]| {
+        member.be_sparse(gnu.real_size()?)?;
+        let mut add = |list: &[GnuSparseHeader]| -> io::Result<()> {
             for piece in list.iter().filter(|piece| !piece.is_empty()) {
-                let (offset, length) = (piece.offset()?, piece.length()?);
-                let next = offset.checked_add(length);
-                let next = next.filter(|next| offset >= end && *next <= member.size);
-                end = next.ok_or_else(|| bad("its pieces overlap"))?;
-                total += length;
-                member.pieces.push((offset, length));
-            }
-            if member.pieces.len() > MAX_PIECES {
-                return Err(bad("too many pieces"));
+                member.add_piece(piece.offset()?, piece.length()?)?;
             }
             Ok(())
         };
@@ -285,7 +278,85 @@ impl<R: Read> Archive<R> {
             add(extension.sparse())?;
             more = extension.is_extended();
         }
-        if member.size > MAX_IMAGE_BYTES || total != stored {
+        member.check_pieces(self.left)
+    }
+
+    /// The same for one in pax format (GNU tar's manual, "Storing Sparse Files").
+    fn read_pax_pieces(
+        &mut self,
+        size: u64,
+        sparse: Sparse,
+        member: &mut Member,
+    ) -> io::Result<()> {
+        let map = match sparse.is_in_content {
+            true => self.read_map()?,
+            false => sparse.map,
+        };
+        member.be_sparse(size)?;
+        for piece in map.chunks(2) {
+            match piece {
+                [offset, length] => member.add_piece(*offset, *length)?,
+                _ => return Err(bad("half a piece")),
+            }
+        }
+        member.check_pieces(self.left)
+    }
+
+    /// The map in front of the content, in whole blocks: how many pieces there are, and offset and length of each, a number a line.
+    fn read_map(&mut self) -> io::Result<Vec<u64>> {
+        let (mut numbers, mut wanted) = (Vec::new(), 1);
+        let mut digits = Vec::new();
+        while numbers.len() < wanted {
+            let mut block = [0; BLOCK];
+            self.read_exact(&mut block)?;
+            for byte in block {
+                if byte != b'\n' {
+                    digits.push(byte);
+                } else if numbers.len() < wanted {
+                    let number = number(&digits).ok_or_else(|| bad("no number in its map"))?;
+                    digits.clear();
+                    if numbers.is_empty() {
+                        let pieces = usize::try_from(number).ok().filter(|n| *n <= MAX_PIECES);
+                        wanted += 2 * pieces.ok_or_else(|| bad("too many pieces"))?;
+                    }
+                    numbers.push(number);
+                }
+            }
+            // What fills the last block; longer ones are no number.
+            if digits.len() > BLOCK {
+                return Err(bad("no number in its map"));
+            }
+        }
+        Ok(numbers.split_off(1))
+    }
+}
+
+impl Member {
+    fn be_sparse(&mut self, size: u64) -> io::Result<()> {
+        self.size = size;
+        self.pieces.clear();
+        if size > MAX_IMAGE_BYTES {
+            return Err(bad("it is too large"));
+        }
+        Ok(())
+    }
+
+    fn add_piece(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        let end = self.pieces.last().map_or(0, |(at, length)| at + length);
+        let next = offset.checked_add(length);
+        if offset < end || next.is_none_or(|next| next > self.size) {
+            return Err(bad("its pieces overlap"));
+        }
+        self.pieces.push((offset, length));
+        if self.pieces.len() > MAX_PIECES {
+            return Err(bad("too many pieces"));
+        }
+        Ok(())
+    }
+
+    /// Whether the pieces are all that is stored.
+    fn check_pieces(&self, stored: u64) -> io::Result<()> {
+        if self.pieces.iter().map(|piece| piece.1).sum::<u64>() != stored {
             return Err(bad("its sizes do not agree"));
         }
         Ok(())
@@ -313,13 +384,24 @@ fn id(number: u64) -> Option<u32> {
 #[derive(Default)]
 struct Extended {
     path: Option<Vec<u8>>,
+    /// Goes over the other, which is made up then.
+    sparse_name: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     size: Option<u64>,
     uid: Option<u64>,
     gid: Option<u64>,
     mtime: Option<(i64, u32)>,
     xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    sparse: Sparse,
     seen: bool,
+}
+
+/// A sparse file in pax format: version 0.0 has a record for each number of its map, 0.1 one for all, 1.0 has the map in the content.
+#[derive(Default)]
+struct Sparse {
+    size: Option<u64>,
+    map: Vec<u64>,
+    is_in_content: bool,
 }
 
 impl Extended {
@@ -349,11 +431,6 @@ impl Extended {
                     String::from_utf8_lossy(key)
                 ))
             })?;
-            if key.starts_with(b"GNU.sparse.") {
-                return Err(bad(
-                    "a sparse file in pax format, which is not supported; GNU tar's own format is",
-                ));
-            }
             bytes = rest;
         }
         Ok(())
@@ -368,6 +445,22 @@ impl Extended {
             b"uid" => self.uid = Some(number(value)?),
             b"gid" => self.gid = Some(number(value)?),
             b"mtime" => self.mtime = Some(time(value)?),
+            b"GNU.sparse.name" => self.sparse_name = Some(name(value)?),
+            b"GNU.sparse.size" | b"GNU.sparse.realsize" => self.sparse.size = Some(number(value)?),
+            b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
+                // They take turns.
+                let is_offset = self.sparse.map.len().is_multiple_of(2);
+                (is_offset == (key == b"GNU.sparse.offset")).then_some(())?;
+                self.sparse.map.push(number(value)?);
+            }
+            b"GNU.sparse.map" => {
+                let numbers = value.split(|byte| *byte == b',').map(number);
+                self.sparse.map = numbers.collect::<Option<_>>()?;
+            }
+            b"GNU.sparse.major" => {
+                self.sparse.is_in_content = value == b"1";
+                (number(value)? <= 1).then_some(())?;
+            }
             _ => {
                 if let Some(key) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.xattrs.insert(name(key)?, value.to_vec());

@@ -128,7 +128,20 @@ fn damaged_archives_end_in_errors() {
         ("20 size=99999999999\n", "too large"),
         ("26 uid=4294967296000000\n", "damaged"),
         ("12 path=a\0b\n", "bad path"),
-        ("22 GNU.sparse.major=1\n", "sparse"),
+        ("22 GNU.sparse.major=2\n", "bad GNU.sparse.major"),
+        ("25 GNU.sparse.numbytes=1\n", "bad GNU.sparse.numbytes"),
+        ("22 GNU.sparse.map=1,x\n", "bad GNU.sparse.map"),
+        ("27 GNU.sparse.size=9999999\n", "sizes do not agree"),
+        ("31 GNU.sparse.size=99999999999\n", "too large"),
+        (
+            "21 GNU.sparse.size=9\n20 GNU.sparse.map=9\n",
+            "half a piece",
+        ),
+        ("21 GNU.sparse.size=9\n22 GNU.sparse.map=9,1\n", "overlap"),
+        (
+            "25 GNU.sparse.realsize=9\n22 GNU.sparse.major=1\n",
+            "a damaged sparse file",
+        ),
         ("18 uid=4294967296\n", "more than 32 bits"),
     ] {
         let archive = pax(records);

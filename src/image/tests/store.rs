@@ -1,7 +1,9 @@
 //! The store, and every kind of place that an image can be in.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
 
 use ::tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
@@ -147,6 +149,64 @@ fn a_directory_is_an_image_that_changes_with_it() {
     }
     fs::write(root.join("d/f"), "changed").unwrap();
     assert_ne!(first.meta.digest, load().meta.digest);
+}
+
+#[test]
+fn an_image_that_does_not_fit_is_not_begun() {
+    let dir = TempDir::new().unwrap();
+    let digest = format!("sha256:{}", "1".repeat(64)).parse().unwrap();
+    let made = store(dir.path()).get_or_make(&digest, 1 << 60, |_| unreachable!());
+    let error = made.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    let text = error.to_string();
+    assert!(
+        text.ends_with("the image needs 1099511627776 MiB or more"),
+        "{text}"
+    );
+    assert!(text.contains(dir.path().to_str().unwrap()), "{text}");
+}
+
+#[test]
+fn sparse_files_are_the_same_in_every_format_of_gnu_tar() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir(&root).unwrap();
+    // A name that takes an extended header by itself, and a map of more than a block.
+    let name = "n".repeat(200);
+    for (name, pieces) in [("few", 2u64), (&name, 300), ("empty", 0)] {
+        let file = fs::File::create(root.join(name)).unwrap();
+        for piece in 0..pieces {
+            let content = vec![(piece % 250) as u8 + 1; 5000];
+            file.write_all_at(&content, piece * 16384 + 4096).unwrap();
+        }
+        file.set_len(pieces * 16384 + 100_000).unwrap();
+    }
+    let image = |options: &str| {
+        let tar = dir.path().join(format!("{options}.tar"));
+        let made = Command::new("tar")
+            .args(options.split(' '))
+            .args(["--mtime=@1", "--sort=name", "--hole-detection=raw"])
+            .arg("-cf")
+            .args([&tar, Path::new("-C"), &root, Path::new(".")])
+            .status()
+            .expect("tar is installed");
+        assert!(made.success());
+        let bytes = fs::metadata(&tar).unwrap().len();
+        let stored = Source::Root(tar).load(&store(dir.path()), &How::default());
+        let stored = stored.unwrap_or_else(|e| panic!("{options}: {e:?}"));
+        (bytes, fs::read(stored.root).unwrap())
+    };
+    let (bytes, whole) = image("--format=posix");
+    for options in [
+        "--format=gnu -S",
+        "--format=posix -S --sparse-version=0.0",
+        "--format=posix -S --sparse-version=0.1",
+        "--format=posix -S --sparse-version=1.0",
+    ] {
+        let (sparse_bytes, image) = image(options);
+        assert!(sparse_bytes < bytes, "{options} is not sparse");
+        assert!(image == whole, "{options}");
+    }
 }
 
 #[test]
