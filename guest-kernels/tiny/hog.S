@@ -1,8 +1,8 @@
 # Queues 256 requests, each of the 63.5 MiB that the device takes at most, to the disk in the first virtio-mmio window, and
 # writes an S to the console. What then, the first letter of the command line says: 'h' halts, 'r' resets the disk and ends at once with 0, 'p' resets it, writes a P,
 # waits for the reset's end, looks that nothing more is done, and ends with 0, 'm' writes mark 7 and an M and halts. The second letter says what the requests do: 'r' read, 'w' write.
-# With an 'i' for the third it waits for a byte of input before that. With an 'l' or 's' it writes an R and waits before it
-# tells the device; with an 's' each request has 512 pieces of a byte.
+# With an 'i', 'l' or 's' for the third it writes an R and waits for a byte of input before it tells the device; with an 'i' it
+# waits for another one before it goes on as the first letter says; with an 's' each request has 512 pieces of a byte.
 .include "tiny.inc"
 .set VIRTIO,      0xd0000000
 .set DESCRIPTORS, 0x200000
@@ -67,7 +67,7 @@ _start:
     jb   2b
     movw $COUNT, AVAILABLE + 2
     cmpb $'i', 2(%rbx)
-    jbe  7f                     # or none
+    jb   7f                     # none
     outb 'R', COM1
     call wait_for_input
 7:  movl $0, 0x50(%rdi)         # QueueNotify
@@ -107,6 +107,8 @@ wait_for_input:
     in   %dx, %al
     test $1, %al
     jz   4b
+    mov  $COM1, %edx
+    in   %dx, %al
     ret
 halt:
     cli

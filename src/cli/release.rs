@@ -6,6 +6,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use minivmm_devices::block::Disk;
 use vm_memory::GuestMemoryMmap;
 
 use crate::console::{self, Signals};
@@ -22,14 +23,17 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How often a stop from outside is looked for.
 const PERIOD: Duration = Duration::from_millis(5);
 
-/// Stops the devices and closes their files. That takes as long as the host likes: it may hold a request that cannot be
-/// cancelled, and to close a file may be to wait for a server that does not answer. So a thread does it, which keeps alive what
-/// the host may still use, guest memory above all, until the process ends.
+/// Stops the devices. That takes as long as the host likes, which may hold a request that cannot be cancelled. So a thread does
+/// it, which keeps alive what the host may still use, guest memory above all, until the process ends.
+///
+/// To close the files of the `disks` may take as long as well, and ends for no signal. So no thread does that as long as
+/// this waits, and a process of its own does it where it may have to wait for a server.
 ///
 /// A VM that has ended for this `outcome` by itself waits for that thread; the result is what broke the wait off. One that was
 /// stopped from outside waits no longer than [`LIMIT`].
 pub(super) fn release(
     buses: Arc<Buses>,
+    disks: Vec<Arc<Disk>>,
     mem: &GuestMemoryMmap,
     outcome: &Outcome,
     signals: &Signals,
@@ -51,7 +55,7 @@ pub(super) fn release(
         if outcome.is_external() {
             if start.elapsed() > LIMIT {
                 log::info!("the host has not finished with the disks: not waiting for it");
-                leave_files(mem);
+                leave_files(disks, mem);
                 return None;
             }
             continue;
@@ -59,7 +63,7 @@ pub(super) fn release(
         let stop = signals.stop_requested().map(Outcome::Signal);
         let is_late = deadline.is_some_and(|deadline| Instant::now() > deadline);
         if let Some(stop) = stop.or(is_late.then_some(Outcome::Deadline)) {
-            leave_files(mem);
+            leave_files(disks, mem);
             return Some(stop);
         }
         if start.elapsed() > PATIENCE && !mem::replace(&mut told, true) {
@@ -68,13 +72,18 @@ pub(super) fn release(
             log::warn!("the guest has ended; waiting for the host to finish with its disks");
         }
     }
+    if disks.iter().any(|disk| disk.is_remote()) {
+        leave_files(disks, mem);
+    }
     None
 }
 
-/// Leaves the open files to a process of their own. The kernel closes a process's files at its end, and waits there for the server
-/// of a file on FUSE or NFS, SIGKILL or not; of a table that is shared, only when its last process ends.
+/// Leaves the open files to a process of their own, and keeps those of the disks open in this one. The kernel closes a process's
+/// files at its end, and waits there for the server of a file on FUSE or NFS, SIGKILL or not; of a table that is shared, only
+/// when its last process ends.
 #[allow(unsafe_code, reason = "no safe interface has clone(2)")]
-fn leave_files(mem: &GuestMemoryMmap) {
+fn leave_files(disks: Vec<Arc<Disk>>, mem: &GuestMemoryMmap) {
+    mem::forget(disks);
     // With gigabytes of page tables to copy, it would take too long.
     memory::keep_from_children(mem);
     let parent = std::process::id().cast_signed();

@@ -365,10 +365,18 @@ impl Run<'_> {
 
     /// Stops the devices; what interrupted that, if it took too long.
     fn stop_devices(&self, vm: &mut Vm, outcome: &Outcome) -> Option<Outcome> {
+        let disks = vm.machine().disks.clone();
         let devices = vm.take_devices();
-        if self.plan.config.disks.is_empty() {
+        if disks.is_empty() {
             return None;
         }
-        release::release(devices, vm.mem(), outcome, self.signals, self.deadline)
+        release::release(
+            devices,
+            disks,
+            vm.mem(),
+            outcome,
+            self.signals,
+            self.deadline,
+        )
     }
 }

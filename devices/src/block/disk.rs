@@ -18,7 +18,7 @@ use super::format;
 use super::identity::DiskIdentity;
 use super::open::{
     DiskError, DiskFault, DiskMode, DiskOptions, EXAMINED, SECTOR_SIZE, block_size, failed,
-    open_and_lock,
+    is_remote, open_and_lock,
 };
 use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
 use super::saved::{self, SavedOverlay};
@@ -39,6 +39,7 @@ pub struct Disk {
     sectors: u64,
     block_size: u32,
     read_only: bool,
+    is_remote: bool,
     path: PathBuf,
     flush_failed: AtomicBool,
     /// Whether a failure was reported.
@@ -85,6 +86,7 @@ impl Disk {
             DiskMode::ReadOnly | DiskMode::ReadWrite => None,
         };
         Ok(Self {
+            is_remote: is_remote(&file),
             file,
             _lock: lock,
             overlay,
@@ -120,6 +122,11 @@ impl Disk {
     /// Whether nothing may be written to it.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether to close its file may be to wait for another process or machine.
+    pub fn is_remote(&self) -> bool {
+        self.is_remote
     }
 
     /// Most bytes that it takes, whatever is written to it; its queues have theirs.

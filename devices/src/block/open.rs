@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock, ioctl_blksszget};
+use rustix::fs::{FlockOperation, flock, fstatfs, ioctl_blksszget};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -217,6 +217,22 @@ pub(super) fn block_size(path: &Path, file: &File, asked: Option<u32>) -> Result
         Some(asked) if asked < own => Err(DiskFault::BlockSize { asked, host: own }.of(path)),
         asked => Ok(asked.unwrap_or(own)),
     }
+}
+
+/// Whether the file is on a file system whose server, another process or machine, is waited for when the file is
+/// closed.
+pub(super) fn is_remote(file: &File) -> bool {
+    /// <linux/magic.h>: FUSE, NFS, CIFS, SMB2, 9P, Ceph.
+    const REMOTE: [u32; 6] = [
+        0x6573_5546,
+        0x6969,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x0102_1997,
+        0x00c3_6400,
+    ];
+    // The magic number has 32 bits; in the kernel's field, it may be extended by its sign. A local file system does not fail here.
+    fstatfs(file).map_or(true, |fs| REMOTE.contains(&(fs.f_type as u32)))
 }
 
 /// Whether a block device takes no writes.
