@@ -68,6 +68,7 @@ impl Fakes {
             .args(["--", "/bin/tool", "a b", ""])
             .env("PATH", self.file("bin"))
             .env("TMPDIR", self.file("tmp"))
+            .env("XDG_CACHE_HOME", self.file("cache"))
             .env("LOG", self.file("log"));
         command
     }
@@ -81,6 +82,9 @@ impl Fakes {
         assert_eq!(fs::read_dir(self.file("tmp")).unwrap().count(), 0);
         let names: Vec<_> = fs::read_dir(self.file("root")).unwrap().collect();
         assert_eq!(names.len(), 1, "{names:?}");
+        let mut images = minivmm(&["images"]);
+        let images = common::run(images.env("XDG_CACHE_HOME", self.file("cache")));
+        assert_eq!(images.out().lines().count(), 1, "{}", images.out());
     }
 }
 
@@ -143,13 +147,13 @@ fn failures_are_reported_beside_results() {
     assert!(vm["image_bytes"].as_u64().unwrap() > 3 << 20);
     let kernel = tiny("hello").metadata().unwrap().len();
     assert_eq!(vm["kernel_bytes"], kernel);
-    let names: Vec<_> = report["rows"]
-        .as_array()
-        .unwrap()
+    let rows = report["rows"].as_array().unwrap();
+    let names: Vec<_> = rows
         .iter()
-        .map(|row| &row["name"])
+        .map(|row| row["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names, ["crun", "podman", "minivmm", "minivmm restore"]);
+    let wanted = "crun, podman, minivmm, minivmm restore, minivmm run";
+    assert_eq!(names.join(", "), wanted);
     let restored = by_name(&report, "minivmm restore")["error"]
         .as_str()
         .unwrap();
@@ -200,6 +204,15 @@ fn a_table_has_it_all() {
     );
     let report: Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
     assert_eq!(report["same_output"], true);
+    let vm = by_name(&report, "minivmm run");
+    assert!(
+        vm["error"]
+            .as_str()
+            .unwrap()
+            .contains("does not run a program"),
+        "{vm}"
+    );
+    assert!(vm["image_bytes"].as_u64().unwrap() > 3 << 20, "{vm}");
     // In turn: a configuration for each of two jobs, the probe, the look, two runs, and nothing left.
     let log = fakes.log();
     let runs: Vec<_> = log

@@ -6,92 +6,19 @@ mod pulled;
 
 use std::fs;
 use std::io::Write;
-use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::http::{free_port, listen, pass, read_request};
+use common::http::{listen, pass, read_request};
 use common::limit::within;
+use common::registry::Registry;
 use common::skip::skip;
 use common::{PATIENCE, run};
 use minivmm::image::{How, Source, Store};
 use pulled::{Image, SIZE};
-use tempfile::TempDir;
-
-/// docker-registry on a port of its own.
-struct Registry {
-    child: Child,
-    port: u16,
-    _dir: TempDir,
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        _ = self.child.kill();
-        _ = self.child.wait();
-    }
-}
-
-/// NAME:PASSWORD as htpasswd -B writes it: ann, secret.
-const HTPASSWD: &str = "ann:$2y$04$huD/mY5iTr16SpSkvALm3.wBYr4KA79Wv40w5u2Wqnrkysu2wW12u\n";
-
-impl Registry {
-    /// `more` goes into its configuration, and `http` into that of its server. `None` where it is not installed.
-    fn start(more: &str, http: &str) -> Option<Self> {
-        let dir = TempDir::new().unwrap();
-        fs::write(dir.path().join("htpasswd"), HTPASSWD).unwrap();
-        // Another process may take the port that was free a moment ago.
-        for _ in 0..10 {
-            let port = free_port();
-            let path = dir.path().display();
-            let config = format!(
-                "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {path}/data}}}}\n{}http:\n  addr: 127.0.0.1:{port}\n{http}",
-                more.replace("DIR", &path.to_string())
-            );
-            fs::write(dir.path().join("config.yml"), config).unwrap();
-            let mut command = Command::new("docker-registry");
-            command.arg("serve").arg(dir.path().join("config.yml"));
-            let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-            let Ok(mut child) = child else {
-                skip("docker-registry is not installed");
-                return None;
-            };
-            let up = within(PATIENCE, || {
-                let ended = child.try_wait().unwrap().is_some();
-                let answers = TcpStream::connect(("127.0.0.1", port)).is_ok();
-                (ended || answers).then_some(!ended)
-            });
-            if up == Some(true) {
-                return Some(Self {
-                    child,
-                    port,
-                    _dir: dir,
-                });
-            }
-            _ = child.kill();
-            _ = child.wait();
-        }
-        panic!("docker-registry does not start");
-    }
-
-    /// Puts an image there by skopeo.
-    fn push(&self, image: &Image, name: &str) {
-        let from = format!("oci:{}", image.path("oci").display());
-        let to = format!("docker://127.0.0.1:{}/{name}", self.port);
-        let args = ["--insecure-policy", "copy", "-q", "--dest-tls-verify=false"];
-        let mut command = Command::new("skopeo");
-        // Without the second it would compress the layers.
-        command
-            .args(args)
-            .args(["--preserve-digests", "--dest-creds=ann:secret"]);
-        let output = command.args([from, to]).output();
-        let output = output.expect("skopeo, which umoci comes with, is installed");
-        assert!(output.status.success(), "{output:?}");
-    }
-}
 
 #[test]
 fn images_are_pulled_by_tag_and_by_digest_and_kept() {
@@ -99,7 +26,7 @@ fn images_are_pulled_by_tag_and_by_digest_and_kept() {
         return;
     };
     let image = Image::new();
-    registry.push(&image, "some/image:1.0");
+    registry.push(&image.path("oci"), "some/image:1.0");
     let name = format!("127.0.0.1:{}/some/image", registry.port);
     image.assert_refused(&name, "has no such image (MANIFEST_UNKNOWN");
     image.assert_pulled(&image.pull(&format!("{name}:1.0")));
@@ -137,7 +64,7 @@ fn logins_come_from_dockers_file_and_its_helpers() {
         return;
     };
     let image = Image::new();
-    registry.push(&image, "a:latest");
+    registry.push(&image.path("oci"), "a:latest");
     let host = format!("127.0.0.1:{}", registry.port);
     let name = format!("{host}/a");
     image.assert_refused(&name, &format!("docker login {host}"));
@@ -178,7 +105,7 @@ fn a_broken_download_goes_on_where_it_broke_off() {
         return;
     };
     let image = Image::new();
-    registry.push(&image, "a:latest");
+    registry.push(&image.path("oci"), "a:latest");
     // Two connections end in the middle of the large layer.
     let port = registry.port;
     let (cuts, passed) = (AtomicUsize::new(2), Arc::new(AtomicUsize::new(0)));
@@ -228,8 +155,8 @@ fn other_hosts_have_to_speak_tls_unless_told_otherwise() {
     let (Some(plain), Some(registry)) = (Registry::start("", ""), Registry::start("", &tls)) else {
         return;
     };
-    registry.push(&image, "a");
-    plain.push(&image, "a");
+    registry.push(&image.path("oci"), "a");
+    plain.push(&image.path("oci"), "a");
     // The way to that host is a proxy, which asks for nothing else.
     let proxy = |port| {
         let proxy = listen(move |mut stream| {

@@ -6,6 +6,7 @@ use std::process::Stdio;
 
 use common::image::{Image, MANY};
 use common::linux::kernel;
+use common::registry::Registry;
 use common::terminal::Terminal;
 use common::{Ended, run, run_with_input, signal, wait};
 use sha2::{Digest, Sha256};
@@ -349,4 +350,19 @@ fn what_was_run_is_in_the_store() {
         "{}",
         gone.stderr
     );
+}
+
+#[test]
+fn an_image_from_a_registry_runs() {
+    let Some(registry) = Registry::start("", "") else {
+        return;
+    };
+    let image = Image::new();
+    registry.push(&image.path(), "some/busybox:1.0");
+    let name = format!("127.0.0.1:{}/some/busybox:1.0", registry.port);
+    let mut command = image.minivmm(&["run", "--kernel", &cloud(), "--network", "none", &name]);
+    let script = "echo pulled $FROM_IMAGE; busybox pwd";
+    command.args(["sh", "-c", script]);
+    printed(&run(&mut command), "pulled 1\n/etc\n");
+    run(&mut image.minivmm(&["images"])).assert_printed(&[&name]);
 }

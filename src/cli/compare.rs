@@ -9,11 +9,12 @@ use crate::tools::compare::CompareOptions;
 
 const HELP: &str = "\
 Measured are crun, runc, podman and docker, as far as they are on the PATH (docker by its running daemon), and minivmm. They get a \
-copy of DIR, so that DIR stays as it is; minivmm gets it packed as an initramfs. None has a network or any input. One that fails is \
-reported with its error, and the others go on.
+copy of DIR or IMAGE, which stays as it is; minivmm gets it packed as an initramfs, and minivmm run as an image. None has a network or \
+any input. One that fails is reported with its error, and the others go on.
 
 Examples:
   minivmm compare --rootfs alpine --kernel bzImage -- /bin/ls -l /
+  minivmm compare --image debian:12 --kernel bzImage -- /bin/ls -l /
   minivmm compare --rootfs alpine --kernel bzImage --cold --html report.html --json report.json -- /bin/true
 
 Exit status:
@@ -28,8 +29,11 @@ Exit status:
 #[command(after_help = HELP)]
 pub struct CompareArgs {
     /// Directory with the root file system
-    #[arg(long, value_name = "DIR")]
-    rootfs: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "image")]
+    rootfs: Option<PathBuf>,
+    /// Container image in place of a directory, as minivmm run takes it; fsck.erofs (package erofs-utils) unpacks it
+    #[arg(long, value_name = "IMAGE", conflicts_with = "rootfs")]
+    image: Option<String>,
     /// Kernel of the virtual machine [default: the one that this host runs, /boot/vmlinuz-RELEASE]
     #[arg(short, long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -69,7 +73,8 @@ pub struct CompareArgs {
 impl From<CompareArgs> for CompareOptions {
     fn from(args: CompareArgs) -> Self {
         Self {
-            rootfs: args.rootfs,
+            rootfs: args.rootfs.unwrap_or_default(),
+            image: args.image,
             kernel: args.kernel,
             append: args.append.join(" "),
             cpus: args.cpus,

@@ -1,5 +1,6 @@
 //! The root file system that all runtimes use: a copy for the containers, an initramfs of the same for the virtual machine.
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufWriter, Write};
@@ -9,10 +10,12 @@ use std::path::{Path, PathBuf};
 use minivmm_devices::thread::ThreadStarter;
 
 use crate::config::{DEFAULT_CMDLINE, MemorySize, VmConfig};
+use crate::image::{How, Source, Store, Stored};
 use crate::tools::cpio;
 use crate::tools::measure::call;
 use crate::vmm::networks::Networks;
 use crate::vmm::prepare::{BuildTimes, Prepared};
+use crate::{boot, error_chain};
 
 /// guestctl (guest-kernels/initramfs): first process of the virtual machine, and probe everywhere.
 const GUESTCTL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guestctl"));
@@ -60,6 +63,9 @@ pub(super) struct VmImage {
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
     pub(super) initramfs_bytes: u64,
+    /// The same root as an image of its own.
+    pub(super) stored: Stored,
+    store: Store,
     /// Where its snapshot will be.
     pub(super) snapshot: PathBuf,
     /// Bytes of all files in it.
@@ -71,11 +77,24 @@ pub(super) struct VmImage {
 
 impl Image {
     /// Copies the root file system: runs may write to it, and the original stays as it is.
-    pub(super) fn new(from: &Path, command: &[String], scratch: &Path) -> Result<Self, String> {
+    pub(super) fn new(
+        (rootfs, image): (&Path, Option<&str>),
+        command: &[String],
+        store: &Store,
+        scratch: &Path,
+    ) -> Result<Self, String> {
         let root = scratch.join("root");
         fs::create_dir(&root).map_err(|e| format!("cannot make {}: {e}", root.display()))?;
-        let content = from.join(".");
-        call("cp", &["-ax".as_ref(), content.as_path(), &root])?;
+        if let Some(image) = image {
+            let stored = Source::parse(image).load(store, &How::default());
+            let stored = stored.map_err(|e| error_chain(&e))?;
+            let extract = PathBuf::from(format!("--extract={}", root.display()));
+            call("fsck.erofs", &[extract, stored.root])
+                .map_err(|e| format!("{e} (package erofs-utils)"))?;
+        } else {
+            let content = rootfs.join(".");
+            call("cp", &["-ax".as_ref(), content.as_path(), &root])?;
+        }
         let image = Self {
             id: format!("minivmm-compare-{}", std::process::id()),
             scratch: scratch.to_owned(),
@@ -89,7 +108,7 @@ impl Image {
         };
         image
             .add_guestctl()
-            .map_err(|e| format!("cannot write to the copy of {}: {e}", from.display()))?;
+            .map_err(|e| format!("cannot write to {}: {e}", image.root.display()))?;
         Ok(image)
     }
 
@@ -107,10 +126,11 @@ impl VmImage {
     pub(super) fn new(
         kernel: PathBuf,
         image: &Image,
+        store: Store,
         append: &str,
         memory: Option<MemorySize>,
         cpus: u8,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let files = image.scratch.join("vm");
         let initramfs = image.scratch.join("initramfs.cpio");
         fs::create_dir_all(files.join(DIR))?;
@@ -134,6 +154,8 @@ impl VmImage {
             kernel,
             initramfs,
             initramfs_bytes,
+            stored: Source::Root(image.root.clone()).load(&store, &How::default())?,
+            store,
             snapshot: image.scratch.join("snapshot"),
             content_bytes,
             cmdline: cmdline.trim().to_owned(),
@@ -159,6 +181,17 @@ impl VmImage {
         ]
     }
 
+    /// minivmm's arguments to run the image, without the words.
+    pub(super) fn run(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = vec!["run".into(), "--network=none".into()];
+        words.extend(ENVIRONMENT.map(|variable| format!("--env={variable}").into()));
+        words.extend(["--kernel".into(), self.kernel.clone().into()]);
+        words.push(format!("--memory={}", self.memory).into());
+        words.push(format!("--cpus={}", self.cpus).into());
+        words.push(self.stored.meta.digest.to_string().into());
+        words
+    }
+
     /// Loads it into a VM that does not run, so that the first run finds the kernel unpacked, as the others do.
     pub(super) fn warm_up(&self) {
         let config = VmConfig {
@@ -177,6 +210,18 @@ impl VmImage {
             &mut BuildTimes::default(),
         );
     }
+}
+
+impl Drop for VmImage {
+    fn drop(&mut self) {
+        let _ = self.store.remove(&self.stored);
+    }
+}
+
+/// The user's images.
+pub(super) fn store() -> io::Result<Store> {
+    let cache = boot::cache_dir().ok_or_else(|| io::Error::other("set HOME"))?;
+    Store::open(&cache.join("images"))
 }
 
 /// The archive and what is unpacked from it are in memory together for a while; and Linux needs some.

@@ -39,6 +39,8 @@ const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 pub struct CompareOptions {
     /// Directory with the root file system.
     pub rootfs: PathBuf,
+    /// Image in place of it.
+    pub image: Option<String>,
     /// Kernel of the virtual machine; without it, the one that this host runs.
     pub kernel: Option<PathBuf>,
     /// Added to the kernel command line.
@@ -81,6 +83,7 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     let rootfs = options.rootfs.display();
     let wrong = |why: String| Err(ToolError::Usage(format!("--rootfs {rootfs}: {why}")));
     match fs::metadata(&options.rootfs) {
+        _ if options.image.is_some() => {}
         Ok(meta) if meta.is_dir() => {}
         Ok(_) => return wrong("not a directory".into()),
         Err(error) => return wrong(error.to_string()),
@@ -103,11 +106,13 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     let host = HostFacts::read();
     let progress = Progress;
     progress.show("making the images");
-    let image = Image::new(&options.rootfs, &options.command, scratch.path())
+    let store = image::store().map_err(cannot("open the store of images"))?;
+    let root = (options.rootfs.as_path(), options.image.as_deref());
+    let image = Image::new(root, &options.command, &store, scratch.path())
         .map_err(cannot("make the images"))?;
     let packing = Instant::now();
     let CompareOptions { append, memory, .. } = options;
-    let vm = VmImage::new(kernel, &image, append, *memory, options.cpus)
+    let vm = VmImage::new(kernel, &image, store, append, *memory, options.cpus)
         .map_err(cannot("make the images"))?;
     vm.warm_up();
     let packing = packing.elapsed();
@@ -186,7 +191,7 @@ impl Comparison<'_> {
         for round in 1..=self.options.runs {
             let title = format!("{round}/{}", self.options.runs);
             for row in rows.iter_mut() {
-                if round == 1 && row.runtime == Runtime::Restored {
+                if round == 1 && row.report.is_vm && row.runtime != Runtime::Minivmm {
                     self.prepare(row)?;
                     self.inspect(std::iter::once(&mut *row))?;
                 }
@@ -345,7 +350,10 @@ impl Comparison<'_> {
         Report {
             format: 1,
             minivmm: env!("CARGO_PKG_VERSION").into(),
-            rootfs: self.options.rootfs.display().to_string(),
+            rootfs: match &self.options.image {
+                Some(image) => image.clone(),
+                None => self.options.rootfs.display().to_string(),
+            },
             rootfs_bytes: self.vm.content_bytes,
             command: self.options.command.clone(),
             kernel: self.vm.kernel.display().to_string(),

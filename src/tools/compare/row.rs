@@ -31,10 +31,13 @@ impl Row {
                     Runtime::Minivmm => vm.initramfs_bytes,
                     // Not there yet.
                     Runtime::Restored => 0,
+                    Runtime::Run => vm.stored.bytes,
                     _ => vm.content_bytes,
                 },
                 kernel_bytes: match runtime {
-                    Runtime::Minivmm => vm.kernel.metadata().map_or(0, |file| file.len()),
+                    Runtime::Minivmm | Runtime::Run => {
+                        vm.kernel.metadata().map_or(0, |file| file.len())
+                    }
                     // A snapshot has it in its memory.
                     _ => 0,
                 },
