@@ -18,11 +18,6 @@ pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     array(bytes, offset).map(u32::from_le_bytes)
 }
 
-/// The 64-bit number at `offset`.
-pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
-    array(bytes, offset).map(u64::from_le_bytes)
-}
-
 /// Whether `magic` stands at `offset`.
 pub(crate) fn has_magic(bytes: &[u8], offset: usize, magic: &[u8]) -> bool {
     bytes

@@ -12,7 +12,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::bzimage::BzImage;
 use super::cache::KernelCache;
-use super::elf::{self, ElfKernel};
+use super::elf::ElfKernel;
 use super::error::{DirectBootError, Role};
 use super::input::InputFile;
 use super::kaslr::{self, KaslrSlot};
@@ -94,7 +94,7 @@ impl DirectKernel {
             let why = format!("its alignment is {align:#x}");
             return Err(DirectBootError::Refused(why));
         }
-        let table_at = elf::end_of_file(&head).unwrap_or(u64::MAX).min(input.len());
+        let table_at = elf.file_end.min(input.len());
         let table_len = input.len() - table_at;
         let relocs = if table_len == 0 {
             None

@@ -3,38 +3,32 @@
 
 use std::ops::Range;
 
-use super::bytes::{array, u16_at, u32_at, u64_at};
+use ::elf::abi;
+use ::elf::endian::AnyEndian;
+use ::elf::file::{Class, FileHeader, parse_ident};
+use ::elf::note::{Note, NoteIterator};
+use ::elf::parse::ParseAt;
+use ::elf::segment::{ProgramHeader, SegmentTable};
+
+use super::bytes::{array, u32_at};
 use super::error::BootError;
 use super::foreign;
 use super::input::InputFile;
+use super::loaded::KernelFormat;
 use super::ram::{GuestMemory, check_fits};
 use crate::arch::layout;
 
+/// Bytes of the shorter header, that of the 32-bit class.
+const MIN_HEADER_LEN: u64 = 52;
 /// Maximum number of program headers; Linux has five.
 const MAX_PROGRAM_HEADERS: u16 = 128;
 /// Maximum length of a note segment in bytes; Linux has about 500.
 const MAX_NOTES_LEN: u64 = 64 << 10;
 /// Type of the note with the 32-bit entry (xen/include/public/elfnote.h).
-const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+const XEN_ELFNOTE_PHYS32_ENTRY: u64 = 18;
 
 /// What to do about an ELF file that is no kernel.
 const KERNEL: &str = "give a bzImage (vmlinuz) or a vmlinux";
-
-const ET_EXEC: u16 = 2;
-const ET_DYN: u16 = 3;
-const EM_386: u16 = 3;
-const EM_X86_64: u16 = 62;
-const PT_LOAD: u32 = 1;
-const PT_DYNAMIC: u32 = 2;
-const PT_INTERP: u32 = 3;
-const PT_NOTE: u32 = 4;
-
-/// Word size of an ELF file (`EI_CLASS`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Class {
-    Bits32,
-    Bits64,
-}
 
 /// A part of the file that is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +46,8 @@ pub(crate) struct Segment {
 /// An ELF kernel whose headers have been read and checked.
 #[derive(Debug, Clone)]
 pub(crate) struct ElfKernel {
-    pub(crate) class: Class,
+    /// Of which class it is.
+    pub(crate) format: KernelFormat,
     /// `e_entry`. Linux has the physical address here.
     pub(crate) entry: u64,
     /// Ascending, not overlapping, above 1 MiB and below the MMIO gap.
@@ -61,16 +56,8 @@ pub(crate) struct ElfKernel {
     pub(crate) pvh_entry: Option<u32>,
     /// It has a dynamic section, to be relocated by; Linux has none.
     dynamic: bool,
-}
-
-/// One program header.
-struct ProgramHeader {
-    kind: u32,
-    offset: u64,
-    gpa: u64,
-    file_size: u64,
-    mem_size: u64,
-    align: u64,
+    /// Where the file ends by its headers. Linkers write the section headers last; what follows is no part of it.
+    pub(crate) file_end: u64,
 }
 
 impl ElfKernel {
@@ -92,31 +79,10 @@ impl ElfKernel {
     }
 
     fn parse_headers(input: &InputFile, head: &[u8]) -> Result<Self, BootError> {
-        let class = check_ident(input, head)?;
-        let (entry, table) = match class {
-            Class::Bits64 => (u64_at(head, 24), u64_at(head, 32)),
-            Class::Bits32 => (
-                u32_at(head, 24).map(u64::from),
-                u32_at(head, 28).map(u64::from),
-            ),
-        };
-        let sizes_at = if class == Class::Bits64 { 54 } else { 42 };
-        let (Some(entry), Some(table), Some(entry_size), Some(count)) = (
-            entry,
-            table,
-            u16_at(head, sizes_at),
-            u16_at(head, sizes_at + 2),
-        ) else {
-            let need = if class == Class::Bits64 { 64 } else { 52 };
-            return Err(input.check_range(0, need, "the ELF header").map_or_else(
-                |error| error,
-                |_| input.malformed("its ELF header cannot be read"),
-            ));
-        };
-        let headers = read_program_headers(input, class, table, entry_size, count)?;
-
+        let header = read_header(input, head)?;
+        let headers = read_program_headers(input, &header)?;
         let segments = segments(input, &headers)?;
-        let pvh_entry = match find_pvh_entry(input, &headers)? {
+        let pvh_entry = match find_pvh_entry(input, &header, &headers)? {
             Some(gpa) if contains(&segments, gpa.into()) => Some(gpa),
             Some(gpa) => {
                 return Err(input.malformed(format!(
@@ -126,11 +92,19 @@ impl ElfKernel {
             None => None,
         };
         Ok(Self {
-            class,
-            entry,
+            format: match header.class {
+                Class::ELF32 => KernelFormat::Elf32,
+                Class::ELF64 => KernelFormat::Elf64,
+            },
+            entry: header.e_entry,
             segments,
             pvh_entry,
-            dynamic: headers.iter().any(|header| header.kind == PT_DYNAMIC),
+            dynamic: headers
+                .iter()
+                .any(|header| header.p_type == abi::PT_DYNAMIC),
+            file_end: header
+                .e_shoff
+                .saturating_add(u64::from(header.e_shentsize) * u64::from(header.e_shnum)),
         })
     }
 
@@ -188,7 +162,7 @@ impl ElfKernel {
 
     /// The entry of the 64-bit Linux boot protocol.
     pub(crate) fn entry_64(&self, input: &InputFile) -> Result<u64, BootError> {
-        if self.class != Class::Bits64 {
+        if self.format != KernelFormat::Elf64 {
             return Err(input.is_32_bit("ELF class 32, without a PVH note"));
         }
         if !contains(&self.segments, self.entry) {
@@ -201,47 +175,44 @@ impl ElfKernel {
     }
 }
 
-/// Where a 64-bit ELF file ends by its headers. Linkers write the section headers last; what follows is no part of it.
-pub(crate) fn end_of_file(head: &[u8]) -> Option<u64> {
-    let size = u64::from(u16_at(head, 58)?) * u64::from(u16_at(head, 60)?);
-    u64_at(head, 40)?.checked_add(size)
-}
-
 fn contains(segments: &[Segment], gpa: u64) -> bool {
     segments
         .iter()
         .any(|segment| (segment.gpa..segment.end_gpa).contains(&gpa))
 }
 
-/// Checks class, byte order, type and machine.
-fn check_ident(input: &InputFile, head: &[u8]) -> Result<Class, BootError> {
-    let [class, order] = array(head, 4).unwrap_or_default();
+/// Reads the file's header, and checks byte order, machine and type.
+fn read_header(input: &InputFile, head: &[u8]) -> Result<FileHeader<AnyEndian>, BootError> {
+    input.check_range(0, MIN_HEADER_LEN, "the ELF header")?;
+    let header = head
+        .split_at_checked(abi::EI_NIDENT)
+        .map(|(ident, rest)| FileHeader::parse_tail(parse_ident(ident)?, rest));
+    let header = match header {
+        Some(Ok(header)) => header,
+        Some(Err(why)) => {
+            return Err(input.malformed(format!("its ELF header cannot be read: {why}")));
+        }
+        None => return Err(input.malformed("its ELF header cannot be read")),
+    };
     const AMD64: &str = "this VM is x86-64: give a kernel built for x86_64 (amd64)";
-    if order == 2 {
-        let machine = array(head, 18).map(u16::from_be_bytes).unwrap_or(0);
-        let what = format!("a big-endian ELF file for {}", machine_name(machine));
-        return Err(input.wrong_kind(&what, AMD64));
-    }
-    let class = match (class, order) {
-        (1, 1) => Class::Bits32,
-        (2, 1) => Class::Bits64,
-        _ => return Err(input.malformed(format!("ELF class {class}, byte order {order}"))),
+    let order = match header.endianness {
+        AnyEndian::Little => "an",
+        AnyEndian::Big => "a big-endian",
     };
-    let (Some(kind), Some(machine)) = (u16_at(head, 16), u16_at(head, 18)) else {
-        input.check_range(0, 64, "the ELF header")?;
-        return Err(input.malformed("its ELF header cannot be read"));
-    };
-    match (class, machine) {
-        (Class::Bits64, EM_X86_64) | (Class::Bits32, EM_386) => {}
-        _ => {
-            let what = format!("an ELF file for {}", machine_name(machine));
+    match (header.class, header.e_machine, header.endianness) {
+        (Class::ELF64, abi::EM_X86_64, AnyEndian::Little)
+        | (Class::ELF32, abi::EM_386, AnyEndian::Little) => {}
+        (_, machine, _) => {
+            let what = format!("{order} ELF file for {}", machine_name(machine));
             return Err(input.wrong_kind(&what, AMD64));
         }
     }
-    match kind {
-        ET_EXEC => Ok(class),
-        ET_DYN => Err(input.wrong_kind("a position-independent ELF program or library", KERNEL)),
-        _ => {
+    match header.e_type {
+        abi::ET_EXEC => Ok(header),
+        abi::ET_DYN => {
+            Err(input.wrong_kind("a position-independent ELF program or library", KERNEL))
+        }
+        kind => {
             let what = format!("an ELF file of type {kind} (an object or a core file)");
             Err(input.wrong_kind(&what, KERNEL))
         }
@@ -250,75 +221,44 @@ fn check_ident(input: &InputFile, head: &[u8]) -> Result<Class, BootError> {
 
 fn machine_name(machine: u16) -> String {
     match machine {
-        EM_386 => "32-bit x86".to_owned(),
-        EM_X86_64 => "x86-64 in the 32-bit class (x32)".to_owned(),
-        40 => "ARM (32-bit)".to_owned(),
-        183 => "ARM64 (AArch64)".to_owned(),
-        243 => "RISC-V".to_owned(),
+        abi::EM_386 => "32-bit x86".to_owned(),
+        abi::EM_X86_64 => "x86-64 in the 32-bit class (x32)".to_owned(),
+        abi::EM_ARM => "ARM (32-bit)".to_owned(),
+        abi::EM_AARCH64 => "ARM64 (AArch64)".to_owned(),
+        abi::EM_RISCV => "RISC-V".to_owned(),
         other => format!("machine {other}"),
     }
 }
 
 fn read_program_headers(
     input: &InputFile,
-    class: Class,
-    table: u64,
-    entry_size: u16,
-    count: u16,
+    header: &FileHeader<AnyEndian>,
 ) -> Result<Vec<ProgramHeader>, BootError> {
-    let expected = if class == Class::Bits64 { 56 } else { 32 };
-    if count == 0 || count > MAX_PROGRAM_HEADERS || entry_size != expected {
+    let (count, size) = (header.e_phnum, usize::from(header.e_phentsize));
+    let expected = ProgramHeader::size_for(header.class);
+    if count == 0 || count > MAX_PROGRAM_HEADERS || size != expected {
         return Err(input.malformed(format!(
-            "it has {count} program headers of {entry_size} bytes; 1 to {MAX_PROGRAM_HEADERS} of {expected} are expected"
+            "it has {count} program headers of {size} bytes; 1 to {MAX_PROGRAM_HEADERS} of {expected} are expected"
         )));
     }
-    let mut bytes = vec![0; usize::from(count) * usize::from(entry_size)];
-    input.read_exact(table, &mut bytes, "its program header table")?;
-    let header = |bytes: &[u8]| {
-        let (u32_at, u64_at) = (|at| u32_at(bytes, at), |at| u64_at(bytes, at));
-        let word = |at: usize| u32_at(at).map(u64::from);
-        Some(match class {
-            Class::Bits64 => ProgramHeader {
-                kind: u32_at(0)?,
-                offset: u64_at(8)?,
-                gpa: u64_at(24)?,
-                file_size: u64_at(32)?,
-                mem_size: u64_at(40)?,
-                align: u64_at(48)?,
-            },
-            Class::Bits32 => ProgramHeader {
-                kind: u32_at(0)?,
-                offset: word(4)?,
-                gpa: word(12)?,
-                file_size: word(16)?,
-                mem_size: word(20)?,
-                align: word(28)?,
-            },
-        })
-    };
-    Ok(bytes
-        .chunks_exact(usize::from(entry_size))
-        .filter_map(header)
-        .collect())
+    let mut bytes = vec![0; usize::from(count) * size];
+    input.read_exact(header.e_phoff, &mut bytes, "its program header table")?;
+    let table = SegmentTable::new(header.endianness, header.class, &bytes);
+    Ok(table.iter().collect())
 }
 
 /// The loaded segments, checked, ascending.
 fn segments(input: &InputFile, headers: &[ProgramHeader]) -> Result<Vec<Segment>, BootError> {
-    if headers.iter().any(|header| header.kind == PT_INTERP) {
+    if headers.iter().any(|header| header.p_type == abi::PT_INTERP) {
         return Err(input.wrong_kind("an ELF program for an operating system", KERNEL));
     }
     let mut segments = Vec::new();
     for header in headers
         .iter()
-        .filter(|header| header.kind == PT_LOAD && header.mem_size != 0)
+        .filter(|header| header.p_type == abi::PT_LOAD && header.p_memsz != 0)
     {
-        let ProgramHeader {
-            offset,
-            gpa,
-            file_size,
-            mem_size,
-            ..
-        } = *header;
+        let (offset, gpa) = (header.p_offset, header.p_paddr);
+        let (file_size, mem_size) = (header.p_filesz, header.p_memsz);
         if file_size > mem_size {
             return Err(input.malformed(format!(
                 "the segment at {gpa:#x} has {file_size:#x} bytes in the file and {mem_size:#x} in memory"
@@ -359,18 +299,36 @@ fn segments(input: &InputFile, headers: &[ProgramHeader]) -> Result<Vec<Segment>
 }
 
 /// The 32-bit entry that the Xen note names, if there is one.
-fn find_pvh_entry(input: &InputFile, headers: &[ProgramHeader]) -> Result<Option<u32>, BootError> {
-    for header in headers.iter().filter(|header| header.kind == PT_NOTE) {
-        if header.file_size > MAX_NOTES_LEN {
-            return Err(input.malformed(format!("it has {} bytes of notes", header.file_size)));
+fn find_pvh_entry(
+    input: &InputFile,
+    file: &FileHeader<AnyEndian>,
+    headers: &[ProgramHeader],
+) -> Result<Option<u32>, BootError> {
+    for header in headers
+        .iter()
+        .filter(|header| header.p_type == abi::PT_NOTE)
+    {
+        let len = header.p_filesz;
+        if len > MAX_NOTES_LEN {
+            return Err(input.malformed(format!("it has {len} bytes of notes")));
         }
-        let mut notes = vec![0; usize::try_from(header.file_size).unwrap_or(0)];
-        input.read_exact(header.offset, &mut notes, "its note segment")?;
-        let align = if header.align == 8 { 8 } else { 4 };
-        if let Some(desc) = find_note(&notes, align, b"Xen\0", XEN_ELFNOTE_PHYS32_ENTRY) {
+        let mut notes = vec![0; usize::try_from(len).unwrap_or(0)];
+        input.read_exact(header.p_offset, &mut notes, "its note segment")?;
+        let align = if header.p_align == 8 { 8 } else { 4 };
+        // Notes that do not end in the segment end the search.
+        let mut notes = NoteIterator::new(file.endianness, file.class, align, &notes);
+        let desc = notes.find_map(|note| match note {
+            Note::Unknown(note)
+                if note.name == b"Xen\0" && note.n_type == XEN_ELFNOTE_PHYS32_ENTRY =>
+            {
+                Some(note.desc)
+            }
+            _ => None,
+        });
+        if let Some(desc) = desc {
             let entry = match desc.len() {
                 4 => u32_at(desc, 0),
-                8 => u64_at(desc, 0).and_then(|entry| u32::try_from(entry).ok()),
+                8 => array(desc, 0).and_then(|entry| u64::from_le_bytes(entry).try_into().ok()),
                 _ => None,
             };
             return entry.map(Some).ok_or_else(|| {
@@ -382,23 +340,4 @@ fn find_pvh_entry(input: &InputFile, headers: &[ProgramHeader]) -> Result<Option
         }
     }
     Ok(None)
-}
-
-/// The descriptor of the first note with this name and type. Notes that do not end in the segment end the search.
-fn find_note<'a>(notes: &'a [u8], align: usize, name: &[u8], kind: u32) -> Option<&'a [u8]> {
-    let mut at: usize = 0;
-    loop {
-        let name_len = usize::try_from(u32_at(notes, at)?).ok()?;
-        let desc_len = usize::try_from(u32_at(notes, at.checked_add(4)?)?).ok()?;
-        let note_kind = u32_at(notes, at.checked_add(8)?)?;
-        let name_at = at.checked_add(12)?;
-        let name_end = name_at.checked_add(name_len)?;
-        let desc_at = name_end.checked_next_multiple_of(align)?;
-        let desc_end = desc_at.checked_add(desc_len)?;
-        let desc = notes.get(desc_at..desc_end)?;
-        if note_kind == kind && notes.get(name_at..name_end)? == name {
-            return Some(desc);
-        }
-        at = desc_end.checked_next_multiple_of(align)?;
-    }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::bzimage::BzImage;
 use super::cmdline;
 use super::direct::DirectKernel;
-use super::elf::{Class, ElfKernel};
+use super::elf::ElfKernel;
 use super::error::{BootError, Role};
 use super::format::{self, FileKind};
 use super::input::InputFile;
@@ -102,10 +102,7 @@ fn elf(input: &InputFile, kernel: &ElfKernel) -> Result<KernelInfo, BootError> {
         (Err(error), None) => return Err(error),
     };
     Ok(KernelInfo {
-        format: match kernel.class {
-            Class::Bits64 => KernelFormat::Elf64,
-            Class::Bits32 => KernelFormat::Elf32,
-        },
+        format: kernel.format,
         version: None,
         boot_protocol: None,
         compression: None,

@@ -39,6 +39,7 @@ use std::path::Path;
 
 use vm_memory::{ByteValued, GuestMemoryError};
 
+use self::elf::ElfKernel;
 pub use crate::arch::regs::Entry;
 use crate::arch::{boot_params, layout, pvh};
 use crate::config::BootProtocol;
@@ -48,7 +49,6 @@ pub use cache::{data_dir, default_dir as default_cache_dir, user_dir as cache_di
 pub(crate) use cmdline::{reboots_by_triple_fault, suit as suit_cmdline};
 pub use compression::Compression;
 use direct::DirectKernel;
-use elf::{Class, ElfKernel};
 pub use error::{BootError, Role};
 use format::FileKind;
 pub use image::panic_message;
@@ -170,9 +170,9 @@ fn load_elf(
     cmdline::write(mem, source.cmdline, cmdline::DEFAULT_MAX)?;
     keep_acpi(mem, source.cmdline, &kernel_range, cmdline::DEFAULT_MAX)?;
     // A kernel without a setup header names no limit; only a 32-bit one has one, its direct map.
-    let initrd_ceiling = match kernel.class {
-        Class::Bits64 => u64::MAX,
-        Class::Bits32 => 0x3800_0000,
+    let initrd_ceiling = match kernel.format {
+        KernelFormat::Elf32 => 0x3800_0000,
+        _ => u64::MAX,
     };
     let initrd_range = load_initrd(mem, source, kernel_range.end, initrd_ceiling)?;
     let written = match entry {
@@ -188,10 +188,7 @@ fn load_elf(
     written.map_err(boot_info)?;
     Ok(LoadedKernel {
         entry,
-        format: match kernel.class {
-            Class::Bits64 => KernelFormat::Elf64,
-            Class::Bits32 => KernelFormat::Elf32,
-        },
+        format: kernel.format,
         version: None,
         kernel_bytes: kernel.file_bytes(),
         kernel_loading: Loading::Copied,
