@@ -34,7 +34,7 @@ use crate::vmm::networks::Networks;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
 use crate::vmm::vcpu::thread::VcpuThread;
-use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
+use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
@@ -85,7 +85,6 @@ struct Fork {
     threads: ThreadStarter,
     output: Output,
     running: Mutex<Running>,
-    reports: Mutex<Vec<CloneReport>>,
     /// An eventfd that counts the threads that have run their last VM.
     finished: OwnedFd,
 }
@@ -101,12 +100,13 @@ enum Output {
 /// What ends a VM, and what has to know of room for output.
 type Handles = (Arc<Control>, [Weak<Mutex<dyn ConsoleDevice>>; 2]);
 
-/// The VMs that run.
+/// The VMs that run, and what became of those that ran.
 #[derive(Default)]
 struct Running {
     /// What ends all of them, once it has come.
     stop: Option<Outcome>,
     clones: BTreeMap<u32, Handles>,
+    reports: Vec<CloneReport>,
 }
 
 /// Runs the VMs, and gives the process's exit status.
@@ -136,7 +136,6 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
         threads,
         output,
         running: Mutex::default(),
-        reports: Mutex::default(),
         finished: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|e| host("an eventfd")(e.into()))?,
     });
@@ -176,10 +175,6 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
 impl Fork {
     fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn reports(&self) -> MutexGuard<'_, Vec<CloneReport>> {
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells all devices when there is room for output again.
@@ -222,7 +217,7 @@ impl Fork {
                 }
             }
         }
-        let mut all = std::mem::take(&mut *self.reports());
+        let mut all = std::mem::take(&mut self.running().reports);
         all.sort_by_key(|report| report.index);
         all
     }
@@ -244,7 +239,7 @@ impl Fork {
                 }
             };
             let [started_us, ran_us] = times;
-            self.reports().push(CloneReport {
+            self.running().reports.push(CloneReport {
                 index,
                 status,
                 error,
@@ -293,9 +288,7 @@ impl Fork {
             size: None,
         };
         let mut vm = Vm::build(parts, ends, Observers::default(), &mut build)?;
-        let senders = vm
-            .senders()
-            .map(|device: SharedConsole| Arc::downgrade(&device));
+        let senders = vm.senders();
         if let Some(console) = &own {
             let senders = senders.clone();
             console.on_output_ready(Arc::new(move || tell_of_tx_space(&senders)));

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use log::LevelFilter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 
 use crate::{NOTICE, console, escaped};
 
@@ -97,7 +98,9 @@ impl Write for TimedStderr {
             true => Timespec::default(),
             false => Self::PATIENCE,
         };
-        let ready = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&patience));
+        // A vCPU's thread is interrupted when the VM ends.
+        let ready =
+            retry_on_intr(|| poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&patience)));
         STUCK.store(ready == Ok(0), Ordering::Relaxed);
         match ready {
             Ok(0) => Ok(bytes.len()),

@@ -8,7 +8,7 @@ use minivmm_devices::thread::ThreadStarter;
 
 use super::confine;
 use super::final_log::{FinalLog, emit, explain, report, summary};
-use super::guest_log::{MarkLog, SleepCheck};
+use super::guest_log::SleepCheck;
 use super::plan::{Plan, Streams};
 use super::process;
 use super::release;
@@ -27,7 +27,7 @@ use crate::vmm::networks::Networks;
 use crate::vmm::outcome::Outcome;
 use crate::vmm::prepare::{BuildTimes, Prepared};
 use crate::vmm::vcpu::VcpuError;
-use crate::vmm::vm::{ConsoleEnds, Observers, SharedConsole, Vm};
+use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
 
 /// How often devices that the host could not let be paused are asked whether they go on.
 const RESUME_PERIOD: Duration = Duration::from_millis(10);
@@ -136,9 +136,7 @@ enum Source {
     Input,
     /// The console's device can take input again.
     ConsoleReady,
-    /// The guest has written boot marks.
-    BootMark,
-    /// It has written the one at which it is saved.
+    /// The guest has written the boot mark at which it is saved.
     Held,
 }
 
@@ -186,7 +184,6 @@ impl Run<'_> {
         self.log()
             .start_of_vm(Box::new(transcript.clone()), watched);
         let ends = self.console_ends();
-        let (mark_log, observe_mark) = MarkLog::new().map_err(host("an eventfd"))?;
         let marks = self.timeline.boot_marks();
         let saver = self.saver.as_ref();
         let hold_at = saver.map(Saver::hold_at).transpose();
@@ -196,33 +193,28 @@ impl Run<'_> {
                 if let Some(marks) = &marks {
                     marks.note(mark);
                 }
-                observe_mark(mark);
+                log::info!("boot mark {mark}");
             })),
             profile_exits: watched,
         };
         let mut times = BuildTimes::default();
         let mut vm = Vm::build(prepared, ends, observers, &mut times)?;
         self.timeline.note_build(&times);
-        let senders = vm
-            .senders()
-            .map(|device: SharedConsole| Arc::downgrade(&device));
+        let senders = vm.senders();
         let on_ready: Arc<dyn Fn() + Send + Sync> = Arc::new(move || tell_of_tx_space(&senders));
         self.console.on_output_ready(Arc::clone(&on_ready));
         self.log().on_output_ready(on_ready);
         transcript.get().on_panic_end = Some(ending::on_panic_end(&vm));
 
-        let events = self
-            .sources(&vm, &mark_log)
-            .map_err(host("the event loop"))?;
+        let events = self.sources(&vm).map_err(host("the event loop"))?;
         let control = Arc::clone(vm.control());
         let paths = || confine::paths(self.plan, self.console.pty_path());
         let started = vm.start(
             || self.sandbox.confine_main(paths).map_err(RunError::from),
             Some(Box::new(move |job| watch.hand_over(job, control))),
         );
-        let looped = self.serve(&vm, &events, &mark_log);
+        let looped = self.serve(&vm, &events);
         let end = vm.join();
-        mark_log.emit();
         self.log().observe();
         transcript.get().on_panic_end = None;
         let (phases, bytes) = (transcript.get().phases(), self.log().bytes_out());
@@ -261,16 +253,13 @@ impl Run<'_> {
     }
 
     /// What the event loop waits for.
-    fn sources(&self, vm: &Vm, mark_log: &MarkLog) -> std::io::Result<EventLoop<Source>> {
+    fn sources(&self, vm: &Vm) -> std::io::Result<EventLoop<Source>> {
         let mut events = EventLoop::new()?;
         events.add(vm.control().ended(), false, Source::Ended)?;
         events.add(&**self.signals, false, Source::Signal)?;
         events.add(vm.console_ready(), false, Source::ConsoleReady)?;
-        events.add(&mark_log.written, false, Source::BootMark)?;
-        let held = self.saver.as_ref().map(|saver| saver.held.try_clone());
-        let held = held.transpose()?;
-        if let Some(held) = &held {
-            events.add(held, true, Source::Held)?;
+        if let Some(saver) = &self.saver {
+            events.add(&saver.held, true, Source::Held)?;
         }
         if let Some(credit) = self.input.credit() {
             events.add(credit.room(), true, Source::Input)?;
@@ -283,12 +272,7 @@ impl Run<'_> {
     }
 
     /// Serves console, signals and deadline until the VM has ended.
-    fn serve(
-        &mut self,
-        vm: &Vm,
-        events: &EventLoop<Source>,
-        mark_log: &MarkLog,
-    ) -> std::io::Result<()> {
+    fn serve(&mut self, vm: &Vm, events: &EventLoop<Source>) -> std::io::Result<()> {
         let control = vm.control();
         self.send_size();
         // A restarted VM may find input that was read from no edge of its own.
@@ -324,7 +308,6 @@ impl Run<'_> {
                         self.after_stop(vm);
                     }
                     Source::ConsoleReady => _ = vm.console_ready().read(),
-                    Source::BootMark => mark_log.emit(),
                     Source::Held => {
                         if let Some(saver) = self.saver.take() {
                             resumed = saver.save(vm, self.signals, self.deadline);

@@ -1,10 +1,8 @@
 //! The machine: which devices it has, at which addresses and interrupts, and how a guest finds them.
 //!
-//! [`virtio_devices`] is the one list of virtio devices, in the order of their slots. What else speaks of devices (ACPI's tables,
-//! the kernel's `virtio_mmio.device=`, names in logs and timelines, the number of slots in use) is taken from it.
+//! Virtio devices get their slots in the order in which they are attached. ACPI's tables, names in logs and timelines come from that.
 
 use std::sync::{Arc, Mutex};
-use std::vec;
 
 use minivmm_devices::block::Disk;
 use minivmm_devices::bus::{BusDevice, BusError};
@@ -18,14 +16,8 @@ use minivmm_devices::platform::power::{self, AcpiPower};
 use minivmm_devices::platform::pvpanic::{self, Pvpanic};
 use minivmm_devices::platform::serial::{self, Serial};
 use minivmm_devices::state::{Devices, Suspend};
-use minivmm_devices::thread::ThreadStarter;
-use minivmm_devices::virtio::blk::Block;
-use minivmm_devices::virtio::console::Console;
 use minivmm_devices::virtio::device::VirtioDevice;
-use minivmm_devices::virtio::net::Net;
-use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::transport::mmio::{self, MmioTransport};
-use minivmm_devices::virtio::vsock::Vsock;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::error::{VmError, host};
@@ -42,57 +34,13 @@ const VIRTIO_MMIO_HID: &str = "LNRO0005";
 /// What COM1 is called.
 pub const COM1: &str = "COM1";
 
-/// A virtio device that a configuration asks for.
-#[derive(Debug, Clone, Copy)]
-pub enum VirtioSpec {
-    /// A disk, with its place among the disks.
-    Disk(usize),
-    /// A network device, with its place among those.
-    Net(usize),
-    /// The entropy device.
-    Rng,
-    /// The console on hvc0.
-    Console,
-    /// The socket device.
-    Vsock,
-}
-
-impl VirtioSpec {
-    /// What logs and timelines call it.
-    pub fn name(self) -> String {
-        match self {
-            Self::Disk(index) => format!("disk {index}"),
-            Self::Net(index) => format!("net {index}"),
-            Self::Rng => "rng".into(),
-            Self::Console => "console".into(),
-            Self::Vsock => "vsock".into(),
-        }
-    }
-}
-
-/// What the virtio devices are made of.
-pub struct Backends<'a> {
-    /// The disks in their order.
-    pub disks: vec::IntoIter<Block>,
-    /// The network devices in theirs.
-    pub nets: vec::IntoIter<Net>,
-    /// The console on hvc0.
-    pub console: Option<Console>,
-    /// The socket device.
-    pub vsock: Option<Vsock>,
-    /// Starts the devices' threads.
-    pub threads: &'a ThreadStarter,
-}
-
-/// The virtio devices of a VM in the order of their slots.
-pub fn virtio_devices(config: &VmConfig) -> Vec<VirtioSpec> {
-    (0..config.disks.len())
-        .map(VirtioSpec::Disk)
-        .chain((0..config.nets.len()).map(VirtioSpec::Net))
-        .chain(config.rng.then_some(VirtioSpec::Rng))
-        .chain((config.console == ConsoleKind::Virtio).then_some(VirtioSpec::Console))
-        .chain(config.vsock.is_some().then_some(VirtioSpec::Vsock))
-        .collect()
+/// How many virtio devices a configuration asks for.
+fn count_virtio_devices(config: &VmConfig) -> usize {
+    config.disks.len()
+        + config.nets.len()
+        + usize::from(config.rng)
+        + usize::from(config.console == ConsoleKind::Virtio)
+        + usize::from(config.vsock.is_some())
 }
 
 /// The place of a virtio device: its registers and its interrupt.
@@ -133,14 +81,14 @@ pub fn cmdline_with_devices(config: &VmConfig) -> String {
     if !kernel.split_whitespace().any(|word| word == "acpi=off") {
         return line;
     }
-    let slots = (0..virtio_devices(config).len()).map(VirtioSlot);
+    let slots = (0..count_virtio_devices(config)).map(VirtioSlot);
     let parameters: Vec<String> = slots.map(VirtioSlot::parameter).collect();
     join_words([kernel, &parameters.join(" "), init])
 }
 
 /// Refuses a configuration with more virtio devices than there are slots.
 pub fn check_capacity(config: &VmConfig) -> Result<(), VmError> {
-    match virtio_devices(config).len() {
+    match count_virtio_devices(config) {
         count if count > layout::MAX_VIRTIO_DEVICES => Err(VmError::TooManyDevices(count)),
         _ => Ok(()),
     }
@@ -261,56 +209,16 @@ impl Machine {
         Ok(())
     }
 
-    /// Attaches the virtio devices that the configuration asks for.
-    pub fn attach_virtio_devices(
-        &mut self,
-        config: &VmConfig,
-        mut backends: Backends<'_>,
-        mem: &GuestMemoryMmap,
-        interrupts: &IrqChip,
-    ) -> Result<(), VmError> {
-        for spec in virtio_devices(config) {
-            let device: Option<(usize, Box<dyn VirtioDevice>)> = match spec {
-                VirtioSpec::Disk(..) => {
-                    let disk = backends.disks.next();
-                    disk.map(|disk| {
-                        self.disks.push(Arc::clone(disk.disk()));
-                        (disk.memory_bound(), Box::new(disk) as _)
-                    })
-                }
-                VirtioSpec::Net(..) => {
-                    let net = backends.nets.next();
-                    net.map(|net| (Net::MEMORY_BOUND, Box::new(net) as _))
-                }
-                VirtioSpec::Rng => {
-                    let rng = Rng::new(backends.threads).map_err(host("a device's thread"))?;
-                    Some((Rng::MEMORY_BOUND, Box::new(rng)))
-                }
-                VirtioSpec::Console => {
-                    let console = backends.console.take();
-                    console.map(|console| (Console::MEMORY_BOUND, Box::new(console) as _))
-                }
-                VirtioSpec::Vsock => {
-                    let vsock = backends.vsock.take();
-                    vsock.map(|vsock| (Vsock::MEMORY_BOUND, Box::new(vsock) as _))
-                }
-            };
-            if let Some((bound, device)) = device {
-                self.memory_bounds.push((spec.name(), bound));
-                self.attach_virtio(&spec.name(), device, mem, interrupts)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts a virtio device into the next slot.
-    fn attach_virtio(
+    /// Puts a virtio device into the next slot. `memory_bound` is what it takes at most beside guest RAM, in bytes.
+    pub fn attach_virtio(
         &mut self,
         name: &str,
+        memory_bound: usize,
         device: Box<dyn VirtioDevice>,
         mem: &GuestMemoryMmap,
         interrupts: &IrqChip,
     ) -> Result<(), BusError> {
+        self.memory_bounds.push((name.to_owned(), memory_bound));
         let index = self.next_slot;
         let slot = VirtioSlot(index);
         self.next_slot += 1;

@@ -11,19 +11,22 @@
 //! All of its state is in one owner and nothing is global: one process can run several. What ends it, from wherever that comes, goes
 //! through its [`Control`].
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Cap;
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput, Kick, TerminalSize};
 use minivmm_devices::platform::serial::Serial;
 use minivmm_devices::virtio::console::Console as VirtioConsole;
+use minivmm_devices::virtio::net::Net;
+use minivmm_devices::virtio::rng::Rng;
+use minivmm_devices::virtio::vsock::Vsock;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, End};
 use super::error::{VmError, host, refused};
-use super::machine::{Backends, Machine};
+use super::machine::Machine;
 use super::outcome::Outcome;
 use super::prepare::{BuildTimes, Origin, Prepared};
 use super::vcpu::exit::Buses;
@@ -116,14 +119,7 @@ impl Vm {
         if let Some(hvc0) = &hvc0 {
             user_console = hvc0.port();
         }
-        let backends = Backends {
-            disks: std::mem::take(&mut parts.disks).into_iter(),
-            nets: std::mem::take(&mut parts.nets).into_iter(),
-            console: hvc0,
-            vsock: parts.vsock.take(),
-            threads: &parts.threads,
-        };
-        machine.attach_virtio_devices(&parts.config, backends, &parts.mem, &interrupts)?;
+        attach_virtio_devices(&mut machine, &mut parts, hvc0, &interrupts)?;
 
         match &mut parts.origin {
             Origin::Boot(_) => write_tables(&parts, &machine)?,
@@ -280,9 +276,10 @@ impl Vm {
         &self.user_console
     }
 
-    /// All devices that send to the console.
-    pub fn senders(&self) -> [SharedConsole; 2] {
+    /// All devices that send to the console, as long as they are there.
+    pub fn senders(&self) -> [Weak<Mutex<dyn ConsoleDevice>>; 2] {
         [self.serial.clone(), self.user_console.clone()]
+            .map(|device: SharedConsole| Arc::downgrade(&device))
     }
 
     /// Readable when the console's device can take input again.
@@ -371,6 +368,37 @@ fn set_states(
         let index = vcpu.index;
         set(vcpu).map_err(|source| VcpuError::State(index, source))
     })
+}
+
+/// Attaches the virtio devices that the configuration asks for, always in the same order: it decides on their places.
+fn attach_virtio_devices(
+    machine: &mut Machine,
+    parts: &mut Prepared,
+    hvc0: Option<VirtioConsole>,
+    interrupts: &IrqChip,
+) -> Result<(), VmError> {
+    let mem = &parts.mem;
+    for (index, disk) in std::mem::take(&mut parts.disks).into_iter().enumerate() {
+        machine.disks.push(Arc::clone(disk.disk()));
+        let (name, bound) = (format!("disk {index}"), disk.memory_bound());
+        machine.attach_virtio(&name, bound, Box::new(disk), mem, interrupts)?;
+    }
+    for (index, net) in std::mem::take(&mut parts.nets).into_iter().enumerate() {
+        let (name, net) = (format!("net {index}"), Box::new(net));
+        machine.attach_virtio(&name, Net::MEMORY_BOUND, net, mem, interrupts)?;
+    }
+    if parts.config.rng {
+        let rng = Box::new(Rng::new(&parts.threads).map_err(host("a device's thread"))?);
+        machine.attach_virtio("rng", Rng::MEMORY_BOUND, rng, mem, interrupts)?;
+    }
+    if let Some(hvc0) = hvc0.map(Box::new) {
+        let bound = VirtioConsole::MEMORY_BOUND;
+        machine.attach_virtio("console", bound, hvc0, mem, interrupts)?;
+    }
+    if let Some(vsock) = parts.vsock.take().map(Box::new) {
+        machine.attach_virtio("vsock", Vsock::MEMORY_BOUND, vsock, mem, interrupts)?;
+    }
+    Ok(())
 }
 
 /// Writes the tables by which a kernel finds its machine.
