@@ -36,7 +36,7 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
             let digest = image.meta.digest.hex();
             let used = humantime::format_rfc3339_seconds(image.used);
             let size = mib(image.bytes);
-            let digits = digest.get(..12).unwrap_or(&digest);
+            let digits = digest.get(..12).unwrap_or(digest);
             writeln!(
                 out,
                 "{digits:<14} {size:>9}  {used:<20} {}",
@@ -71,7 +71,7 @@ pub fn remove(args: &RmiArgs) -> Result<(), RunError> {
             source,
         };
         let found = store.called(name).map_err(failed)?;
-        let digests: Vec<String> = found.iter().map(|i: &Stored| i.meta.digest.hex()).collect();
+        let digests: Vec<&str> = found.iter().map(|i: &Stored| i.meta.digest.hex()).collect();
         match found.as_slice() {
             [image] => store.remove(image).map_err(failed)?,
             [] => return Err(failed(io::Error::other("it is not in the store")).into()),

@@ -213,7 +213,7 @@ impl RunArgs {
     fn orders(&self, stored: &Stored) -> Result<Orders, RunError> {
         let config = &stored.meta.config;
         let digest = stored.meta.digest.hex();
-        let digits = digest.get(..12).unwrap_or(&digest);
+        let digits = digest.get(..12).unwrap_or(digest);
         let hostname = self.hostname.clone().unwrap_or_else(|| digits.to_owned());
         let is_name = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
         if hostname.is_empty() || hostname.len() > 63 || !hostname.chars().all(is_name) {

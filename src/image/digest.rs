@@ -9,17 +9,17 @@ use sha2::{Digest as _, Sha256};
 /// A SHA-256, written `sha256:HEX`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Digest([u8; 32]);
+pub struct Digest(String);
 
 impl Digest {
     /// That of these bytes.
     pub(super) fn of(bytes: &[u8]) -> Self {
-        Self(Sha256::digest(bytes).into())
+        Sha256::new_with_prefix(bytes).into()
     }
 
     /// Its 64 hexadecimal digits.
-    pub fn hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    pub fn hex(&self) -> &str {
+        &self.0
     }
 }
 
@@ -33,12 +33,7 @@ impl FromStr for Digest {
         if hex.len() != 64 || !hex.bytes().all(digits) {
             return Err(wrong());
         }
-        let mut bytes = [0; 32];
-        for (byte, at) in bytes.iter_mut().zip((0..).step_by(2)) {
-            let pair = hex.get(at..at + 2).ok_or_else(wrong)?;
-            *byte = u8::from_str_radix(pair, 16).map_err(|_| wrong())?;
-        }
-        Ok(Self(bytes))
+        Ok(Self(hex.to_owned()))
     }
 }
 
@@ -58,12 +53,13 @@ impl From<Digest> for String {
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sha256:{}", self.hex())
+        write!(f, "sha256:{}", self.0)
     }
 }
 
 impl From<Sha256> for Digest {
     fn from(hash: Sha256) -> Self {
-        Self(hash.finalize().into())
+        let bytes = hash.finalize();
+        Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }

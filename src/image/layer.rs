@@ -1,5 +1,6 @@
 //! Applies a layer, a tar archive, to the tree (OCI image specification 1.1, layer.md). Content goes into the image at once.
 
+use std::fs::File;
 use std::io::{self, Read};
 
 use super::erofs::Data;
@@ -22,9 +23,9 @@ const XATTRS: &[&[u8]] = &[
 ];
 
 /// A file system to be, from layers.
-pub(super) struct Merge<'a> {
+pub(super) struct Merge {
     pub(super) tree: Tree,
-    data: &'a mut Data,
+    data: Data,
     members: usize,
     bytes: u64,
 }
@@ -36,11 +37,12 @@ struct Pending {
     target: Vec<u8>,
 }
 
-impl<'a> Merge<'a> {
-    pub(super) fn new(data: &'a mut Data) -> Self {
+impl Merge {
+    /// `file` is empty.
+    pub(super) fn new(file: File) -> Self {
         Self {
             tree: Tree::new(),
-            data,
+            data: Data::new(file),
             members: 0,
             bytes: 0,
         }
@@ -73,6 +75,11 @@ impl<'a> Merge<'a> {
         }
         archive.finish()?;
         Ok(())
+    }
+
+    /// Writes the rest of the file system. Returns the file.
+    pub(super) fn finish(self) -> io::Result<File> {
+        self.data.finish(&self.tree)
     }
 
     /// Holds an image to its limits.

@@ -28,7 +28,6 @@ pub use oci::ImageConfig;
 pub use store::{Meta, Store, Stored};
 
 use blob::{Parts, open_regular, unpacked};
-use erofs::Data;
 use layer::Merge;
 #[cfg(feature = "registry")]
 use reference::Reference;
@@ -145,8 +144,7 @@ fn load(
     let layers = image.layers.iter().flat_map(|layer| &layer.blob);
     let bytes = layers.map(|(_, size)| *size).fold(0, u64::saturating_add);
     let stored = store.get_or_make(&image.digest, bytes, |file| {
-        let mut data = Data::new(file);
-        let mut merge = Merge::new(&mut data);
+        let mut merge = Merge::new(file);
         for (number, layer) in image.layers.iter().enumerate() {
             let progress = |bytes| {
                 if let Some(progress) = how.progress {
@@ -166,8 +164,7 @@ fn load(
                     io::Error::new(e.kind(), shown)
                 })?;
         }
-        let tree = merge.tree;
-        Ok((image.config, data.finish(&tree)?))
+        Ok((image.config, merge.finish()?))
     })?;
     store.name(stored, &name)
 }
@@ -180,11 +177,9 @@ fn load_root(store: &Store, path: &Path) -> io::Result<Stored> {
         let listing = Listing::read(path)?;
         let digest = listing.digest();
         let stored = store.get_or_make(&digest, listing.bytes(), |file| {
-            let mut data = Data::new(file);
-            let mut merge = Merge::new(&mut data);
+            let mut merge = Merge::new(file);
             listing.add_to(&mut merge)?;
-            let tree = merge.tree;
-            Ok((ImageConfig::default(), data.finish(&tree)?))
+            Ok((ImageConfig::default(), merge.finish()?))
         })?;
         return store.name(stored, &name);
     }
@@ -192,11 +187,9 @@ fn load_root(store: &Store, path: &Path) -> io::Result<Stored> {
     let metadata = archive.metadata()?;
     let digest = Digest::of(stamp(&metadata).as_bytes());
     let stored = store.get_or_make(&digest, metadata.len(), |file| {
-        let mut data = Data::new(file);
-        let mut merge = Merge::new(&mut data);
+        let mut merge = Merge::new(file);
         merge.layer(unpacked(archive)?, false)?;
-        let tree = merge.tree;
-        Ok((ImageConfig::default(), data.finish(&tree)?))
+        Ok((ImageConfig::default(), merge.finish()?))
     })?;
     store.name(stored, &name)
 }

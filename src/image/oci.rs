@@ -273,7 +273,7 @@ impl Image {
         // Its name is its digest, in either format.
         let stem = image.config.strip_suffix(".json");
         let stem = stem.or_else(|| image.config.strip_prefix("blobs/sha256/"));
-        if stem != Some(&digest.hex()) {
+        if stem != Some(digest.hex()) {
             return Err(bad(format!("{} is not what its name says", image.config)));
         }
         let layers = image.layers.iter().map(|name| (name.clone(), None));

@@ -93,7 +93,7 @@ impl Listing {
     }
 
     /// Puts all of it into the image.
-    pub(super) fn add_to(&self, merge: &mut Merge<'_>) -> io::Result<()> {
+    pub(super) fn add_to(&self, merge: &mut Merge) -> io::Result<()> {
         // Files with several names, and directories.
         let mut links: HashMap<(u64, u64), Id> = HashMap::new();
         let mut directories: HashMap<&Path, Id> = HashMap::new();
@@ -127,7 +127,7 @@ impl Listing {
     }
 }
 
-fn content(merge: &mut Merge<'_>, path: &Path, metadata: &Metadata) -> io::Result<Content> {
+fn content(merge: &mut Merge, path: &Path, metadata: &Metadata) -> io::Result<Content> {
     merge.count(if metadata.is_file() {
         metadata.len()
     } else {

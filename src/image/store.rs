@@ -81,11 +81,11 @@ impl Store {
         make: impl FnOnce(File) -> io::Result<(ImageConfig, File)>,
     ) -> io::Result<Stored> {
         let name = digest.hex();
-        if let Some(stored) = self.find(&name)? {
+        if let Some(stored) = self.find(name)? {
             return Ok(stored);
         }
-        let _lock = self.lock(&name)?;
-        if let Some(stored) = self.find(&name)? {
+        let _lock = self.lock(name)?;
+        if let Some(stored) = self.find(name)? {
             return Ok(stored);
         }
         if let Some(free) = free_bytes(&self.dir).filter(|free| *free < bytes) {
@@ -101,8 +101,8 @@ impl Store {
             _ = remove(&temporary);
         }
         made?;
-        self.tidy(&name)?;
-        self.find(&name)?
+        self.tidy(name)?;
+        self.find(name)?
             .ok_or_else(|| io::Error::other("the image was removed while it was made"))
     }
 
@@ -163,7 +163,7 @@ impl Store {
 
     /// The same image, as it is now; it counts as used.
     pub(super) fn used(&self, stored: Stored) -> io::Result<Stored> {
-        self.find(&stored.meta.digest.hex())?
+        self.find(stored.meta.digest.hex())?
             .ok_or_else(|| io::Error::other("the image was removed meanwhile"))
     }
 
@@ -200,11 +200,11 @@ impl Store {
     /// Removes an image. VMs that run from it keep its file.
     pub fn remove(&self, stored: &Stored) -> io::Result<()> {
         let name = stored.meta.digest.hex();
-        let _lock = self.lock(&name)?;
+        let _lock = self.lock(name)?;
         // Under a name that no reader looks for: an entry is never half there.
         let temporary = self.dir.join(format!("{TEMPORARY}{name}"));
         remove(&temporary)?;
-        match fs::rename(self.dir.join(&name), &temporary) {
+        match fs::rename(self.dir.join(name), &temporary) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
