@@ -39,8 +39,8 @@ pub enum RunError {
 /// What to change on the command line.
 fn hint(error: &VmError) -> String {
     match error {
-        VmError::TooManyCpus { .. } => ": give a smaller --cpus".into(),
-        VmError::TooMuchMemory { .. } => ": give a smaller --memory".into(),
+        VmError::TooManyCpus(..) => ": give a smaller --cpus".into(),
+        VmError::TooMuchMemory(..) => ": give a smaller --memory".into(),
         VmError::Memory(MemoryError::Map(..)) => " (--memory)".into(),
         VmError::Memory(MemoryError::Merge(_)) => " (--mergeable)".into(),
         VmError::Boot(BootError::MemoryTooSmall { need_mib, .. }) => {
@@ -49,7 +49,7 @@ fn hint(error: &VmError) -> String {
         VmError::Boot(BootError::InitrdTooBig(_)) => {
             " (--memory says how much memory it has)".into()
         }
-        VmError::Snapshot(SnapshotError::Disk { id, .. }) => {
+        VmError::Snapshot(SnapshotError::Disk(id, ..)) => {
             format!(" (--disk id={id},path=FILE names the file to use)")
         }
         VmError::Config(error) => config_hint(error).into(),

@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use minivmm_devices::thread::{ThreadKind, ThreadStarter};
+use nix::sys::signal::SigSet;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Signal, geteuid, set_parent_process_death_signal};
 
@@ -48,16 +49,8 @@ pub enum PasstError {
     #[error("cannot start {PROGRAM}")]
     Start(#[source] io::Error),
     /// A port of the host cannot be bound.
-    #[error("cannot publish {} port {address}", if *is_udp { "UDP" } else { "TCP" })]
-    Publish {
-        /// Where it should be published.
-        address: SocketAddr,
-        /// Whether it is one of UDP and not of TCP.
-        is_udp: bool,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot publish {0} port {1}")]
+    Publish(&'static str, SocketAddr, #[source] io::Error),
 }
 
 /// A running passt. It ends when its socket is closed, and so with this process, and when this is dropped.
@@ -170,14 +163,8 @@ fn spawn(mut command: Command, socket: UnixStream) -> io::Result<Child> {
 
 /// Signals that are blocked here for the event loop are not for passt. It ends when its socket is closed; if it is stuck, it is killed with
 /// this thread, but as root, where it drops that with its rights (PR_SET_PDEATHSIG(2const)).
-#[allow(unsafe_code, reason = "libc has no safe call for a mask of signals")]
 fn before_exec() -> io::Result<()> {
-    // SAFETY: sigset_t is plain data, which sigemptyset fills; a null pointer asks for no old mask.
-    unsafe {
-        let mut none = std::mem::zeroed();
-        libc::sigemptyset(&mut none);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
-    }
+    SigSet::empty().thread_set_mask()?;
     Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
 }
 
@@ -292,16 +279,12 @@ fn gateway(routes: &str) -> Option<Ipv4Addr> {
 
 /// Whether a port can be bound. passt would say so only when the guest runs.
 fn check_port(port: &PublishedPort) -> Result<(), PasstError> {
-    let bound = if port.is_udp {
-        UdpSocket::bind(port.address).map(drop)
+    let (protocol, bound) = if port.is_udp {
+        ("UDP", UdpSocket::bind(port.address).map(drop))
     } else {
-        TcpListener::bind(port.address).map(drop)
+        ("TCP", TcpListener::bind(port.address).map(drop))
     };
-    bound.map_err(|source| PasstError::Publish {
-        address: port.address,
-        is_udp: port.is_udp,
-        source,
-    })
+    bound.map_err(|source| PasstError::Publish(protocol, port.address, source))
 }
 
 #[cfg(test)]

@@ -46,13 +46,8 @@ pub enum VmError {
     #[error(transparent)]
     Passt(#[from] PasstError),
     /// The networks that were opened are not those of the configuration.
-    #[error("the configuration has {configured} networks, of which {open} are open")]
-    Networks {
-        /// From the configuration.
-        configured: usize,
-        /// What was opened.
-        open: usize,
-    },
+    #[error("the configuration has {0} networks, of which {1} are open")]
+    Networks(usize, usize),
     /// Guest RAM cannot be made.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -70,26 +65,12 @@ pub enum VmError {
     /// KVM refused a step of the set-up.
     #[error("{0} failed")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
-    /// More vCPUs than KVM makes.
-    #[error("this host's KVM makes {max} vCPUs at most, not {asked}")]
-    TooManyCpus {
-        /// From the configuration.
-        asked: u8,
-        /// KVM's limit.
-        max: usize,
-    },
-    /// More memory than the processor can address.
-    #[error(
-        "{asked} of guest memory end at {end:#x}, beyond the {bits} physical address bits of this host"
-    )]
-    TooMuchMemory {
-        /// From the configuration.
-        asked: MemorySize,
-        /// First GPA behind the RAM.
-        end: u64,
-        /// What CPUID says of the host.
-        bits: u8,
-    },
+    /// More vCPUs than KVM makes: its limit, and the configuration's.
+    #[error("this host's KVM makes {0} vCPUs at most, not {1}")]
+    TooManyCpus(usize, u8),
+    /// More memory than the processor can address: its size, the first GPA behind it, and the address bits.
+    #[error("{0} of guest memory end at {1:#x}, beyond the {2} physical address bits of this host")]
+    TooMuchMemory(MemorySize, u64, u8),
     /// A stock kernel, on a KVM that cannot run one.
     #[error(
         "this host's KVM is PVM, without hardware virtualization: it emulates {} so slowly that it would seem to hang; run \

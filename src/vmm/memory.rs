@@ -33,17 +33,9 @@ pub enum MemoryError {
         if .0 == &Errno::INVAL { ": its kernel has no KSM" } else { "" }
     )]
     Merge(#[source] Errno),
-    /// KVM refused a memslot.
-    #[error("KVM refused guest memory at {start:#x}, {size:#x} bytes")]
-    Memslot {
-        /// GPA of the region.
-        start: u64,
-        /// Bytes of the region.
-        size: u64,
-        /// What KVM said.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
+    /// KVM refused a memslot with this GPA and size.
+    #[error("KVM refused guest memory at {0:#x}, {1:#x} bytes")]
+    Memslot(u64, u64, #[source] kvm_ioctls::Error),
 }
 
 /// The GPA ranges of `size` bytes of RAM: from 0 to the MMIO gap, the rest from 4 GiB on.
@@ -187,10 +179,8 @@ pub fn register(vm: &VmFd, mem: &GuestMemoryMmap) -> Result<(), MemoryError> {
         #[allow(unsafe_code, reason = "KVM is handed addresses of this process")]
         // SAFETY: the address and size are those of a live mapping, which the VM's owner keeps beside `vm` and drops
         // after it.
-        unsafe { vm.set_user_memory_region(region) }.map_err(|source| MemoryError::Memslot {
-            start: region.guest_phys_addr,
-            size: region.memory_size,
-            source,
+        unsafe { vm.set_user_memory_region(region) }.map_err(|source| {
+            MemoryError::Memslot(region.guest_phys_addr, region.memory_size, source)
         })?;
     }
     Ok(())

@@ -78,7 +78,7 @@ impl Networks {
     ) -> Result<Vec<Net>, VmError> {
         let (configured, open) = (config.nets.len(), self.0.len());
         if configured != open {
-            return Err(VmError::Networks { configured, open });
+            return Err(VmError::Networks(configured, open));
         }
         let device = |network: &Network| {
             if let Some(passt) = &network.passt {

@@ -183,10 +183,7 @@ impl Prepared {
         }
         let max = kvm.get_max_vcpus();
         if usize::from(config.cpus) > max {
-            return Err(VmError::TooManyCpus {
-                asked: config.cpus,
-                max,
-            });
+            return Err(VmError::TooManyCpus(max, config.cpus));
         }
         let fd = create_vm(&kvm)?;
         let supported = supported()?;
@@ -291,7 +288,7 @@ fn check_address_bits(asked: MemorySize, supported: &CpuId) -> Result<(), VmErro
     let bits = crate::arch::cpuid::physical_address_bits(supported);
     let end = memory::end_of_ram(asked.bytes);
     if bits < 64 && end > 1 << bits {
-        return Err(VmError::TooMuchMemory { asked, end, bits });
+        return Err(VmError::TooMuchMemory(asked, end, bits));
     }
     Ok(())
 }

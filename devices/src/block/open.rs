@@ -41,12 +41,9 @@ pub struct DiskError {
 /// What is wrong with a disk.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DiskFault {
-    #[error("cannot be opened{}", how(*for_writing, source))]
-    Open {
-        for_writing: bool,
-        #[source]
-        source: io::Error,
-    },
+    /// Whether it was to be opened for writing.
+    #[error("cannot be opened{}", how(*.0, .1))]
+    Open(bool, #[source] io::Error),
     #[error("is neither a regular file nor a block device")]
     Kind,
     #[error(
@@ -163,13 +160,7 @@ pub(super) fn open_and_lock(path: &Path, for_writing: bool) -> Result<(File, Fil
             .write(for_writing)
             .custom_flags(flags)
             .open(path)
-            .map_err(|source| {
-                DiskFault::Open {
-                    for_writing,
-                    source,
-                }
-                .of(path)
-            })
+            .map_err(|source| DiskFault::Open(for_writing, source).of(path))
     };
     // A FIFO that is named by mistake must not hang.
     let lock = open(libc::O_NONBLOCK)?;

@@ -141,25 +141,14 @@ impl VcpuState {
         support: &StateSupport,
         first: bool,
     ) -> Result<(), StateError> {
-        let FixedState {
-            tsc_khz,
-            counts: _,
-            mp_state,
-            reserved: _,
-            regs,
-            sregs,
-            xcrs,
-            debugregs,
-            lapic,
-            events,
-        } = &self.fixed;
+        let fixed = &self.fixed;
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::Nonsense("CPUID"))?;
         fd.set_cpuid2(&cpuid).map_err(refused("KVM_SET_CPUID2"))?;
-        restore_tsc_frequency(fd, *tsc_khz, support)?;
-        fd.set_mp_state(*mp_state)
+        restore_tsc_frequency(fd, fixed.tsc_khz, support)?;
+        fd.set_mp_state(fixed.mp_state)
             .map_err(refused("KVM_SET_MP_STATE"))?;
-        fd.set_regs(regs).map_err(refused("KVM_SET_REGS"))?;
-        let mut sregs = *sregs;
+        fd.set_regs(&fixed.regs).map_err(refused("KVM_SET_REGS"))?;
+        let mut sregs = fixed.sregs;
         if support.emulated_by_qemu {
             // KVM on AMD reports TR as a busy TSS whatever the processor has (svm_get_segment). Where the processor is QEMU's, a guest
             // goes on with that, and QEMU takes I/O permissions only from a TSS that is not busy (check_io): all port accesses outside
@@ -169,17 +158,18 @@ impl VcpuState {
         fd.set_sregs(&sregs).map_err(refused("KVM_SET_SREGS"))?;
         restore_xsave(fd, &self.xsave, support.xsave_len)?;
         // A host without XSAVE has none, and refuses even that.
-        if xcrs.nr_xcrs != 0 {
-            fd.set_xcrs(xcrs).map_err(refused("KVM_SET_XCRS"))?;
+        if fixed.xcrs.nr_xcrs != 0 {
+            fd.set_xcrs(&fixed.xcrs).map_err(refused("KVM_SET_XCRS"))?;
         }
-        fd.set_debug_regs(debugregs)
+        fd.set_debug_regs(&fixed.debugregs)
             .map_err(refused("KVM_SET_DEBUGREGS"))?;
-        fd.set_lapic(lapic).map_err(refused("KVM_SET_LAPIC"))?;
+        fd.set_lapic(&fixed.lapic)
+            .map_err(refused("KVM_SET_LAPIC"))?;
         if first {
             self.unsettle_tsc(fd)?;
         }
         set_msrs(fd, &self.msrs)?;
-        fd.set_vcpu_events(events)
+        fd.set_vcpu_events(&fixed.events)
             .map_err(refused("KVM_SET_VCPU_EVENTS"))
     }
 
@@ -263,7 +253,7 @@ fn restore_tsc_frequency(
         return Ok(());
     }
     if !support.tsc_control {
-        return Err(StateError::TscFrequency { saved, host });
+        return Err(StateError::TscFrequency(saved, host));
     }
     fd.set_tsc_khz(saved).map_err(refused("KVM_SET_TSC_KHZ"))
 }
@@ -287,10 +277,7 @@ fn save_xsave(fd: &VcpuFd, len: usize) -> Result<Vec<u8>, StateError> {
 fn restore_xsave(fd: &VcpuFd, saved: &[u8], len: usize) -> Result<(), StateError> {
     // KVM reads as much as it wants, whatever there is.
     if saved.len() != len {
-        return Err(StateError::XsaveSize {
-            saved: saved.len(),
-            host: len,
-        });
+        return Err(StateError::XsaveSize(saved.len(), len));
     }
     let mut area = new_area(len)?;
     let (region, extra) = saved

@@ -21,21 +21,11 @@ pub enum StateError {
     #[error("the saved {0} is impossible")]
     Nonsense(&'static str),
     /// Saved by a KVM with another size of XSAVE state.
-    #[error("it has {saved} bytes of XSAVE state, and this host's KVM takes {host}")]
-    XsaveSize {
-        /// In the state.
-        saved: usize,
-        /// Of this host.
-        host: usize,
-    },
+    #[error("it has {0} bytes of XSAVE state, and this host's KVM takes {1}")]
+    XsaveSize(usize, usize),
     /// Saved on a host with another TSC, and this one's cannot be scaled.
-    #[error("its TSC runs at {saved} kHz, this host's at {host} kHz, and KVM cannot scale it")]
-    TscFrequency {
-        /// In the state.
-        saved: u32,
-        /// Of this host.
-        host: u32,
-    },
+    #[error("its TSC runs at {0} kHz, this host's at {1} kHz, and KVM cannot scale it")]
+    TscFrequency(u32, u32),
     /// Nothing was saved of this vCPU.
     #[error("no state of it was saved")]
     Missing,

@@ -40,8 +40,8 @@ impl SavedDisk {
     ) -> Result<Vec<Self>, FormatError> {
         let ephemeral = configs.iter().filter(|config| config.ephemeral).count();
         if configs.len() != identities.len() || ephemeral != overlays.len() {
-            return Err(FormatError::Mismatch(format!(
-                "{} files and the writes of {} disks for a VM with {} disks, of which {ephemeral} are ephemeral",
+            return Err(FormatError::Unusable(format!(
+                "has {} files and the writes of {} disks for a VM with {} disks, of which {ephemeral} are ephemeral",
                 identities.len(),
                 overlays.len(),
                 configs.len(),
@@ -72,11 +72,7 @@ impl SavedDisk {
     /// Opens it again, for one VM. A file that the user has not named must be the same, unchanged; one that was named, as long.
     pub(crate) fn open(&self, options: DiskOptions) -> Result<Disk, SnapshotError> {
         let path = self.named.as_ref().unwrap_or(&self.identity.path);
-        let failed = |source| SnapshotError::Disk {
-            id: self.id.clone(),
-            path: path.clone(),
-            source,
-        };
+        let failed = |source| SnapshotError::Disk(self.id.clone(), path.clone(), source);
         if self.named.is_none() && !self.path_is_trusted {
             let why = "the snapshot is another user's, or others can write to it: files that it names are not opened";
             return Err(failed(why.into()));

@@ -232,7 +232,12 @@ impl Sections {
             match Kind::from_number(entry.kind) {
                 Some(kind) => entries.push((kind, range)),
                 None if entry.flags & 1 != 0 => {}
-                None => return Err(FormatError::UnknownSection(entry.kind)),
+                None => {
+                    return Err(FormatError::Unusable(format!(
+                        "has a section (kind {}) that this minivmm does not know: it is from a newer one",
+                        entry.kind
+                    )));
+                }
             }
         }
         Ok(Self {
@@ -255,7 +260,10 @@ impl Sections {
         let mut all = self.all(kind);
         match (all.next(), all.next()) {
             (Some(section), None) => Ok(section),
-            _ => Err(FormatError::Count(kind as u32)),
+            _ => Err(FormatError::Unusable(format!(
+                "has not exactly one section of kind {}",
+                kind as u32
+            ))),
         }
     }
 }
@@ -271,18 +279,20 @@ fn read(file: &File, bytes: &mut [u8], offset: u64) -> Result<(), FormatError> {
 /// The table of a header.
 fn check_header(header: &Header) -> Result<&[Entry], FormatError> {
     let Header { major, minor, .. } = *header;
+    let unusable = |what| Err(FormatError::Unusable(what));
     if header.magic != MAGIC {
-        return Err(FormatError::NoSnapshot);
+        return unusable("is not a snapshot".into());
     }
     if major != MAJOR {
-        return Err(FormatError::Version {
-            major,
-            minor,
-            known: MAJOR,
-        });
+        return unusable(format!(
+            "has format version {major}.{minor}, and this minivmm reads {MAJOR}.x"
+        ));
     }
     if header.architecture != ARCHITECTURE {
-        return Err(FormatError::Architecture(header.architecture));
+        return unusable(format!(
+            "is of another architecture (ELF machine {}, not x86-64)",
+            header.architecture
+        ));
     }
     if header.checksum() != header.crc {
         return Err(FormatError::Checksum("its header".into()));

@@ -95,14 +95,14 @@ impl Snapshot {
         let memory = config.memory.bytes;
         if memory != sections.ram.len {
             let other = sections.ram.len;
-            return Err(FormatError::Mismatch(format!(
-                "{other} bytes of memory for a VM of {memory}"
+            return Err(FormatError::Unusable(format!(
+                "has {other} bytes of memory for a VM of {memory}"
             )));
         }
         let kernel = &meta.kernel.kernel_range;
         if kernel.start > kernel.end || kernel.end > end_of_ram(memory) {
-            return Err(FormatError::Mismatch(
-                "a kernel outside of the memory".to_owned(),
+            return Err(FormatError::Unusable(
+                "has a kernel outside of the memory".to_owned(),
             ));
         }
         let file = Arc::new(file);
@@ -113,13 +113,13 @@ impl Snapshot {
             .map_err(|e| FormatError::Section("vCPUs", e.into()))?;
         if vcpus.len() != usize::from(config.cpus) {
             let (there, wanted) = (vcpus.len(), config.cpus);
-            return Err(FormatError::Mismatch(format!(
-                "the state of {there} vCPUs for a VM of {wanted}"
+            return Err(FormatError::Unusable(format!(
+                "has the state of {there} vCPUs for a VM of {wanted}"
             )));
         }
         let clock = kvm_clock_data::read_from_bytes(sections.one(Kind::Clock)?);
         let clock = clock
-            .map_err(|_| FormatError::Mismatch("a clock of another size".to_owned()))?
+            .map_err(|_| FormatError::Unusable("has a clock of another size".to_owned()))?
             .clock;
         Ok(Self {
             path: path.to_owned(),
@@ -171,11 +171,12 @@ impl Snapshot {
         match named.and_then(|index| self.disks.get_mut(index)) {
             Some(disk) => disk.use_file(path),
             None => {
-                let known = self.disks.iter().map(|disk| disk.id.clone());
-                return Err(SnapshotError::NoDisk {
-                    id: id.to_owned(),
-                    known: known.collect(),
-                });
+                let known: Vec<&str> = self.disks.iter().map(|disk| &*disk.id).collect();
+                let known = known.join(", ");
+                let known = if known.is_empty() { "none" } else { &known };
+                return Err(SnapshotError::Refused(format!(
+                    "the snapshot's VM has no disk {id}; it has {known}"
+                )));
             }
         }
         Ok(())
@@ -228,11 +229,12 @@ impl Snapshot {
         if missing.is_empty() {
             return Ok(());
         }
-        Err(SnapshotError::OtherHost {
-            path: self.path.clone(),
-            host: self.meta.processor.clone(),
-            missing,
-        })
+        Err(SnapshotError::Refused(format!(
+            "the snapshot {} was taken on another host ({}), and this one lacks what its guest was told of: {}",
+            self.path.display(),
+            self.meta.processor,
+            missing.join(", ")
+        )))
     }
 
     /// What the guest was told of and this host's KVM does not support.
