@@ -48,16 +48,12 @@ pub struct Net {
     options: NetOptions,
     features: u64,
     link: Arc<LinkStatus>,
-    after_restore: AfterRestore,
-    workers: [QueueWorker; 1],
-}
-
-/// After a restore the driver sees the link go down and up again: its network may be another one, and even where it is the same,
-/// switches have to learn where it is now. What asks for an address by DHCP asks again; connections live on.
-#[derive(Default)]
-struct AfterRestore {
+    /// After a restore the driver sees the link go down and up again: its network may be another one, and even where it is the
+    /// same, switches have to learn where it is now. What asks for an address by DHCP asks again; connections live on.
     shows_down: AtomicBool,
+    /// While the driver has the device running, and after that.
     interrupt: Option<Interrupt>,
+    workers: [QueueWorker; 1],
 }
 
 impl Net {
@@ -97,18 +93,15 @@ impl Net {
             options: NetOptions { mtu, ..options },
             features,
             link: status,
-            after_restore: AfterRestore::default(),
+            shows_down: AtomicBool::new(false),
+            interrupt: None,
             workers: [worker],
         })
     }
 
     fn status(&self) -> u16 {
-        let AfterRestore {
-            shows_down,
-            interrupt,
-        } = &self.after_restore;
-        if let Some(interrupt) = interrupt
-            && shows_down.swap(false, Ordering::Relaxed)
+        if let Some(interrupt) = &self.interrupt
+            && self.shows_down.swap(false, Ordering::Relaxed)
         {
             // It goes up as soon as the driver knows that it was down.
             interrupt.config_changed();
@@ -155,8 +148,8 @@ impl VirtioDevice for Net {
     }
 
     fn start(&mut self, resources: Resources) -> io::Result<()> {
-        self.after_restore.interrupt = Some(resources.interrupt.clone());
-        if self.after_restore.shows_down.load(Ordering::Relaxed) {
+        self.interrupt = Some(resources.interrupt.clone());
+        if self.shows_down.load(Ordering::Relaxed) {
             resources.interrupt.config_changed();
         }
         QueueWorker::start_all(&mut self.workers, resources);
@@ -175,7 +168,8 @@ impl SaveState for Net {
             // The transport's to check.
             features: _,
             link: _,
-            after_restore: _,
+            shows_down: _,
+            interrupt: _,
             workers: _,
         } = self;
         to_record(STATE_VERSION, options)
@@ -191,7 +185,7 @@ impl SaveState for Net {
             return Err(StateError::value("the network's MTU", why));
         }
         self.options = saved;
-        self.after_restore.shows_down = AtomicBool::new(true);
+        self.shows_down = AtomicBool::new(true);
         Ok(())
     }
 }
