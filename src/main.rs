@@ -31,11 +31,7 @@ static ALLOCATOR: minivmm::host::heap::Heap = minivmm::host::heap::Heap;
 
 fn main() {
     let started = Instant::now();
-    if getpid().is_init()
-        && env::args_os()
-            .next()
-            .is_some_and(|name| name == guest::INIT)
-    {
+    if getpid().is_init() && env::args_os().next().is_some_and(|n| n == guest::INIT) {
         guest::main();
     }
     process::install_fault_handlers();
@@ -48,15 +44,12 @@ fn main() {
     process::share_one_heap();
     let cli = Cli::of_process().unwrap_or_else(|e| wrong_command_line(&e));
     start_log(cli.log_level());
+    let mut out = Escaping(io::stdout());
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),
-        Some(Command::Bench(args)) => {
-            tool_status(bench::run(&args.into(), &mut Escaping(io::stdout())))
-        }
-        Some(Command::Compare(args)) => {
-            tool_status(compare::run(&args.into(), &mut Escaping(io::stdout())))
-        }
-        Some(Command::Snapshot(args)) => done(snapshot::run(&args, &mut Escaping(io::stdout()))),
+        Some(Command::Bench(args)) => tool_status(bench::run(&args.into(), &mut out)),
+        Some(Command::Compare(args)) => tool_status(compare::run(&args.into(), &mut out)),
+        Some(Command::Snapshot(args)) => done(snapshot::run(&args, &mut out)),
         Some(Command::Fork(args)) => {
             let forked = console::Signals::block()
                 .map_err(|e| host("signal handling")(e).into())
@@ -68,11 +61,11 @@ fn main() {
             run_vm(|| args.into_plan(), deadline, started, timeline)
         }
         Some(Command::Exec(args)) => exec::run(args).unwrap_or_else(|e| failure(&e)),
-        Some(Command::Ps) => done(running::list(&mut Escaping(io::stdout()))),
-        Some(Command::Stop(args)) => done(running::stop(&args, &mut Escaping(io::stdout()))),
+        Some(Command::Ps) => done(running::list(&mut out)),
+        Some(Command::Stop(args)) => done(running::stop(&args, &mut out)),
         #[cfg(feature = "registry")]
-        Some(Command::Pull(args)) => done(args.run(&mut Escaping(io::stdout()))),
-        Some(Command::Images) => done(images::list(&mut Escaping(io::stdout()))),
+        Some(Command::Pull(args)) => done(args.run(&mut out)),
+        Some(Command::Images) => done(images::list(&mut out)),
         Some(Command::Rmi(args)) => done(images::remove(&args)),
         Some(Command::Disks(args)) => done(disks::run(&args, &mut Escaping(io::stdout()))),
         Some(Command::Restore(mut args)) => {

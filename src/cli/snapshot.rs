@@ -7,7 +7,6 @@ use std::time::{Duration, UNIX_EPOCH};
 use clap::{Args, Subcommand};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 
-use crate::config::MemorySize;
 use crate::host::kvm;
 use crate::vmm::snapshot::error::SnapshotError;
 use crate::vmm::snapshot::file::MAJOR;
@@ -70,9 +69,6 @@ fn info(file: &Path, out: &mut dyn Write) -> Result<(), SnapshotCommandError> {
     let taken = UNIX_EPOCH.checked_add(Duration::from_nanos(meta.taken_at_ns));
     let taken = taken.map(|at| humantime::format_rfc3339_seconds(at).to_string());
     let tsc = snapshot.vcpus.first().map_or(0, |vcpu| vcpu.tsc_khz());
-    let memory = MemorySize {
-        bytes: meta.config.memory.bytes,
-    };
     let mut line = |name: &str, value: String| writeln!(out, "{name:<14} {value}");
     line(
         "format",
@@ -82,7 +78,7 @@ fn info(file: &Path, out: &mut dyn Write) -> Result<(), SnapshotCommandError> {
     line("boot mark", meta.mark.to_string())?;
     line("generation", meta.generation.to_string())?;
     line("vCPUs", format!("{}, TSC {tsc} kHz", meta.config.cpus))?;
-    line("memory", memory.to_string())?;
+    line("memory", meta.config.memory.to_string())?;
     line("file", format!("{}, {} on disk", kib(size), kib(on_disk)))?;
     line("kernel", meta.config.kernel.display().to_string())?;
     line("command line", meta.cmdline.clone())?;

@@ -261,10 +261,7 @@ impl ConsoleInput {
             Source::Pty(fd) => (fd.as_fd(), true),
         };
         let mut fds = [PollFd::new(&fd, PollFlags::IN)];
-        let at_once = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let at_once = Timespec::default();
         // Retry on EINTR: the epoll edge for this input has passed.
         let ready = match retry_on_intr(|| poll(&mut fds, Some(&at_once))) {
             Ok(0) => return Read::NotReady,

@@ -54,10 +54,7 @@ pub(super) fn unread(master: &OwnedFd) -> usize {
 
 fn ready(fd: impl AsFd, events: PollFlags) -> PollFlags {
     let mut fds = [PollFd::new(&fd, events)];
-    let at_once = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let at_once = Timespec::default();
     match poll(&mut fds, Some(&at_once)) {
         Ok(_) => fds[0].revents(),
         Err(_) => PollFlags::empty(),
