@@ -249,25 +249,58 @@ impl<R: Read> Archive<R> {
             let (major, minor) = (header.device_major()?, header.device_minor()?);
             member.device = (major.unwrap_or(0), minor.unwrap_or(0));
         }
-        let size = extended.sparse.size.filter(|_| member.kind == Kind::File);
-        let read = match size {
-            _ if kind == EntryType::GNUSparse => self.read_pieces(header, &mut member),
-            Some(size) => self.read_pax_pieces(size, extended.sparse, &mut member),
-            None => Ok(()),
-        };
-        read.map_err(|e| wrong(&format!("a damaged sparse file: {e}")))?;
+        let sparse = extended.sparse;
+        if kind == EntryType::GNUSparse || (sparse.size.is_some() && member.kind == Kind::File) {
+            self.read_pieces(header, sparse, &mut member)
+                .map_err(|e| wrong(&format!("a damaged sparse file: {e}")))?;
+        }
         Ok(member)
     }
 
-    /// Where the content of an old GNU sparse file belongs.
-    fn read_pieces(&mut self, header: &Header, member: &mut Member) -> io::Result<()> {
+    /// Where the content of a sparse file belongs, which its header says in GNU tar's own format, or extended ones (its manual,
+    /// "Storing Sparse Files").
+    fn read_pieces(
+        &mut self,
+        header: &Header,
+        sparse: Sparse,
+        member: &mut Member,
+    ) -> io::Result<()> {
+        let (size, map) = match sparse.size {
+            None => self.read_gnu_map(header)?,
+            Some(size) if sparse.is_in_content => (size, self.read_map()?),
+            Some(size) => (size, sparse.map),
+        };
+        if size > MAX_IMAGE_BYTES {
+            return Err(bad("it is too large"));
+        }
+        member.size = size;
+        member.pieces.clear();
+        let (mut end, mut total) = (0, 0);
+        for piece in map.chunks(2) {
+            let &[offset, length] = piece else {
+                return Err(bad("half a piece"));
+            };
+            let next = offset.checked_add(length);
+            let next = next.filter(|next| offset >= end && *next <= size);
+            end = next.ok_or_else(|| bad("its pieces overlap"))?;
+            total += length;
+            member.pieces.push((offset, length));
+        }
+        if total != self.left {
+            return Err(bad("its sizes do not agree"));
+        }
+        Ok(())
+    }
+
+    /// The file's size, and offset and length of each piece.
+    fn read_gnu_map(&mut self, header: &Header) -> io::Result<(u64, Vec<u64>)> {
         let gnu = (header.as_gnu()).ok_or_else(|| bad("no header of GNU tar"))?;
-        member.be_sparse(gnu.real_size()?)?;
+        let mut map = Vec::new();
         let mut add = |list: &[GnuSparseHeader]| -> io::Result<()> {
             for piece in list.iter().filter(|piece| !piece.is_empty()) {
-                member.add_piece(piece.offset()?, piece.length()?)?;
+                map.extend([piece.offset()?, piece.length()?]);
             }
-            Ok(())
+            check_pieces(&map)
         };
         add(&gnu.sparse)?;
         let mut more = gnu.is_extended();
@@ -278,89 +311,40 @@ impl<R: Read> Archive<R> {
             add(extension.sparse())?;
             more = extension.is_extended();
         }
-        member.check_pieces(self.left)
-    }
-
-    /// The same for one in pax format (GNU tar's manual, "Storing Sparse Files").
-    fn read_pax_pieces(
-        &mut self,
-        size: u64,
-        sparse: Sparse,
-        member: &mut Member,
-    ) -> io::Result<()> {
-        let map = match sparse.is_in_content {
-            true => self.read_map()?,
-            false => sparse.map,
-        };
-        member.be_sparse(size)?;
-        for piece in map.chunks(2) {
-            match piece {
-                [offset, length] => member.add_piece(*offset, *length)?,
-                _ => return Err(bad("half a piece")),
-            }
-        }
-        member.check_pieces(self.left)
+        Ok((gnu.real_size()?, map))
     }
 
     /// The map in front of the content, in whole blocks: how many pieces there are, and offset and length of each, a number a line.
     fn read_map(&mut self) -> io::Result<Vec<u64>> {
-        let (mut numbers, mut wanted) = (Vec::new(), 1);
-        let mut digits = Vec::new();
-        while numbers.len() < wanted {
+        let (mut numbers, mut digits) = (Vec::new(), Vec::new());
+        loop {
             let mut block = [0; BLOCK];
             self.read_exact(&mut block)?;
             for byte in block {
-                if byte != b'\n' {
-                    digits.push(byte);
-                } else if numbers.len() < wanted {
-                    let number = number(&digits).ok_or_else(|| bad("no number in its map"))?;
+                if byte == b'\n' {
+                    numbers.push(number(&digits).ok_or_else(|| bad("no number in its map"))?);
                     digits.clear();
-                    if numbers.is_empty() {
-                        let pieces = usize::try_from(number).ok().filter(|n| *n <= MAX_PIECES);
-                        wanted += 2 * pieces.ok_or_else(|| bad("too many pieces"))?;
-                    }
-                    numbers.push(number);
+                } else {
+                    digits.push(byte);
                 }
             }
-            // What fills the last block; longer ones are no number.
-            if digits.len() > BLOCK {
-                return Err(bad("no number in its map"));
+            check_pieces(&numbers)?;
+            match numbers.first() {
+                Some(pieces) if (numbers.len() as u64).div_ceil(2) > *pieces => break,
+                // Longer than what fills the last block.
+                _ if digits.len() > BLOCK => return Err(bad("no number in its map")),
+                _ => {}
             }
         }
         Ok(numbers.split_off(1))
     }
 }
 
-impl Member {
-    fn be_sparse(&mut self, size: u64) -> io::Result<()> {
-        self.size = size;
-        self.pieces.clear();
-        if size > MAX_IMAGE_BYTES {
-            return Err(bad("it is too large"));
-        }
-        Ok(())
+fn check_pieces(map: &[u64]) -> io::Result<()> {
+    if map.len() > 2 * MAX_PIECES {
+        return Err(bad("too many pieces"));
     }
-
-    fn add_piece(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        let end = self.pieces.last().map_or(0, |(at, length)| at + length);
-        let next = offset.checked_add(length);
-        if offset < end || next.is_none_or(|next| next > self.size) {
-            return Err(bad("its pieces overlap"));
-        }
-        self.pieces.push((offset, length));
-        if self.pieces.len() > MAX_PIECES {
-            return Err(bad("too many pieces"));
-        }
-        Ok(())
-    }
-
-    /// Whether the pieces are all that is stored.
-    fn check_pieces(&self, stored: u64) -> io::Result<()> {
-        if self.pieces.iter().map(|piece| piece.1).sum::<u64>() != stored {
-            return Err(bad("its sizes do not agree"));
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 impl<R: Read + Seek> Archive<R> {
