@@ -1,8 +1,4 @@
 //! The processes of the guest. All that lose their parent become children of the first process, which reaps them.
-#![allow(
-    unsafe_code,
-    reason = "no safe interface looks at a child that has ended and leaves it"
-)]
 
 use std::collections::HashMap;
 use std::io;
@@ -11,7 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use rustix::process::{Pid, WaitOptions, WaitStatus, waitpid};
+use rustix::io::Errno;
+use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, WaitStatus, wait, waitid};
 
 /// Programs that were started here, and who is told of their exit statuses.
 type Started = HashMap<Pid, Sender<u8>>;
@@ -53,44 +50,29 @@ impl Children {
 
     fn reap_all(&self) {
         loop {
-            match ended_child() {
-                Ok(Some(pid)) => {
+            // Leaves it to be reaped.
+            let ended = waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+            match ended {
+                Ok(_) => {
                     let mut started = self.started();
-                    if let Ok(Some((_, status))) = waitpid(Some(pid), WaitOptions::NOHANG)
+                    if let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG)
                         && let Some(tell) = started.remove(&pid)
                     {
                         // It fails where nobody waits for it.
                         let _ = tell.send(status_of(status));
                     }
                 }
-                Ok(None) => {}
+                Err(Errno::INTR) => {}
                 // There is no child.
                 Err(_) => {
                     let started = self.started();
                     let none = |started: &mut Started| started.is_empty();
-                    let wait = self.0.new.wait_while(started, none);
-                    drop(wait.unwrap_or_else(PoisonError::into_inner));
+                    let waited = self.0.new.wait_while(started, none);
+                    drop(waited.unwrap_or_else(PoisonError::into_inner));
                 }
             }
         }
     }
-}
-
-/// Waits for a child to end, and leaves it to be reaped. An error if there is no child.
-fn ended_child() -> io::Result<Option<Pid>> {
-    // SAFETY: an all-zero siginfo is a valid value.
-    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the kernel writes a siginfo, which lives until the call returns.
-    let result = unsafe { libc::waitid(libc::P_ALL, 0, &mut info, libc::WEXITED | libc::WNOWAIT) };
-    if result != 0 {
-        let error = io::Error::last_os_error();
-        return match error.kind() {
-            io::ErrorKind::Interrupted => Ok(None),
-            _ => Err(error),
-        };
-    }
-    // SAFETY: waitid has filled it in, for a child.
-    Ok(Pid::from_raw(unsafe { info.si_pid() }))
 }
 
 fn status_of(status: WaitStatus) -> u8 {
@@ -102,6 +84,7 @@ fn status_of(status: WaitStatus) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::process::waitpid;
 
     #[test]
     #[allow(clippy::zombie_processes, reason = "waitpid takes it")]

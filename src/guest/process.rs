@@ -1,15 +1,15 @@
 //! The program of an image: who it runs as, where, with which streams; and its end.
 
-use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
 use rustix::thread::{Gid, Uid};
 
 use super::children::Children;
@@ -133,15 +133,12 @@ impl Streams {
     }
 
     fn terminal() -> io::Result<Self> {
-        use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags)?;
         grantpt(&master)?;
         unlockpt(&master)?;
-        let name = ptsname(&master, Vec::new())?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).custom_flags(libc::O_NOCTTY);
-        let path = name.to_str().map_err(io::Error::other)?;
-        let slave = OwnedFd::from(options.open(path)?);
+        let slave = ioctl_tiocgptpeer(&master, flags)?;
         Ok(Self {
             program: [slave.try_clone()?, slave.try_clone()?, slave],
             input: master.try_clone()?,
@@ -173,8 +170,7 @@ fn before_program(command: &mut Command, user: User, terminal: bool) {
 }
 
 /// Kills all processes but this one: what the image's program has left behind goes with it, so that its streams end.
-#[allow(unsafe_code, reason = "no safe interface signals all processes")]
 pub(super) fn kill_all() {
-    // SAFETY: it sends a signal, never to the first process itself.
-    unsafe { libc::kill(-1, libc::SIGKILL) };
+    // It fails where there is none.
+    let _ = signal::kill(Pid::from_raw(-1), Signal::SIGKILL);
 }
