@@ -7,6 +7,7 @@
 //! Flow control works in both directions: a slow reader makes the guest wait, and input waits in its pipe or terminal
 //! until the guest has room. Buffers are bounded, and lost output is counted.
 
+mod destination;
 mod escape;
 mod frames;
 mod input;
@@ -33,8 +34,9 @@ pub use signals::Signals;
 pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
 
 use crate::config::ConsoleTarget;
-use output::{Destination, Shared, Sink};
+use destination::Destination;
 pub use output::{OUTPUT_MEMORY_BOUND, OutputObserver};
+use output::{Shared, Sink};
 
 /// Why the console cannot be opened.
 #[derive(Debug, Error)]

@@ -8,16 +8,16 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use minivmm_devices::chardev::{ConsoleOutput, MIN_ROOM};
 use minivmm_devices::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::io::Errno;
+use rustix::event::{EventfdFlags, eventfd};
 
+use super::destination::{Destination, Written, write_some};
 use super::pty;
 
 /// Capacity of the buffer in bytes.
@@ -34,11 +34,6 @@ const LOW_WATER: usize = CAPACITY / 2;
 const CHUNK: usize = 4096;
 /// How long to wait for the rest of a line, so that a line takes one write(2) and not one per byte.
 const LINGER: Duration = Duration::from_micros(500);
-/// How long the thread waits for its reader until it looks again at what has come meanwhile.
-const READER_STEP: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 100_000_000,
-};
 /// Bytes that came within this time of each other may count as having come at once.
 const SAME_TIME: Duration = Duration::from_micros(10);
 /// How long [`Shared::finish`] waits between two looks at whether to give up.
@@ -49,15 +44,6 @@ const CANCEL_LIMIT: Duration = Duration::from_millis(100);
 const PTY_PATIENCE: Duration = Duration::from_secs(1);
 /// How long, then, between two looks at whether it has read more.
 const PTY_STEP: Duration = Duration::from_millis(2);
-
-/// Where the output ends.
-#[derive(Clone)]
-pub(super) enum Destination {
-    /// stdout or a file; the name is for messages.
-    Stream(Arc<OwnedFd>, String),
-    /// A pty's master: what is sent while nobody is attached is dropped.
-    Pty(Arc<OwnedFd>),
-}
 
 /// Reads the guest's output as it comes, on the console's thread.
 pub trait OutputObserver: Send {
@@ -307,10 +293,7 @@ impl Shared {
                 Written::NotYet => {}
                 Written::Cancelled => break,
                 Written::Failed(e) => {
-                    let name = match &destination {
-                        Some(Destination::Stream(_, name)) => name,
-                        _ => "the pty",
-                    };
+                    let name = destination.as_ref().map_or("", Destination::name);
                     log::warn!(
                         "cannot write the console to {name}: {}; the guest's output is discarded from here on",
                         io::Error::from(e)
@@ -434,54 +417,6 @@ impl ConsoleOutput for Sink {
         drop(state);
         if wake {
             self.0.work.notify_all();
-        }
-    }
-}
-
-enum Written {
-    Bytes(usize),
-    /// There is no destination, or nobody is attached to the pty.
-    Nobody,
-    /// The reader takes its time.
-    NotYet,
-    Cancelled,
-    Failed(Errno),
-}
-
-/// Writes a part of `chunk`, waiting for the reader. The file description of stdout is shared with the shell, so it
-/// stays as it is, blocking or not; poll makes both wait in the same place, where the wait can be cancelled.
-fn write_some(destination: Option<&Destination>, chunk: &[u8], cancel: &OwnedFd) -> Written {
-    let (fd, is_pty) = match destination {
-        Some(Destination::Stream(fd, _)) => (fd.as_fd(), false),
-        Some(Destination::Pty(fd)) => (fd.as_fd(), true),
-        None => return Written::Nobody,
-    };
-    loop {
-        let mut fds = [
-            PollFd::new(&fd, PollFlags::OUT),
-            PollFd::new(cancel, PollFlags::IN),
-        ];
-        match poll(&mut fds, Some(&READER_STEP)) {
-            Err(Errno::INTR) => continue,
-            Err(e) => return Written::Failed(e),
-            Ok(0) => return Written::NotYet,
-            Ok(_) => {}
-        }
-        let (ready, cancelled) = (fds[0].revents(), !fds[1].revents().is_empty());
-        if is_pty && ready.contains(PollFlags::HUP) {
-            return Written::Nobody;
-        }
-        if ready.is_empty() && cancelled {
-            return Written::Cancelled;
-        }
-        match rustix::io::write(fd, chunk) {
-            Ok(len) if len > 0 => return Written::Bytes(len),
-            Err(Errno::INTR) => {}
-            // Ready, but nothing was written: retry, without a busy loop.
-            Ok(_) | Err(Errno::AGAIN) if cancelled => return Written::Cancelled,
-            Ok(_) | Err(Errno::AGAIN) => thread::sleep(Duration::from_millis(1)),
-            Err(Errno::IO) if is_pty => return Written::Nobody,
-            Err(e) => return Written::Failed(e),
         }
     }
 }
