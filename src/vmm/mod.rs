@@ -1,5 +1,6 @@
 //! The virtual machine: built in boot order, run, paused and resumed, ended. [`vm`] shows the whole of it.
 
+mod attach;
 pub mod control;
 pub mod ending;
 pub mod error;
