@@ -137,19 +137,29 @@ static void get(void *to, unsigned long bytes)
 		__asm__ volatile("inl %w1, %0" : "=a"(*word++) : "Nd"((unsigned short)MARK_PORT));
 }
 
+/* Nanoseconds of the machine's own time. */
+static uint64_t monotonic(void)
+{
+	struct timespec time = { 0, 0 };
+
+	syscall3(SYS_clock_gettime, CLOCK_MONOTONIC, (long)&time, 0);
+	return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
 /*
  * Until this is done, the kernel's random numbers are those of every machine that was restored from the same snapshot: the seed
  * goes into the pool, and the generator takes a new key from there at once, which a write to /dev/urandom would not bring about.
- * CAP_SYS_ADMIN and CAP_SYS_TIME are needed.
+ * The wall time is that of the moment `began`. CAP_SYS_ADMIN and CAP_SYS_TIME are needed.
  */
-static int refresh(const struct restored *restored)
+static int refresh(const struct restored *restored, uint64_t began)
 {
 	struct {
 		int bits;
 		int size;
 		uint32_t seed[8];
 	} entropy = { 256, sizeof(entropy.seed), { 0 } };
-	struct timespec now = { (time_t)(restored->nanoseconds / 1000000000), (long)(restored->nanoseconds % 1000000000) };
+	struct timespec now;
+	uint64_t nanoseconds;
 	long file = syscall3(SYS_open, (long)"/dev/urandom", O_RDWR, 0);
 	int failed = 0;
 
@@ -161,6 +171,9 @@ static int refresh(const struct restored *restored)
 		failed = 1;
 	}
 	syscall3(SYS_close, file, 0, 0);
+	nanoseconds = restored->nanoseconds + (monotonic() - began);
+	now.tv_sec = (time_t)(nanoseconds / 1000000000);
+	now.tv_nsec = (long)(nanoseconds % 1000000000);
 	if (syscall3(SYS_clock_settime, CLOCK_REALTIME, (long)&now, 0) != 0) {
 		say(2, "guestctl: cannot set the clock\n");
 		failed = 1;
@@ -171,10 +184,13 @@ static int refresh(const struct restored *restored)
 /* Writes a mark, of which the monitor may save the machine. 1 in one that was restored, 0 in the one that goes on, -1 if it failed. */
 static int snapshot(int mark, struct restored *restored)
 {
+	uint64_t began;
+
 	/* Its page is there before, which costs a restored machine no time. */
 	restored->argument_length = 0;
 	if (put(MARK_PORT, mark) != 0)
 		return -1;
+	began = monotonic();
 	get(restored, 8);
 	if (restored->magic[0] != 'M' || restored->magic[1] != 'V' || restored->magic[2] != 'M' || restored->magic[3] != 1)
 		return 0;
@@ -183,7 +199,7 @@ static int snapshot(int mark, struct restored *restored)
 		return -1;
 	get(restored->argument.words, restored->argument_length);
 	restored->argument.text[restored->argument_length] = 0;
-	return refresh(restored) ? -1 : 1;
+	return refresh(restored, began) ? -1 : 1;
 }
 
 static void *memory(unsigned long size, long file)

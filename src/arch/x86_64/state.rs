@@ -170,7 +170,10 @@ impl VcpuState {
         }
         set_msrs(fd, &self.msrs)?;
         fd.set_vcpu_events(&fixed.events)
-            .map_err(refused("KVM_SET_VCPU_EVENTS"))
+            .map_err(refused("KVM_SET_VCPU_EVENTS"))?;
+        // A clock that has jumped must not look like a hang to the guest's watchdogs. It fails where the guest has no kvm-clock.
+        _ = fd.kvmclock_ctrl();
+        Ok(())
     }
 
     /// KVM takes a TSC that is within a second of that of the VM's last write for an attempt to synchronize, and changes nothing (kvm_synchronize_tsc).
