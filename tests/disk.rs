@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::limit::watch;
-use common::linux::{Debian, debian_disk, virtio, virtio_command};
+use common::linux::{Debian, Saved, debian_disk, rounds, virtio, virtio_command};
 use common::{Ended, PATIENCE, boot_tiny, run, wait};
 use tempfile::NamedTempFile;
 
@@ -276,6 +276,37 @@ fn fio_reads_back_what_it_wrote() {
         }
         assert!(count("flushes") > 0, "{line}");
     }
+}
+
+#[test]
+fn fio_reads_back_what_it_wrote_through_snapshots() {
+    let debian = format!("path={},ro", debian_disk().display());
+    let mut args = vec!["--cpus", "2", "--disk", &debian];
+    let disks = ["engine=sync", "engine=io_uring", "ephemeral"].map(|options| {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let disk = format!("path={},{options}", file.path().display());
+        (file, disk)
+    });
+    for (_, disk) in &disks {
+        args.extend(["--disk", disk]);
+    }
+    let snapshots = rounds(4, 20);
+    let saved = Saved::of(virtio_command(&format!("saved {snapshots}"), &args));
+    let next = saved.path("next");
+    let at = format!("7={},exit", next.display());
+    for number in 1..snapshots {
+        let ended = saved.restore(&["--snapshot-at", &at]);
+        ended.assert_code(0).assert_printed(&["under way: "]);
+        eprintln!(
+            "snapshot {number}: {:?}: {}",
+            ended.took,
+            ended.out().trim()
+        );
+        fs::rename(&next, saved.snapshot()).unwrap();
+    }
+    let ended = saved.restore(&[]);
+    ended.assert_code(0).assert_printed(&["all-read-back"]);
 }
 
 /// Less than `limit`.

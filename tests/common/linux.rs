@@ -1,6 +1,7 @@
 //! Linux guests: the kernels and initramfs of guest-kernels/, and boots of them.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
@@ -174,6 +175,22 @@ impl Saved {
     }
 }
 
+/// How often something is done: more often when there is time for it.
+pub(crate) fn rounds(usual: usize, long: usize) -> usize {
+    if is_long() { long } else { usual }
+}
+
+/// Whether all is to be tried, which takes an hour: MINIVMM_TEST_LONG.
+pub(crate) fn is_long() -> bool {
+    env::var_os("MINIVMM_TEST_LONG").is_some()
+}
+
+/// Microseconds since 1970.
+pub(crate) fn now() -> u128 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap().as_micros()
+}
+
 /// A script, which takes a snapshot while a process for each CPU sleeps 1 ms again and again, and then goes on with `rest`. When it
 /// has ended, they have all woken, and each has said what it saw.
 pub(crate) fn with_witnesses(rest: &str) -> String {
@@ -201,10 +218,6 @@ pub(crate) fn expect_restored(kernel: &str, cpus: usize) {
         echo random $(head -c 16 /dev/urandom | sha256sum)";
     /// In microseconds: the guest's clock has a frequency of its own.
     const TOLERANCE: u128 = 100_000;
-    let now = || {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        now.unwrap().as_micros()
-    };
     let script = with_witnesses(COMMAND) + "; guestctl exit 7";
     let saved = Saved::new(kernel, &["--cpus", &cpus.to_string()], &script);
     // A guest whose clock has only gone on is late now.

@@ -1,6 +1,8 @@
 /*
  * What runs in a guest that is saved and restored, as tests/restore.rs asks: a process for each CPU, bound to it, that sleeps 1 ms
  * again and again and looks at the clocks. SIGUSR1 asks it what it has seen: it sleeps 100 times more, prints a line and ends.
+ *
+ * With an argument, it answers each line that it reads with the time of day, until there are no more.
  */
 #define _GNU_SOURCE
 #include <sched.h>
@@ -65,11 +67,25 @@ static int watch(int cpu)
 	return write(1, line, length) != length;
 }
 
-int main(void)
+static int tell_time(void)
+{
+	char line[80];
+
+	while (fgets(line, sizeof(line), stdin) != NULL) {
+		printf("wall %lld us\n", now(CLOCK_REALTIME) / 1000);
+		fflush(stdout);
+	}
+	return 0;
+}
+
+int main(int argc, char **argv)
 {
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 	int status, failed = 0;
 
+	(void)argv;
+	if (argc > 1)
+		return tell_time();
 	signal(SIGUSR1, on_signal);
 	for (int cpu = 0; cpu < cpus; cpu++)
 		if (fork() == 0)
