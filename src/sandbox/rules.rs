@@ -311,6 +311,8 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_uname, SAVE),
     // Another boot, which may do all of the above as well.
     any(libc::SYS_flock, RESTART),
+    // Whether a disk's file is on another machine.
+    any(libc::SYS_fstatfs, RESTART),
     // The cache of kernels, whose directory is there, and must be the user's own.
     any(libc::SYS_mkdir, RESTART),
     any(libc::SYS_geteuid, RESTART),
