@@ -2,9 +2,13 @@
 
 mod common;
 
-use std::process::Stdio;
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use common::image::{Image, MANY};
+use common::image::{Image, MANY, both_ways};
 use common::linux::kernel;
 use common::registry::Registry;
 use common::terminal::Terminal;
@@ -24,122 +28,126 @@ fn printed(ended: &Ended, wanted: &str) {
 
 #[test]
 fn the_image_says_what_is_run_and_arguments_go_over_it() {
-    let image = Image::new();
-    let script = "pwd; echo $FROM_IMAGE $A $B $PATH; busybox hostname; cat /etc/hostname; id -u; echo $HOME; id -g";
-    printed(&image.run(&cloud(), &[], &[]), "default\n");
-    let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    let options = [
-        "-e",
-        "A=b",
-        "--env",
-        "B=c d",
-        "-h",
-        "box",
-        "-w",
-        "/made/here",
-        "-u",
-        "ann",
-    ];
-    let script = format!("{script}; id -G; busybox pwd");
-    let wanted = format!(
-        "/made/here\n1 b c d {path}\nbox\nbox\n1000\n/home/ann\n1001\n1001 10\n/made/here\n"
-    );
-    printed(&image.sh(&cloud(), &options, &script), &wanted);
-    let ended = image.run(
-        &cloud(),
-        &["--entrypoint", "/bin/busybox", "-u", "7:8"],
-        &["id"],
-    );
-    printed(&ended, "uid=7 gid=8\n");
+    both_ways(|image| {
+        let script = "pwd; echo $FROM_IMAGE $A $B $PATH; busybox hostname; cat /etc/hostname; id -u; echo $HOME; id -g";
+        printed(&image.run(&cloud(), &[], &[]), "default\n");
+        let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+        let options = [
+            "-e",
+            "A=b",
+            "--env",
+            "B=c d",
+            "-h",
+            "box",
+            "-w",
+            "/made/here",
+            "-u",
+            "ann",
+        ];
+        let script = format!("{script}; id -G; busybox pwd");
+        let wanted = format!(
+            "/made/here\n1 b c d {path}\nbox\nbox\n1000\n/home/ann\n1001\n1001 10\n/made/here\n"
+        );
+        printed(&image.sh(&cloud(), &options, &script), &wanted);
+        let ended = image.run(
+            &cloud(),
+            &["--entrypoint", "/bin/busybox", "-u", "7:8"],
+            &["id"],
+        );
+        printed(&ended, "uid=7 gid=8\n");
+    });
 }
 
 #[test]
 fn statuses_are_those_of_docker() {
-    let image = Image::new();
-    let ended = image.sh(&cloud(), &[], "echo out; echo err >&2; exit 42");
-    ended.assert_code(42);
-    assert_eq!(
-        (ended.out().as_str(), ended.stderr.as_str()),
-        ("out\n", "err\n")
-    );
-    image.sh(&cloud(), &[], "kill -9 $$").assert_code(137);
-    for (options, command, code, said) in [
-        (&[][..], &["none"][..], 127, "cannot run 'none'"),
-        (&[], &["/etc/passwd"], 126, "cannot run '/etc/passwd'"),
-        (&["-u", "none"], &["id"], 125, "no user 'none'"),
-    ] {
-        let ended = image.run(&cloud(), options, command);
-        ended.assert_code(code);
-        assert!(ended.stderr.contains(said), "{}", ended.stderr);
-    }
-    let none = run(image
-        .command(&cloud(), &[], &[])
-        .env("XDG_CACHE_HOME", "relative")
-        .env("HOME", "relative"));
-    none.assert_code(2);
+    both_ways(|image| {
+        let ended = image.sh(&cloud(), &[], "echo out; echo err >&2; exit 42");
+        ended.assert_code(42);
+        assert_eq!(
+            (ended.out().as_str(), ended.stderr.as_str()),
+            ("out\n", "err\n")
+        );
+        image.sh(&cloud(), &[], "kill -9 $$").assert_code(137);
+        for (options, command, code, said) in [
+            (&[][..], &["none"][..], 127, "cannot run 'none'"),
+            (&[], &["/etc/passwd"], 126, "cannot run '/etc/passwd'"),
+            (&["-u", "none"], &["id"], 125, "no user 'none'"),
+        ] {
+            let ended = image.run(&cloud(), options, command);
+            ended.assert_code(code);
+            assert!(ended.stderr.contains(said), "{}", ended.stderr);
+        }
+        let none = run(image
+            .command(&cloud(), &[], &[])
+            .env("XDG_CACHE_HOME", "relative")
+            .env("HOME", "relative"));
+        none.assert_code(2);
+    });
 }
 
 #[test]
 fn input_arrives_whole_and_ends() {
-    let image = Image::new();
-    let input: Vec<u8> = (0..4_000_000u32)
-        .flat_map(|n| [(n % 251) as u8, (n >> 8) as u8])
-        .collect();
-    let mut command = image.command(&cloud(), &["-i"], &["cat"]);
-    let ended = run_with_input(&mut command, &input);
-    ended.assert_code(0);
-    assert_eq!(
-        Sha256::digest(&ended.stdout),
-        Sha256::digest(&input),
-        "{} bytes",
-        ended.stdout.len()
-    );
-    // A program that reads nothing is not in the way of its end.
-    let mut command = image.command(&cloud(), &["-i"], &["sh", "-c", "exit 3"]);
-    run_with_input(&mut command, &input).assert_code(3);
-    // Without -i there is none.
-    let mut command = image.command(&cloud(), &[], &["sh", "-c", "cat; echo end"]);
-    printed(&run_with_input(&mut command, b"unseen"), "end\n");
+    both_ways(|image| {
+        let input: Vec<u8> = (0..4_000_000u32)
+            .flat_map(|n| [(n % 251) as u8, (n >> 8) as u8])
+            .collect();
+        let mut command = image.command(&cloud(), &["-i"], &["cat"]);
+        let ended = run_with_input(&mut command, &input);
+        ended.assert_code(0);
+        assert_eq!(
+            Sha256::digest(&ended.stdout),
+            Sha256::digest(&input),
+            "{} bytes",
+            ended.stdout.len()
+        );
+        // A program that reads nothing is not in the way of its end.
+        let mut command = image.command(&cloud(), &["-i"], &["sh", "-c", "exit 3"]);
+        run_with_input(&mut command, &input).assert_code(3);
+        // Without -i there is none.
+        let mut command = image.command(&cloud(), &[], &["sh", "-c", "cat; echo end"]);
+        printed(&run_with_input(&mut command, b"unseen"), "end\n");
+    });
 }
 
 #[test]
 fn the_root_is_the_merged_layers_and_can_be_written_to() {
-    let image = Image::new();
-    let script = "ls /many | wc -l; ls /gone 2>&1; stat -c '%h %u %g' /bin/linked /home/ann
+    both_ways(|image| {
+        let script = "ls /many | wc -l; ls /gone 2>&1; stat -c '%h %u %g' /bin/linked /home/ann
         mkdir /new && echo x >/new/file && rm /etc/group && mv /bin/linked /bin/moved && cat /new/file
         chmod 700 /many/1; stat -c '%a %Y' /many/1; cat /etc/hosts | wc -l; mount | cut -d' ' -f3,5";
-    let ended = image.sh(&cloud(), &[], &format!("for i in ls wc stat mkdir rm mv chmod mount cut; do alias $i=\"busybox $i\"; done\n{script}"));
-    ended.assert_code(0);
-    let wanted = format!(
-        "{MANY}\nls: /gone: No such file or directory\n2 0 0\n2 1000 1000\nx\n700 1000000000\n3\n"
-    );
-    assert!(
-        ended.out().starts_with(&wanted),
-        "{}\n{}",
-        ended.out(),
-        ended.stderr
-    );
-    for mounted in [
-        "/ overlay",
-        "/proc proc",
-        "/sys sysfs",
-        "/dev devtmpfs",
-        "/dev/pts devpts",
-        "/dev/shm tmpfs",
-    ] {
-        assert!(ended.out().contains(mounted), "{mounted}: {}", ended.out());
-    }
-    let read_only = image.sh(
-        &cloud(),
-        &["--read-only"],
-        "echo x >/dev/shm/x && echo x >/x",
-    );
-    assert_ne!(read_only.code(), 0);
-    assert!(
-        read_only.stderr.contains("Read-only file system"),
-        "{}",
-        read_only.stderr
-    );
+        let ended = image.sh(&cloud(), &[], &format!("for i in ls wc stat mkdir rm mv chmod mount cut; do alias $i=\"busybox $i\"; done\n{script}"));
+        ended.assert_code(0);
+        let wanted = format!(
+            "{MANY}\nls: /gone: No such file or directory\n2 0 0\n2 1000 1000\nx\n700 1000000000\n3\n"
+        );
+        assert!(
+            ended.out().starts_with(&wanted),
+            "{}\n{}",
+            ended.out(),
+            ended.stderr
+        );
+        for mounted in [
+            "/ overlay",
+            "/proc proc",
+            "/sys sysfs",
+            "/dev devtmpfs",
+            "/dev/pts devpts",
+            "/dev/shm tmpfs",
+        ] {
+            assert!(ended.out().contains(mounted), "{mounted}: {}", ended.out());
+        }
+        let read_only = image.sh(
+            &cloud(),
+            &["--read-only"],
+            "echo x >/dev/shm/x && echo x >/x",
+        );
+        assert_ne!(read_only.code(), 0);
+        assert!(
+            read_only.stderr.contains("Read-only file system"),
+            "{}",
+            read_only.stderr
+        );
+    });
 }
 
 #[test]
@@ -203,153 +211,235 @@ fn what_is_written_to_a_disk_stays_if_it_is_kept() {
 
 #[test]
 fn a_file_has_its_capabilities() {
-    let image = Image::new();
-    for (program, wanted) in [
-        ("busybox-capable", "0000000000002000"),
-        ("busybox", "0000000000000000"),
-    ] {
-        let script = format!("exec /bin/{program} grep CapEff /proc/self/status");
-        let ended = image.sh(&cloud(), &["-u", "ann"], &script);
-        printed(&ended, &format!("CapEff:\t{wanted}\n"));
-    }
+    both_ways(|image| {
+        for (program, wanted) in [
+            ("busybox-capable", "0000000000002000"),
+            ("busybox", "0000000000000000"),
+        ] {
+            let script = format!("exec /bin/{program} grep CapEff /proc/self/status");
+            let ended = image.sh(&cloud(), &["-u", "ann"], &script);
+            printed(&ended, &format!("CapEff:\t{wanted}\n"));
+        }
+    });
 }
 
 #[test]
 fn a_terminal_is_the_programs_own() {
-    let image = Image::new();
-    let terminal = Terminal::new();
-    terminal.resize(33, 99);
-    let mut session = terminal.run(&image.command(&cloud(), &["-it"], &["sh"]));
-    terminal.wait_for("# ");
-    terminal.type_in("stty size; echo $TERM\r");
-    terminal.wait_for("33 99\r\nxterm");
-    terminal.resize(44, 88);
-    // Its SIGWINCH goes to what is in the foreground there.
-    session.signal("WINCH");
-    terminal.type_in("until stty size | busybox grep 44; do sleep 0.1; done\r");
-    terminal.wait_for("\r\n44 88\r\n");
-    // While the shell reads a line, Ctrl-C is no signal.
-    terminal.type_in("echo run''ning; sleep 1000\r");
-    terminal.wait_for("\r\nrunning\r\n");
-    terminal.type_in("\x03");
-    terminal.wait_for("^C");
-    terminal.type_in("exit 5\r");
-    assert_eq!(session.status(), 5, "{}", terminal.text());
-    assert!(!terminal.is_raw());
-    let without = image.run(&cloud(), &["-it"], &["sh"]);
-    without.assert_code(2);
-    assert!(
-        without.stderr.contains("-t needs a terminal"),
-        "{}",
-        without.stderr
-    );
+    both_ways(|image| {
+        let terminal = Terminal::new();
+        terminal.resize(33, 99);
+        let mut session = terminal.run(&image.command(&cloud(), &["-it"], &["sh"]));
+        terminal.wait_for("# ");
+        terminal.type_in("stty size; echo $TERM\r");
+        terminal.wait_for("33 99\r\nxterm");
+        terminal.resize(44, 88);
+        // Its SIGWINCH goes to what is in the foreground there.
+        session.signal("WINCH");
+        terminal.type_in("until stty size | busybox grep 44; do sleep 0.1; done\r");
+        terminal.wait_for("\r\n44 88\r\n");
+        // While the shell reads a line, Ctrl-C is no signal.
+        terminal.type_in("echo run''ning; sleep 1000\r");
+        terminal.wait_for("\r\nrunning\r\n");
+        terminal.type_in("\x03");
+        terminal.wait_for("^C");
+        terminal.type_in("exit 5\r");
+        assert_eq!(session.status(), 5, "{}", terminal.text());
+        assert!(!terminal.is_raw());
+        let without = image.run(&cloud(), &["-it"], &["sh"]);
+        without.assert_code(2);
+        assert!(
+            without.stderr.contains("-t needs a terminal"),
+            "{}",
+            without.stderr
+        );
+    });
 }
 
 #[test]
 fn signals_go_to_the_program() {
-    let image = Image::new();
-    let script = "trap 'echo got it; exit 9' TERM; echo ready; while :; do sleep 0.1; done";
-    let mut command = image.command(&cloud(), &[], &["sh", "-c", script]);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    common::expect(&mut child, "ready\n");
-    signal(&child, "TERM");
-    let output = wait(child, common::PATIENCE);
-    assert_eq!(output.status.code(), Some(9));
-    assert_eq!(output.stdout, b"got it\n");
+    both_ways(|image| {
+        let script = "trap 'echo got it; exit 9' TERM; echo ready; while :; do sleep 0.1; done";
+        let mut command = image.command(&cloud(), &[], &["sh", "-c", script]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        common::expect(&mut child, "ready\n");
+        signal(&child, "TERM");
+        let output = wait(child, common::PATIENCE);
+        assert_eq!(output.status.code(), Some(9));
+        assert_eq!(output.stdout, b"got it\n");
+    });
 }
 
 #[test]
 fn other_programs_run_beside_the_first_and_stop_ends_them_all() {
-    let image = Image::new();
-    let script = "trap 'echo told; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
-    let options = ["--name", "first", "--network", "none"];
-    let mut child = image
-        .command(&cloud(), &options, &["sh", "-c", script])
-        .spawn()
-        .unwrap();
-    common::expect(&mut child, "ready\n");
-    let listed = run(&mut image.minivmm(&["ps"]));
-    assert!(listed.out().contains("first"), "{}", listed.out());
-    let exec = |options: &[&str], command: &[&str]| {
-        image.minivmm(&[&["exec"], options, &["first"], command].concat())
-    };
-    let ended = run(&mut exec(
-        &["-e", "B=2", "-w", "/bin", "-u", "ann"],
-        &[
-            "sh",
-            "-c",
-            "echo $A$B $(pwd) $(id -u); echo err >&2; exit 6",
-        ],
-    ));
-    ended.assert_code(6);
-    let wrote = (ended.out(), ended.stderr.as_str());
-    assert_eq!(wrote, ("image2 /bin 1000\n".to_owned(), "err\n"));
-    run(&mut exec(&[], &["none"])).assert_code(127);
-    let input: Vec<u8> = (0..400_000u32).map(|n| (n % 251) as u8).collect();
-    let ended = run_with_input(&mut exec(&["-i"], &["cat"]), &input);
-    assert_eq!(Sha256::digest(&ended.stdout), Sha256::digest(&input));
-    // It ends with the VM, however long it would take.
-    let mut long = exec(&[], &["sh", "-c", "echo up; exec sleep 1000"])
-        .spawn()
-        .unwrap();
-    common::expect(&mut long, "up\n");
-    let taken = image.run(&cloud(), &["--name", "first"], &["true"]);
-    taken.assert_code(125);
-    assert!(
-        taken.stderr.contains("'first' is running"),
-        "{}",
-        taken.stderr
-    );
-    let stopped = run(&mut image.minivmm(&["stop", "-t", "100", "first"]));
-    printed(&stopped, "first\n");
-    let output = wait(child, common::PATIENCE);
-    assert_eq!(output.status.code(), Some(5));
-    assert_eq!(output.stdout, b"told\n");
-    assert_ne!(wait(long, common::PATIENCE).status.code(), Some(0));
-    for gone in [exec(&[], &["true"]), image.minivmm(&["stop", "first"])] {
-        let mut gone = gone;
-        let ended = run(&mut gone);
-        ended.assert_code(125);
+    both_ways(|image| {
+        let script = "trap 'echo told; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
+        let options = ["--name", "first", "--network", "none"];
+        let mut child = image
+            .command(&cloud(), &options, &["sh", "-c", script])
+            .spawn()
+            .unwrap();
+        common::expect(&mut child, "ready\n");
+        let listed = run(&mut image.minivmm(&["ps"]));
+        assert!(listed.out().contains("first"), "{}", listed.out());
+        let exec = |options: &[&str], command: &[&str]| {
+            image.minivmm(&[&["exec"], options, &["first"], command].concat())
+        };
+        let ended = run(&mut exec(
+            &["-e", "B=2", "-w", "/bin", "-u", "ann"],
+            &[
+                "sh",
+                "-c",
+                "echo $A$B $(pwd) $(id -u); echo err >&2; exit 6",
+            ],
+        ));
+        ended.assert_code(6);
+        let wrote = (ended.out(), ended.stderr.as_str());
+        assert_eq!(wrote, ("image2 /bin 1000\n".to_owned(), "err\n"));
+        run(&mut exec(&[], &["none"])).assert_code(127);
+        let input: Vec<u8> = (0..400_000u32).map(|n| (n % 251) as u8).collect();
+        let ended = run_with_input(&mut exec(&["-i"], &["cat"]), &input);
+        assert_eq!(Sha256::digest(&ended.stdout), Sha256::digest(&input));
+        // It ends with the VM, however long it would take.
+        let mut long = exec(&[], &["sh", "-c", "echo up; exec sleep 1000"])
+            .spawn()
+            .unwrap();
+        common::expect(&mut long, "up\n");
+        let taken = image.run(&cloud(), &["--name", "first"], &["true"]);
+        taken.assert_code(125);
         assert!(
-            ended.stderr.contains("no VM with the name"),
+            taken.stderr.contains("'first' is running"),
             "{}",
-            ended.stderr
+            taken.stderr
         );
-    }
+        let stopped = run(&mut image.minivmm(&["stop", "-t", "100", "first"]));
+        printed(&stopped, "first\n");
+        let output = wait(child, common::PATIENCE);
+        assert_eq!(output.status.code(), Some(5));
+        assert_eq!(output.stdout, b"told\n");
+        assert_ne!(wait(long, common::PATIENCE).status.code(), Some(0));
+        for gone in [exec(&[], &["true"]), image.minivmm(&["stop", "first"])] {
+            let mut gone = gone;
+            let ended = run(&mut gone);
+            ended.assert_code(125);
+            assert!(
+                ended.stderr.contains("no VM with the name"),
+                "{}",
+                ended.stderr
+            );
+        }
+    });
 }
 
 #[test]
 fn what_was_run_is_in_the_store() {
+    both_ways(|image| {
+        printed(&image.run(&cloud(), &[], &[]), "default\n");
+        let list = |args: &[&str]| {
+            let ended = run(common::minivmm(args).env("XDG_CACHE_HOME", image.store()));
+            ended.assert_code(0);
+            ended.out()
+        };
+        let listed = list(&["images"]);
+        let digest = listed
+            .lines()
+            .nth(1)
+            .unwrap()
+            .split(' ')
+            .next()
+            .unwrap()
+            .to_owned();
+        let mut again = image.minivmm(&["run", "--kernel", &cloud(), &digest]);
+        printed(
+            &run(again.env("XDG_CACHE_HOME", image.store())),
+            "default\n",
+        );
+        list(&["rmi", &digest]);
+        assert_eq!(list(&["images"]).lines().count(), 1);
+        let gone = run(again.env("XDG_CACHE_HOME", image.store()));
+        gone.assert_code(125);
+        assert!(
+            gone.stderr.contains("neither a file nor in the store"),
+            "{}",
+            gone.stderr
+        );
+    });
+}
+
+#[test]
+fn a_template_is_made_once_and_again_where_it_cannot_be_used() {
     let image = Image::new();
-    printed(&image.run(&cloud(), &[], &[]), "default\n");
-    let list = |args: &[&str]| {
-        let ended = run(common::minivmm(args).env("XDG_CACHE_HOME", image.store()));
+    let run = |said: &str| {
+        let ended = image.sh(&cloud(), &["--verbose"], "echo $A");
         ended.assert_code(0);
-        ended.out()
+        assert_eq!(ended.out(), "image\n");
+        assert!(ended.stderr.contains(said), "{said}: {}", ended.stderr);
     };
-    let listed = list(&["images"]);
-    let digest = listed
-        .lines()
-        .nth(1)
+    // Too large a file is as good as a full disk.
+    let mut limited = Command::new("sh");
+    let command = image.command(&cloud(), &[], &[]);
+    limited.args(["-c", "ulimit -f 100000; exec \"$0\" \"$@\""]);
+    limited.arg(command.get_program()).args(command.get_args());
+    limited.env("XDG_CACHE_HOME", image.store());
+    limited.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let ended = common::run(&mut limited);
+    assert_eq!((ended.code(), ended.out().as_str()), (0, "default\n"));
+    assert!(ended.stderr.contains("so the VM boots"), "{}", ended.stderr);
+    let templates = image.store().join("minivmm/templates-v1");
+    let list = || fs::read_dir(&templates).unwrap().map(|f| f.unwrap().path());
+    assert_eq!(list().count(), 0);
+
+    run("made the template");
+    run("going on from the template");
+    let template = list().next().unwrap();
+    let file = fs::File::options().write(true).open(&template).unwrap();
+    assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let len = file.metadata().unwrap().len();
+    file.write_all_at(b"x", len - 1).unwrap();
+    run("it was changed since it was made");
+    fs::File::options()
+        .write(true)
+        .open(&template)
         .unwrap()
-        .split(' ')
-        .next()
+        .set_len(len / 2)
+        .unwrap();
+    run("made anew");
+    assert_eq!(list().count(), 1);
+    fs::remove_dir_all(&templates).unwrap();
+    fs::write(&templates, "").unwrap();
+    run("so the VM boots");
+}
+
+#[test]
+fn vms_of_one_template_differ_and_know_the_time() {
+    let image = Image::new();
+    let script =
+        "cat /proc/sys/kernel/random/boot_id; cat /proc/sys/kernel/random/uuid; busybox date +%s";
+    let mut words = BTreeSet::new();
+    // The first two make one each.
+    let mut first = [0, 1].map(|_| image.command(&cloud(), &[], &["sh", "-c", script]));
+    let first = first
+        .each_mut()
+        .map(|command| command.stdout(Stdio::piped()).spawn().unwrap());
+    let mut outputs = first
+        .map(|child| wait(child, common::PATIENCE).stdout)
+        .to_vec();
+    outputs.extend((0..2).map(|_| image.sh(&cloud(), &[], script).stdout));
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
         .unwrap()
-        .to_owned();
-    let mut again = common::minivmm(&["run", "--kernel", &cloud(), &digest]);
-    printed(
-        &run(again.env("XDG_CACHE_HOME", image.store())),
-        "default\n",
-    );
-    list(&["rmi", &digest]);
-    assert_eq!(list(&["images"]).lines().count(), 1);
-    let gone = run(again.env("XDG_CACHE_HOME", image.store()));
-    gone.assert_code(125);
-    assert!(
-        gone.stderr.contains("neither a file nor in the store"),
-        "{}",
-        gone.stderr
-    );
+        .as_secs();
+    for output in outputs {
+        let output = String::from_utf8(output).unwrap();
+        let mut lines = output.lines();
+        words.extend(lines.by_ref().take(2).map(str::to_owned));
+        let time: u64 = lines.next().unwrap().parse().unwrap();
+        // The first ones are older.
+        assert!(
+            time <= now + 1 && time + 600 > now,
+            "{time}, and it is {now}"
+        );
+    }
+    assert_eq!(words.len(), 8, "{words:?}");
 }
 
 #[test]

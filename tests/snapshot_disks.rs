@@ -178,6 +178,8 @@ fn a_disk_that_has_changed_is_not_taken_unless_it_is_named() {
         assert_refused(&ended, &["it had 1048576 bytes and has 1049088"]);
         let ended = replace("data", &image);
         assert_refused(&ended, &["has no disk data; it has 0"]);
+        fs::write(dir.path("empty"), "").unwrap();
+        assert_refused(&replace("0", &dir.path("empty")), &["less than one sector"]);
         let ended = restore(&path, &["--disk", "id=0,ro,path=x"]);
         assert!(ended.stderr.contains("write id=ID,path=FILE"));
     }

@@ -14,12 +14,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, openat, renameat, statat, unlinkat};
-use rustix::io::Errno;
+use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::input::FileIdentity;
-use crate::host::ownership::{is_ours, open_own_dir};
+use crate::host::ownership::{is_ours, open_own_dir, tidy};
 
 /// Limits of the cache: number of files, and bytes on disk. The oldest entries are evicted first.
 const MAX_FILES: usize = 8;
@@ -102,7 +101,7 @@ impl KernelCache {
             _ = unlinkat(&self.dir, &temporary, AtFlags::empty());
         }
         kept?;
-        self.tidy()
+        tidy(&self.dir, is_own_name, MAX_FILES, MAX_BYTES)
     }
 
     /// Renames the file `temporary` to the entry for `id`.
@@ -118,36 +117,6 @@ impl KernelCache {
         let time = SystemTime::UNIX_EPOCH + Duration::from_secs(stamp(id));
         file.set_times(FileTimes::new().set_modified(time))?;
         Ok(renameat(&self.dir, temporary, &self.dir, entry(id))?)
-    }
-
-    /// Evicts the oldest entries beyond the limits, and temporary files of killed writers. Other files are neither counted nor
-    /// removed.
-    fn tidy(&self) -> io::Result<()> {
-        let mut files = Vec::new();
-        for file in Dir::read_from(&self.dir)? {
-            let file = file?;
-            let name = file.file_name();
-            if !is_own_name(name.to_bytes()) {
-                continue;
-            }
-            // Another process may have removed it already.
-            if let Ok(stat) = statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-                let size = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
-                files.push((stat.st_ctime, stat.st_ctime_nsec, size, name.to_owned()));
-            }
-        }
-        files.sort();
-        let mut bytes = 0u64;
-        for (count, (.., size, name)) in files.iter().rev().enumerate() {
-            bytes = bytes.saturating_add(*size);
-            if count >= MAX_FILES || (count > 0 && bytes > MAX_BYTES) {
-                match unlinkat(&self.dir, name, AtFlags::empty()) {
-                    Ok(()) | Err(Errno::NOENT) => {}
-                    Err(errno) => return Err(errno.into()),
-                }
-            }
-        }
-        Ok(())
     }
 }
 

@@ -32,7 +32,7 @@ pub struct InputFile {
 
 /// Identifies a file and its content by inode and timestamps. A user cannot set the ctime, so an overwritten file always has a
 /// new identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub(crate) struct FileIdentity {
     pub(crate) dev: u64,
     pub(crate) ino: u64,
@@ -44,7 +44,7 @@ pub(crate) struct FileIdentity {
 }
 
 impl FileIdentity {
-    fn of(metadata: &Metadata) -> Self {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
         Self {
             dev: metadata.dev(),
             ino: metadata.ino(),

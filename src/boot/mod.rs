@@ -52,6 +52,7 @@ use direct::DirectKernel;
 pub use error::{BootError, Role};
 use format::FileKind;
 pub use image::panic_message;
+pub(crate) use input::FileIdentity;
 pub use input::InputFile;
 pub use loaded::{KernelFormat, LoadedKernel, Loading};
 use ram::GuestMemory;

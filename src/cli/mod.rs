@@ -25,6 +25,7 @@ mod run_image;
 pub mod running;
 pub mod snapshot;
 mod snapshot_at;
+mod template;
 pub mod watch;
 
 pub use bench::BenchArgs;

@@ -35,6 +35,16 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Removes the template, if that is what it goes on from: KVM, say, may have been loaded with other options since it was made.
+    pub(super) fn forget_template(&self) {
+        if let (Some((template, _)), Some(_)) = (&self.snapshot, self.streams) {
+            match std::fs::remove_file(&template.path) {
+                Ok(()) => log::warn!("the VM's template is removed: the next one makes another"),
+                Err(e) => log::warn!("cannot remove {}: {e}", template.path.display()),
+            }
+        }
+    }
+
     /// The console, and where a container's program has it for its streams, stderr for COM1; and the input.
     pub(super) fn open_consoles(
         &self,

@@ -198,7 +198,8 @@ impl Run<'_> {
             profile_exits: watched,
         };
         let mut times = BuildTimes::default();
-        let mut vm = Vm::build(prepared, ends, observers, &mut times)?;
+        let mut vm = Vm::build(prepared, ends, observers, &mut times)
+            .inspect_err(|_| self.plan.forget_template())?;
         self.timeline.note_build(&times);
         let senders = vm.senders();
         let on_ready: Arc<dyn Fn() + Send + Sync> = Arc::new(move || tell_of_tx_space(&senders));

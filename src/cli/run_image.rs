@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
+use minivmm_devices::platform::control::MAX_ARGUMENT;
 use rustix::process::getpid;
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -15,17 +17,20 @@ use super::program::{ProgramArgs, variable};
 use super::pull::RegistryArgs;
 use super::run::RunError;
 use super::running::running;
+use super::template;
 use crate::boot;
 use crate::config::{
     ConsoleKind, DEFAULT_CMDLINE, DiskConfig, DiskFormat, MAX_CPUS, MemorySize, PublishedPort,
     SandboxMode, Span, VmConfig, VsockConfig, join_words,
 };
-use crate::guest::{INIT, Orders};
+use crate::guest::{INIT, Orders, Setup};
 use crate::host::passt;
 use crate::image::{ImageConfig, Source, Stored};
 use crate::run::{Claim, Info, find_kernel, initramfs, passt_network};
 use crate::tools::measure::find_program;
 use crate::vmm::error::host;
+use crate::vmm::prepare::Identity;
+use crate::vmm::snapshot::Snapshot;
 
 /// What every program finds in its environment, unless the image or the user says otherwise.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -111,6 +116,10 @@ pub struct RunArgs {
     /// Say when what happened: a table on stderr when the VM has ended, or JSON in FILE
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     pub timeline: Option<Option<PathBuf>>,
+    /// Boot the VM. Without it, it goes on from a template in the cache, where its kernel has booted and waits for an image; the
+    /// first run with this kernel, memory, CPUs and network makes it
+    #[arg(long)]
+    cold: bool,
     /// Accepted for docker's sake: nothing of a VM stays but what --keep says
     #[arg(long)]
     rm: bool,
@@ -164,10 +173,8 @@ impl RunArgs {
         }
         let claim = self.claim(&orders)?;
         let (disk, disk_file) = self.disk(&stored, &mut orders)?.unzip();
-        let initrd = initramfs(&kernel, &mut orders).map_err(host("the initramfs"))?;
-        let config = VmConfig {
+        let mut config = VmConfig {
             kernel,
-            initrd: Some(descriptor(&initrd)),
             // No console but COM1: hvc0 is for the program's streams.
             cmdline: Some(join_words([
                 DEFAULT_CMDLINE,
@@ -197,16 +204,54 @@ impl RunArgs {
             sandbox: SandboxMode::default(),
             ..VmConfig::default()
         };
+        let (snapshot, initramfs) = match self.template(&config, &orders)? {
+            Some(restored) => (Some(restored), None),
+            None => {
+                let setup = Setup {
+                    orders: Some(orders),
+                    ..Setup::default()
+                };
+                let initrd = initramfs(&config, setup).map_err(host("the initramfs"))?;
+                config.initrd = Some(descriptor(&initrd));
+                (None, Some(initrd))
+            }
+        };
         Ok(Plan {
             config,
+            snapshot,
             streams: Some(Streams {
                 terminal: self.program.tty,
                 interactive: self.program.interactive,
             }),
-            files: disk_file.flatten().into_iter().chain([initrd]).collect(),
+            files: disk_file.flatten().into_iter().chain(initramfs).collect(),
             claim: Some(claim),
             ..Plan::default()
         })
+    }
+
+    /// What the VM goes on from, with its disk and what its guest is told; `None` if it is to boot.
+    fn template(
+        &self,
+        config: &VmConfig,
+        orders: &Orders,
+    ) -> Result<Option<(Arc<Snapshot>, Identity)>, RunError> {
+        let argument = serde_json::to_vec(orders).map_err(|e| host("the orders")(e.into()))?;
+        // Of the disks, only the one that is read can be an empty one before.
+        if self.cold || config.disks.len() > 1 {
+            return Ok(None);
+        }
+        if argument.len() > MAX_ARGUMENT {
+            log::info!("the environment is too long for a template, so the VM boots");
+            return Ok(None);
+        }
+        let Some(mut template) = template::get(config) else {
+            return Ok(None);
+        };
+        for (disk, config) in template.disks.iter_mut().zip(&config.disks) {
+            disk.use_file(&config.path);
+        }
+        let identity = Identity { index: 0, argument };
+        Ok(Some((Arc::new(template), identity)))
     }
 
     /// What the guest is to do: the image's configuration with the arguments over it.
@@ -223,8 +268,6 @@ impl RunArgs {
         let directory = self.workdir.clone().or_else(|| config.working_dir.clone());
         let directory = directory.unwrap_or_default();
         Ok(Orders {
-            modules: Vec::new(),
-            later_modules: Vec::new(),
             command: command(config, self.entrypoint.as_deref(), &self.command),
             environment: self.environment(config, &hostname)?,
             user: user.unwrap_or_default(),

@@ -1,5 +1,6 @@
 //! Saving a VM at a boot mark: the option, and what it does in the event loop.
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -110,7 +111,7 @@ impl Saver {
         if !at.exit {
             control.release();
         }
-        match written.and_then(|()| target.publish()) {
+        match written.and_then(|()| target.publish(File::sync_all)) {
             Ok(path) => {
                 log::info!("saved to {}", path.display());
                 if at.exit {

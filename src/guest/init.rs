@@ -1,26 +1,25 @@
 //! The first process: modules, mounts, names, and the end of the machine.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::mount::{MountFlags, mount, mount_move, mount_remount};
+use rustix::fs::CWD;
+use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, mount_remount, move_mount};
 
 use super::children::Children;
 use super::exec;
 use super::failure::{Failure, c_string, cannot, make_directory};
 use super::modules;
 use super::network;
-use super::orders::{ORDERS, Orders};
-use super::process;
-use super::streams::Channel;
+use super::orders::{Orders, SETUP, Setup};
+use super::streams::{self, Channel};
+use super::{port, process, template};
 
-/// I/O port whose byte becomes minivmm's exit status.
-const EXIT_PORT: u16 = 0xf4;
 /// How long a device may take to appear after its driver was loaded.
 const DEVICE_LIMIT: Duration = Duration::from_secs(10);
 /// The image's disk, and the one for what is written, if there is one.
@@ -48,98 +47,57 @@ pub fn main() -> ! {
 }
 
 fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
-    let early = [
-        ("proc", "/proc", "proc", MountFlags::empty()),
-        ("dev", "/dev", "devtmpfs", MountFlags::empty()),
-    ];
-    early.iter().try_for_each(mount_one)?;
-    let orders = fs::read(ORDERS).map_err(cannot("read the orders"))?;
-    let orders: Orders = serde_json::from_slice(&orders).map_err(cannot("read the orders"))?;
-    for module in &orders.modules {
+    mount_system()?;
+    let setup = fs::read(SETUP).map_err(cannot("read the orders"))?;
+    let setup: Setup = serde_json::from_slice(&setup).map_err(cannot("read the orders"))?;
+    for module in &setup.modules {
         let loaded = modules::open(module).and_then(|file| modules::load(&file));
         loaded.map_err(cannot(format_args!("load the kernel module {module}")))?;
     }
     // While they can be reached.
-    let later = orders.later_modules.iter().map(|name| modules::open(name));
-    let later = later
-        .collect::<io::Result<_>>()
+    let later = setup.later_modules.iter().map(|name| modules::open(name));
+    let mut later = later
+        .collect::<io::Result<Vec<File>>>()
         .map_err(cannot("read a kernel module"))?;
-    wait_for(CHANNEL)?;
-    let opened = Channel::open(Path::new(CHANNEL)).map_err(cannot("open hvc0"))?;
+    wait_for(CHANNEL, Path::exists)?;
+    let terminal = streams::open(Path::new(CHANNEL)).map_err(cannot("open hvc0"))?;
+    network::set_up_loopback();
+    let children = Children::reap();
+    let orders = match setup.orders {
+        Some(orders) => orders,
+        None => {
+            // What is missing shows at the socket.
+            later
+                .drain(..)
+                .for_each(|module| _ = modules::load(&module));
+            wait_for(DISK, Path::exists)?;
+            template::wait_for_orders()?
+        }
+    };
+    let opened = Channel::stream(terminal).map_err(cannot("use hvc0"))?;
     let channel = channel.insert(opened);
     enter_root(&orders)?;
     rustix::system::sethostname(orders.hostname.as_bytes()).map_err(cannot("set the host name"))?;
-    network::set_up(orders.network.as_ref()).map_err(cannot("set up the network"))?;
-    let children = Children::reap();
+    if let Some(network) = &orders.network {
+        network::set_up(network).map_err(cannot("set up the network"))?;
+    }
     let program = process::start(&orders, channel, &children)?;
     exec::serve(later, Arc::new(orders), children);
     Ok(program.wait(process::kill_all))
 }
 
-fn mount_one(
-    (source, target, kind, flags): &(&str, &str, &str, MountFlags),
-) -> Result<(), Failure> {
-    make_directory(Path::new(target)).map_err(cannot(format_args!("make {target}")))?;
-    let options = match *kind {
-        "devpts" => Some(c"mode=620,gid=5,ptmxmode=666"),
-        "tmpfs" => Some(c"mode=1777"),
-        _ => None,
-    };
-    mount(*source, *target, *kind, *flags, options)
-        .map_err(cannot(format_args!("mount {kind} on {target}")))
-}
-
-/// Waits for a device that a driver is about to find.
-fn wait_for(device: &str) -> Result<(), Failure> {
-    let limit = Instant::now() + DEVICE_LIMIT;
-    while !Path::new(device).exists() {
-        if Instant::now() > limit {
-            return Err(cannot(format_args!("find {device}"))(
-                "the kernel has no driver for it",
-            ));
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
-}
-
-/// Mounts the image, with memory or a disk above it for what is written, and makes it the root.
-fn enter_root(orders: &Orders) -> Result<(), Failure> {
-    wait_for(DISK)?;
-    for dir in ["/image", "/written", "/root"] {
-        make_directory(Path::new(dir)).map_err(cannot(format_args!("make {dir}")))?;
-    }
-    mount(DISK, "/image", "erofs", MountFlags::RDONLY, None)
-        .map_err(cannot("mount the image (EROFS)"))?;
-    mount_written(orders)?;
-    prepare_upper().map_err(cannot("prepare the root"))?;
-    let layers = c"lowerdir=/image,upperdir=/written/upper,workdir=/written/work";
-    mount(
-        "image",
-        "/root",
-        "overlay",
-        MountFlags::empty(),
-        Some(layers),
-    )
-    .map_err(cannot("mount overlayfs"))?;
-    rustix::process::chdir("/root").map_err(cannot("enter the image"))?;
-    mount_move("/root", "/").map_err(cannot("make the image the root"))?;
-    rustix::process::chroot(".").map_err(cannot("make the image the root"))?;
-    rustix::process::chdir("/").map_err(cannot("enter the image"))?;
+/// Mounts what does not depend on the image, to be moved there: a template has done it.
+fn mount_system() -> Result<(), Failure> {
     let (safe, hidden) = (
         MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV,
         MountFlags::NOSUID | MountFlags::NODEV,
     );
+    let no_programs = MountFlags::NOSUID | MountFlags::NOEXEC;
     [
         ("proc", "/proc", "proc", safe),
         ("sys", "/sys", "sysfs", safe),
         ("dev", "/dev", "devtmpfs", MountFlags::NOSUID),
-        (
-            "pts",
-            "/dev/pts",
-            "devpts",
-            MountFlags::NOSUID | MountFlags::NOEXEC,
-        ),
+        ("pts", "/dev/pts", "devpts", no_programs),
         ("shm", "/dev/shm", "tmpfs", hidden),
     ]
     .iter()
@@ -160,6 +118,71 @@ fn enter_root(orders: &Orders) -> Result<(), Failure> {
         // devtmpfs may have them.
         let _ = std::os::unix::fs::symlink(target, Path::new("/dev").join(name));
     }
+    Ok(())
+}
+
+fn mount_one(
+    (source, target, kind, flags): &(&str, &str, &str, MountFlags),
+) -> Result<(), Failure> {
+    make_directory(Path::new(target)).map_err(cannot(format_args!("make {target}")))?;
+    let options = match *kind {
+        "devpts" => Some(c"mode=620,gid=5,ptmxmode=666"),
+        "tmpfs" => Some(c"mode=1777"),
+        _ => None,
+    };
+    mount(*source, *target, *kind, *flags, options)
+        .map_err(cannot(format_args!("mount {kind} on {target}")))
+}
+
+/// Waits for a device that a driver is about to find, or to find ready.
+fn wait_for(device: &str, is_ready: fn(&Path) -> bool) -> Result<(), Failure> {
+    let limit = Instant::now() + DEVICE_LIMIT;
+    while !is_ready(Path::new(device)) {
+        if Instant::now() > limit {
+            return Err(cannot(format_args!("find {device}"))(
+                "the kernel has no driver for it",
+            ));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Mounts the image, with memory or a disk above it for what is written, and makes it the root.
+fn enter_root(orders: &Orders) -> Result<(), Failure> {
+    // In a VM that was restored, the driver has yet to hear that the disk is no longer empty.
+    wait_for(DISK, |disk| {
+        let size = File::open(disk).and_then(|mut disk| disk.seek(SeekFrom::End(0)));
+        size.is_ok_and(|size| size > 0)
+    })?;
+    for dir in ["/image", "/written", "/root"] {
+        make_directory(Path::new(dir)).map_err(cannot(format_args!("make {dir}")))?;
+    }
+    mount(DISK, "/image", "erofs", MountFlags::RDONLY, None)
+        .map_err(cannot("mount the image (EROFS)"))?;
+    mount_written(orders)?;
+    prepare_upper().map_err(cannot("prepare the root"))?;
+    let layers = c"lowerdir=/image,upperdir=/written/upper,workdir=/written/work";
+    mount(
+        "image",
+        "/root",
+        "overlay",
+        MountFlags::empty(),
+        Some(layers),
+    )
+    .map_err(cannot("mount overlayfs"))?;
+    let system = ["/proc", "/sys", "/dev"].map(|dir| (dir, File::open(dir)));
+    rustix::process::chdir("/root").map_err(cannot("enter the image"))?;
+    mount_move("/root", "/").map_err(cannot("make the image the root"))?;
+    rustix::process::chroot(".").map_err(cannot("make the image the root"))?;
+    rustix::process::chdir("/").map_err(cannot("enter the image"))?;
+    for (dir, tree) in system {
+        let tree = tree.map_err(cannot(format_args!("open {dir}")))?;
+        make_directory(Path::new(dir)).map_err(cannot(format_args!("make {dir}")))?;
+        // Where the image has a symbolic link, it leads within the image.
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+        move_mount(&tree, "", CWD, dir, flags).map_err(cannot(format_args!("mount {dir}")))?;
+    }
     write_files(orders).map_err(cannot("write /etc/hosts and the like"))?;
     // While the root can be written to.
     make_directory(Path::new(&orders.directory))
@@ -176,7 +199,7 @@ fn mount_written(orders: &Orders) -> Result<(), Failure> {
         return mount("memory", "/written", "tmpfs", MountFlags::empty(), None)
             .map_err(cannot("mount tmpfs"));
     };
-    wait_for(WRITABLE)?;
+    wait_for(WRITABLE, Path::exists)?;
     let options = c_string(options)?;
     mount(
         WRITABLE,
@@ -230,16 +253,10 @@ fn write_files(orders: &Orders) -> io::Result<()> {
 }
 
 /// Ends the machine with this status.
-#[allow(unsafe_code, reason = "only instructions reach an I/O port")]
 fn end(status: u8) -> ! {
     rustix::fs::sync();
-    // SAFETY: the call gives this thread access to a port, and has no other effect.
-    let granted = unsafe { libc::syscall(libc::SYS_ioperm, u64::from(EXIT_PORT), 1u64, 1u64) };
-    if granted == 0 {
-        // SAFETY: the port is this process's; nothing but minivmm's exit port is there, and a write to it touches no memory.
-        unsafe {
-            std::arch::asm!("out dx, al", in("dx") EXIT_PORT, in("al") status, options(nomem, nostack));
-        }
+    if port::allow(port::EXIT).is_ok() {
+        port::write(port::EXIT, status);
     }
     // Not under minivmm, or a kernel that is locked down: its status is lost.
     let _ = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);

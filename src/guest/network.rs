@@ -16,22 +16,19 @@ const PERMISSIONS: [(&str, &str); 2] = [
     ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
 ];
 
-/// Brings up the loopback device and, with a network, the first other one.
-pub(super) fn set_up(network: Option<&Network>) -> io::Result<()> {
-    let socket = match socket(AddressFamily::INET, SocketType::DGRAM, None) {
-        Ok(socket) => socket,
-        // A kernel without networks.
-        Err(_) if network.is_none() => return Ok(()),
-        Err(e) => return Err(e.into()),
-    };
-    // A kernel may have no such device.
-    let _ = bring_up(&socket, "lo");
+/// Brings up the loopback device, unless the kernel has none.
+pub(super) fn set_up_loopback() {
+    if let Ok(socket) = socket(AddressFamily::INET, SocketType::DGRAM, None) {
+        let _ = bring_up(&socket, "lo");
+    }
     for (path, value) in PERMISSIONS {
         let _ = fs::write(path, value);
     }
-    let Some(network) = network else {
-        return Ok(());
-    };
+}
+
+/// Brings up the first other device.
+pub(super) fn set_up(network: &Network) -> io::Result<()> {
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     let interface = "eth0";
     let mask = u32::MAX
         .checked_shl(32 - u32::from(network.bits))

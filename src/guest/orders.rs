@@ -6,18 +6,25 @@ use serde::{Deserialize, Serialize};
 
 /// The program's path in the initramfs, by which it knows that it is the first process there.
 pub const INIT: &str = "/.minivmm/init";
-/// [`Orders`] as JSON.
-pub const ORDERS: &str = "/.minivmm/orders";
-/// Directory of the modules that [`Orders`] name.
+/// [`Setup`] as JSON.
+pub const SETUP: &str = "/.minivmm/setup";
+/// Directory of the modules that [`Setup`] names.
 pub const MODULES: &str = "/.minivmm/modules";
 
-/// What the first process is to do.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Orders {
+/// What the first process finds in the initramfs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Setup {
     /// Files below [`MODULES`], in the order in which they are loaded.
     pub modules: Vec<String>,
     /// Likewise, but loaded when the program has been started.
     pub later_modules: Vec<String>,
+    /// What it is to do. A template is told when a VM goes on from it.
+    pub orders: Option<Orders>,
+}
+
+/// What the first process is to do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Orders {
     /// The program and its arguments.
     pub command: Vec<String>,
     /// Its environment, NAME=VALUE.

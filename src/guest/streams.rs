@@ -23,19 +23,19 @@ pub(super) struct Channel {
     writing: Arc<Mutex<()>>,
 }
 
-impl Channel {
-    /// Opens the console, which passes on all bytes as they are.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true);
-        let file = options.custom_flags(libc::O_NOCTTY).open(path)?;
-        let mut settings = tcgetattr(&file)?;
-        settings.make_raw();
-        tcsetattr(&file, OptionalActions::Now, &settings)?;
-        Self::stream(file)
-    }
+/// Opens the console, which passes on all bytes as they are.
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    let file = options.custom_flags(libc::O_NOCTTY).open(path)?;
+    let mut settings = tcgetattr(&file)?;
+    settings.make_raw();
+    tcsetattr(&file, OptionalActions::Now, &settings)?;
+    Ok(file)
+}
 
-    /// The same for a connection.
+impl Channel {
+    /// Frames on a console that is open, or on a connection.
     pub(super) fn stream(file: File) -> io::Result<Self> {
         let channel = Self {
             file: Arc::new(file),

@@ -19,16 +19,28 @@ pub use running::{Claim, Info, Running, Vm};
 
 use modules::Module;
 
-use crate::guest::{INIT, MODULES, ORDERS, Orders};
+use crate::boot::FileIdentity;
+use crate::config::VmConfig;
+use crate::guest::{INIT, MODULES, SETUP, Setup};
 use crate::tools::cpio::{write_end, write_member};
 
-/// Writes the initramfs for a guest with this kernel into a file without a name. The modules that the kernel needs are added to
-/// `orders`.
-pub fn initramfs(kernel: &Path, orders: &mut Orders) -> io::Result<File> {
-    let modules = modules::needed(kernel, orders)?;
+/// This program, which is the guest's first process.
+const PROGRAM: &str = "/proc/self/exe";
+
+/// The files that this kernel and its initramfs are made of, of which any change makes other ones. Its modules change with their list.
+pub(crate) fn ingredients(kernel: &Path) -> io::Result<Vec<FileIdentity>> {
+    let modules = modules::list(kernel).filter(|list| list.exists());
+    let files = [kernel.to_owned(), PROGRAM.into()];
+    let identity = |file| Ok(FileIdentity::of(&fs::metadata(file)?));
+    files.into_iter().chain(modules).map(identity).collect()
+}
+
+/// Writes the initramfs for this VM into a file without a name. The modules that its kernel needs are added to `setup`.
+pub fn initramfs(config: &VmConfig, mut setup: Setup) -> io::Result<File> {
+    let modules = modules::needed(config)?;
     let names = |modules: &Vec<Module>| modules.iter().map(|(name, _)| name.clone()).collect();
-    [orders.modules, orders.later_modules] = modules.each_ref().map(names);
-    let program = fs::read("/proc/self/exe")?;
+    [setup.modules, setup.later_modules] = modules.each_ref().map(names);
+    let program = fs::read(PROGRAM)?;
     let file = File::from(memfd_create("initramfs", MemfdFlags::CLOEXEC)?);
     let mut out = BufWriter::new(&file);
     let none = (0, 0);
@@ -43,7 +55,7 @@ pub fn initramfs(kernel: &Path, orders: &mut Orders) -> io::Result<File> {
         write_member(&mut out, name, libc::S_IFREG | mode, none, content)
     };
     add(INIT, 0o755, &program)?;
-    add(ORDERS, 0o600, &serde_json::to_vec(orders)?)?;
+    add(SETUP, 0o600, &serde_json::to_vec(&setup)?)?;
     for (name, content) in modules.iter().flatten() {
         add(&format!("{MODULES}/{name}"), 0o600, content)?;
     }

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::boot::inspect;
-use crate::guest::Orders;
+use crate::config::VmConfig;
 
 /// What an image needs. The checksum is for libcrc32c, which asks for it by a way that needs a program.
 const WANTED: &[&str] = &[
@@ -23,25 +23,27 @@ const NETWORK: &[&str] = &["virtio_net"];
 const DISK: &[&str] = &["ext4"];
 /// What other programs in the VM need, for their streams.
 const LATER: &[&str] = &["vmw_vsock_virtio_transport"];
+/// The list of all modules of a tree, with what each needs.
+const LIST: &str = "modules.dep";
 /// Largest module in bytes, unpacked.
 const MAX_MODULE: u64 = 64 << 20;
 
 /// A module: its name, and what is in it.
 pub(super) type Module = (String, Vec<u8>);
 
-/// The modules that `kernel` needs, in the order in which they are loaded: those for a program, and those for others beside it.
+/// The modules that the kernel of this VM needs, in the order in which they are loaded: those for a program, and those for others beside it.
 /// Empty where all is built in, or no modules of this kernel are there.
-pub(super) fn needed(kernel: &Path, orders: &Orders) -> io::Result<[Vec<Module>; 2]> {
-    let Some(tree) = tree(kernel) else {
+pub(super) fn needed(config: &VmConfig) -> io::Result<[Vec<Module>; 2]> {
+    let Some(tree) = tree(&config.kernel) else {
         return Ok(Default::default());
     };
-    let list = match fs::read_to_string(tree.join("modules.dep")) {
+    let list = match fs::read_to_string(tree.join(LIST)) {
         Ok(list) => list,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Default::default()),
         Err(e) => return Err(e),
     };
-    let network = NETWORK.iter().filter(|_| orders.network.is_some());
-    let disk = DISK.iter().filter(|_| orders.disk.is_some());
+    let network = NETWORK.iter().filter(|_| !config.nets.is_empty());
+    let disk = DISK.iter().filter(|_| config.disks.len() > 1);
     let wanted = WANTED.iter().chain(network).chain(disk);
     let files = in_order(&list, wanted);
     let read = |file: &&str| -> io::Result<Module> {
@@ -55,6 +57,11 @@ pub(super) fn needed(kernel: &Path, orders: &Orders) -> io::Result<[Vec<Module>;
     later.retain(|file| !files.contains(file));
     let read_all = |files: &[&str]| files.iter().map(read).collect::<io::Result<_>>();
     Ok([read_all(&files)?, read_all(&later)?])
+}
+
+/// The list of a kernel's modules, if there is a tree of them.
+pub(super) fn list(kernel: &Path) -> Option<PathBuf> {
+    Some(tree(kernel)?.join(LIST))
 }
 
 /// The tree of a kernel's modules.

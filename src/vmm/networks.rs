@@ -48,7 +48,12 @@ impl Networks {
                 }
                 (Some(name), _) => packets(Tap::open(name)?),
                 (None, Some(fd)) => packets(Tap::from_inherited(fd)?),
-                (None, None) => (Link::unplugged(), Some(u16::MAX), None),
+                // A template, which goes on with passt.
+                (None, None) if net.fixed_address => {
+                    (Link::unplugged(false), Some(passt::MTU), None)
+                }
+                // Whatever its driver has agreed on.
+                (None, None) => (Link::unplugged(true), Some(u16::MAX), None),
             };
             let link = link.map_err(host("a network device"))?;
             Ok(Network {

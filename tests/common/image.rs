@@ -21,6 +21,20 @@ pub(crate) const MANY: usize = 10_000;
 /// The image, and a store of its own.
 pub(crate) struct Image {
     dir: TempDir,
+    /// Whether its VMs boot; else the first leaves a template for the others.
+    cold: bool,
+}
+
+/// Runs a test with VMs that boot, and with VMs that go on from a template.
+pub(crate) fn both_ways(test: impl Fn(&Image)) {
+    for cold in [true, false] {
+        // Shown of a test that fails.
+        println!("cold: {cold}");
+        test(&Image {
+            cold,
+            ..Image::new()
+        });
+    }
 }
 
 /// A layer: what is added to it goes below the root.
@@ -138,7 +152,7 @@ impl Image {
         let dir = TempDir::new().unwrap();
         let config = r#"{"Env":["FROM_IMAGE=1","A=image"],"Cmd":["sh","-c","echo default"],"WorkingDir":"/etc"}"#;
         layout(&dir.path().join("oci"), &layers(), config);
-        Self { dir }
+        Self { dir, cold: false }
     }
 
     pub(crate) fn path(&self) -> PathBuf {
@@ -152,6 +166,7 @@ impl Image {
     /// minivmm run with the image, on this kernel.
     pub(crate) fn command(&self, kernel: &str, options: &[&str], command: &[&str]) -> Command {
         let mut run = self.minivmm(&["run", "--kernel", kernel]);
+        run.args(self.cold.then_some("--cold"));
         run.args(options).arg(self.path()).args(command);
         run
     }

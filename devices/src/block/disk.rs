@@ -55,7 +55,9 @@ impl Disk {
         let len = (&file)
             .seek(SeekFrom::End(0))
             .map_err(failed(EXAMINED, path))?;
-        if len < SECTOR_SIZE {
+        // Without a medium, as it were: a VM that goes on from a snapshot may find one.
+        let is_vacant = len == 0 && mode == DiskMode::ReadOnly && options.force_raw;
+        if len < SECTOR_SIZE && !is_vacant {
             return Err(DiskFault::Empty(len).of(path));
         }
         if !options.force_raw

@@ -67,6 +67,30 @@ impl Restored {
     }
 }
 
+impl Restored {
+    /// What `read` finds at the port, in the guest, and the wall time; `None` in a VM that was not restored.
+    pub fn read(mut read: impl FnMut(&mut [u8])) -> Option<(Self, u64)> {
+        let mut head = [0; 8];
+        read(&mut head);
+        let length = u32::from_le_bytes(*head.strip_prefix(&MAGIC)?.first_chunk()?) as usize;
+        let mut body = vec![0; Some(length).filter(|length| *length <= 2 * MAX_ARGUMENT)?];
+        read(&mut body);
+        let (generation, rest) = body.split_first_chunk()?;
+        let (nanoseconds, rest) = rest.split_first_chunk()?;
+        let (seed, rest) = rest.split_first_chunk()?;
+        let (index, rest) = rest.split_first_chunk()?;
+        let (length, argument) = rest.split_first_chunk()?;
+        let length = u32::from_le_bytes(*length) as usize;
+        let restored = Self {
+            generation: u64::from_le_bytes(*generation),
+            seed: *seed,
+            index: u32::from_le_bytes(*index),
+            argument: argument.get(..length)?.to_vec(),
+        };
+        Some((restored, u64::from_le_bytes(*nanoseconds)))
+    }
+}
+
 /// What the boot-mark port has to say.
 enum Message {
     /// Nothing, or no more.
@@ -182,6 +206,46 @@ mod tests {
         assert_eq!(read(8), [4, 3, 2, 1, 7, 0, 0, 0]);
         assert_eq!(read(9), *b"one two\xff\xff");
         assert_eq!(read(64), [0xff; 64]);
+    }
+
+    #[test]
+    fn the_guest_reads_what_the_port_says() {
+        let mut port = BootMarkPort::new(events().0);
+        let mut read =
+            |port: &mut BootMarkPort| Restored::read(|bytes| bytes.fill_with(|| inb(port, 0)));
+        assert!(read(&mut port).is_none(), "a VM that booted");
+        port.set_restored(Restored {
+            generation: 9,
+            seed: [7; 32],
+            index: 5,
+            argument: vec![b'x'; MAX_ARGUMENT],
+        });
+        let (restored, nanoseconds) = read(&mut port).unwrap();
+        assert!(
+            (restored.generation, restored.seed, restored.index) == (9, [7; 32], 5)
+                && nanoseconds > 0
+        );
+        assert_eq!(restored.argument, [b'x'; MAX_ARGUMENT]);
+        assert!(read(&mut port).is_none(), "it is said once");
+        for cut in [8, 30, 71] {
+            let (mut at, mut whole) = (0, port_stream());
+            whole[4] = cut as u8 - 8;
+            let cut = Restored::read(|bytes| {
+                bytes.copy_from_slice(&whole[at..at + bytes.len()]);
+                at += bytes.len();
+            });
+            assert!(cut.is_none());
+        }
+    }
+
+    fn port_stream() -> Vec<u8> {
+        let restored = Restored {
+            generation: 1,
+            seed: [0; 32],
+            index: 0,
+            argument: b"0123456789".to_vec(),
+        };
+        restored.stream()
     }
 
     #[test]

@@ -65,7 +65,7 @@ impl SavedDisk {
     }
 
     /// Takes the file that the user names, which is trusted to hold what the VM left.
-    pub(super) fn use_file(&mut self, path: &Path) {
+    pub fn use_file(&mut self, path: &Path) {
         self.named = Some(path.to_owned());
     }
 
@@ -87,6 +87,10 @@ impl SavedDisk {
         let mut wanted = self.identity.clone();
         if self.named.is_some() {
             (wanted.modified, wanted.inode) = (now.modified, now.inode);
+            if wanted.len == 0 {
+                // An empty disk may get any content: its driver is told.
+                wanted.len = now.len;
+            }
         }
         let differences = wanted.differences(&now);
         if !differences.is_empty() {

@@ -210,11 +210,14 @@ impl Target {
         pages
     }
 
-    /// Gives the written file its name, in place of what has it.
-    pub fn publish(self) -> Result<PathBuf, SnapshotError> {
+    /// Gives the written file its name, in place of what has it, after what `finish` does to it.
+    pub fn publish(
+        self,
+        finish: impl FnOnce(&File) -> io::Result<()>,
+    ) -> Result<PathBuf, SnapshotError> {
         let unwritten = self.unwritten();
         let publish = || {
-            self.file.file().sync_all()?;
+            finish(self.file.file())?;
             match self.file {
                 Unpublished::Nameless(file) => link(&file, &self.path),
                 Unpublished::Named(file) => Ok(file.persist(&self.path).map(drop)?),

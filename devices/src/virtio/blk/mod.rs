@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::{
 pub use request::MAX_ID_LEN;
 use request::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Requests, SEG_MAX, SIZE_MAX};
 
-use super::device::{VirtioDevice, read_config_bytes};
+use super::device::{Resources, VirtioDevice, read_config_bytes};
 use super::worker::{self, QueueWorker};
 use crate::block::ring::Ring;
 use crate::block::{Disk, Engine, SECTOR_SIZE};
@@ -45,6 +45,8 @@ const PHYSICAL_BLOCK_SIZE: u32 = 4096;
 pub struct Block {
     disk: Arc<Disk>,
     config: [u8; 60],
+    /// Whether the driver, which knows an empty disk, is to be told that it is none.
+    was_empty: bool,
     /// Of each queue.
     workers: Vec<QueueWorker>,
 }
@@ -66,6 +68,7 @@ impl Block {
         }
         let mut block = Self {
             config: config_space(&disk, queues),
+            was_empty: false,
             disk: Arc::new(disk),
             workers: Vec::new(),
         };
@@ -128,18 +131,20 @@ struct Saved {
 impl SaveState for Block {
     fn save(&self) -> Result<Box<Record>, StateError> {
         let Self {
-            disk,
+            disk: _,
             // Follows from the disk and the number of queues.
             config: _,
+            was_empty: _,
             workers: _,
         } = self;
-        to_record(STATE_VERSION, Saved::from(&**disk))
+        to_record(STATE_VERSION, self.known())
     }
 
     fn restore(&mut self, record: &Record) -> Result<(), StateError> {
         let saved: Saved = from_record(STATE_VERSION, record)?;
-        let here = Saved::from(&*self.disk);
-        if saved != here {
+        let here = self.known();
+        self.was_empty = saved.sectors == 0 && here.sectors > 0 && self.disk.is_read_only();
+        if saved != self.known() {
             let geometry = |disk: Saved| {
                 format!(
                     "{} sectors of 512 bytes, in blocks of {}",
@@ -153,11 +158,15 @@ impl SaveState for Block {
     }
 }
 
-impl From<&Disk> for Saved {
-    fn from(disk: &Disk) -> Self {
-        Self {
-            sectors: disk.sectors(),
-            block_size: disk.block_size(),
+impl Block {
+    fn known(&self) -> Saved {
+        Saved {
+            sectors: if self.was_empty {
+                0
+            } else {
+                self.disk.sectors()
+            },
+            block_size: self.disk.block_size(),
         }
     }
 }
@@ -215,6 +224,14 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.config, offset, data);
+    }
+
+    fn start(&mut self, resources: Resources) -> io::Result<()> {
+        if std::mem::take(&mut self.was_empty) {
+            resources.interrupt.config_changed();
+        }
+        QueueWorker::start_all(&mut self.workers, resources);
+        Ok(())
     }
 
     fn workers(&mut self) -> &mut [QueueWorker] {

@@ -118,9 +118,10 @@ impl Link {
         Self::new(fd, Kind::Stream(Stream::default()))
     }
 
-    /// No network: a link that is down for good. A driver that has agreed on offloads may keep them: its frames go nowhere.
-    pub fn unplugged() -> io::Result<Self> {
-        let link = Self::packets(UnixDatagram::unbound()?.into(), Some(|_, _| Ok(())))?;
+    /// No network: a link that is down for good. With offloads, a driver that has agreed on them may keep them: its frames go nowhere.
+    pub fn unplugged(offloads: bool) -> io::Result<Self> {
+        let set: SetOffloads = |_, _| Ok(());
+        let link = Self::packets(UnixDatagram::unbound()?.into(), offloads.then_some(set))?;
         link.status.is_up.store(false, Ordering::Release);
         Ok(link)
     }

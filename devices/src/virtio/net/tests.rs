@@ -414,7 +414,7 @@ fn a_driver_goes_on_without_a_network() {
     offer(&mut driver, 0..2, 100);
     let offered = driver.offered();
     driver.restore(|| {
-        let link = Arc::new(Mutex::new(Link::unplugged().unwrap()));
+        let link = Arc::new(Mutex::new(Link::unplugged(true).unwrap()));
         let any = NetOptions {
             mtu: Some(u16::MAX),
             ..OPTIONS

@@ -1,6 +1,17 @@
 //! What the host does: locks, failures, missing io_uring, a full file system.
 
+use std::path::Path;
+use std::time::Duration;
+
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INTERRUPT_ACK,
+    VIRTIO_MMIO_INTERRUPT_STATUS,
+};
+
 use super::*;
+use crate::interrupt::IrqLine;
+use crate::state::Suspend;
+use crate::virtio::transport::mmio::MmioTransport;
 
 #[test]
 fn a_disk_is_a_file_that_is_free() {
@@ -298,4 +309,38 @@ fn a_full_host_gives_an_error_and_no_more() {
         submit(&mut driver, VIRTIO_BLK_T_FLUSH, 0, (BUFFER, 0, 0));
         assert_eq!(status(&mut driver), OK);
     }
+}
+
+#[test]
+fn a_driver_is_told_of_what_is_behind_a_disk_that_was_empty() {
+    let empty = NamedTempFile::new().unwrap();
+    let drive = |path: &Path| {
+        let options = DiskOptions {
+            force_raw: true,
+            ..DiskMode::ReadOnly.into()
+        };
+        block(Disk::open(path, options).unwrap(), Engine::Sync)
+    };
+    let mut driver = Driver::started(drive(empty.path()), 0);
+    let full = NamedTempFile::new().unwrap();
+    full.as_file().set_len(8 << 9).unwrap();
+    driver.restore(|| drive(full.path()));
+    assert!(driver.transport.resume());
+    assert_eq!(driver.get(VIRTIO_MMIO_CONFIG), 8);
+    let changed = driver.get(VIRTIO_MMIO_INTERRUPT_STATUS) & VIRTIO_MMIO_INT_CONFIG;
+    assert_eq!(changed, VIRTIO_MMIO_INT_CONFIG);
+    driver.set(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_CONFIG);
+    // It is told once, and a disk that was not empty cannot become another.
+    driver.restore(|| drive(full.path()));
+    assert!(driver.transport.resume());
+    assert_eq!(
+        driver.get(VIRTIO_MMIO_INTERRUPT_STATUS) & VIRTIO_MMIO_INT_CONFIG,
+        0
+    );
+    assert!(driver.transport.pause(Duration::from_secs(20)));
+    let record = driver.transport.save().unwrap();
+    full.as_file().set_len(9 << 9).unwrap();
+    let other = drive(full.path());
+    let mut other = MmioTransport::new(other, driver.mem.clone(), IrqLine::detached());
+    assert!(other.restore(&record).is_err());
 }
