@@ -44,7 +44,13 @@ pub(super) fn get(config: &VmConfig) -> Option<Snapshot> {
     match get_or_make(config) {
         Ok(template) => Some(template),
         Err(e) => {
-            log::warn!("there is no template, so the VM boots: {}", error_chain(&e));
+            // Where the fault is with no file, a VM that boots meets it too.
+            let level = match e {
+                RunError::Vm(VmError::Snapshot(_) | VmError::Host(..)) => log::Level::Warn,
+                _ => log::Level::Info,
+            };
+            let why = error_chain(&e);
+            log::log!(level, "there is no template, so the VM boots: {why}");
             None
         }
     }
