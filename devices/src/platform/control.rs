@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn the_guest_reads_what_the_port_says() {
         let mut port = BootMarkPort::new(events().0);
-        let mut read =
+        let read =
             |port: &mut BootMarkPort| Restored::read(|bytes| bytes.fill_with(|| inb(port, 0)));
         assert!(read(&mut port).is_none(), "a VM that booted");
         port.set_restored(Restored {
