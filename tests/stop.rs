@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Output, Stdio};
 use std::thread;
@@ -60,6 +60,17 @@ fn end_of(mut child: Child, disk: Fuse) -> Output {
     output
 }
 
+/// Whether one of its threads is in the state D of proc_pid_stat(5).
+fn waits_for_a_disk(child: &Child) -> bool {
+    let threads = fs::read_dir(format!("/proc/{}/task", child.id()));
+    threads.into_iter().flatten().flatten().any(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ")
+            .next()
+            .is_some_and(|rest| rest.starts_with('D'))
+    })
+}
+
 /// A VM on a disk that hangs with the first that the guest wants of it.
 fn on_a_hung_disk(
     cmdline: &str,
@@ -86,7 +97,8 @@ fn on_a_hung_disk(
     keys.write_all(b"!").unwrap();
     expect(&mut child, "S");
     let limit = Instant::now() + PATIENCE;
-    while !disk.is_hung() {
+    // Before a thread waits for it, a request may be cancelled.
+    while !(disk.is_hung() && waits_for_a_disk(&child)) {
         assert!(Instant::now() < limit, "nothing comes to the disk");
         thread::sleep(Duration::from_millis(1));
     }
