@@ -291,7 +291,7 @@ fn fio_reads_back_what_it_wrote_through_snapshots() {
     for (_, disk) in &disks {
         args.extend(["--disk", disk]);
     }
-    let snapshots = rounds(4, 20);
+    let snapshots = rounds(2, 20);
     let saved = Saved::of(virtio_command(&format!("saved {snapshots}"), &args));
     let next = saved.path("next");
     let at = format!("7={},exit", next.display());
