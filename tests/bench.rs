@@ -86,7 +86,7 @@ fn by_name<'a>(report: &'a Value, name: &str) -> &'a Value {
 fn assert_error(ended: &Ended, code: i32, words: &[&str]) {
     ended.assert_code(code);
     for word in words {
-        assert!(ended.stderr.contains(word), "no {word}: {}", ended.stderr);
+        ended.assert_said(word);
     }
 }
 
@@ -195,11 +195,7 @@ fn failed_vmm_is_quoted() {
     ended.assert_code(0);
     let wanted = "FAILED: ended (exit status: 7) without '!' on its console";
     assert!(ended.out().contains(wanted), "{}", ended.out());
-    assert!(
-        ended.stderr.contains("cannot read this kernel"),
-        "{}",
-        ended.stderr
-    );
+    ended.assert_said("cannot read this kernel");
 }
 
 #[test]
@@ -346,11 +342,7 @@ fn results_overwrite_nothing_but_json() {
     let mut command = fakes.bench(&["--vs", "none", "--json", file.to_str().unwrap()]);
     let ended = run(&mut command);
     ended.assert_code(125);
-    assert!(
-        ended.stderr.contains("exists and is not JSON"),
-        "{}",
-        ended.stderr
-    );
+    ended.assert_said("exists and is not JSON");
     assert_eq!(fs::read_to_string(file).unwrap(), "070701");
 }
 

@@ -97,7 +97,7 @@ fn by_name<'a>(report: &'a Value, name: &str) -> &'a Value {
 fn assert_error(ended: &Ended, code: i32, words: &[&str]) {
     ended.assert_code(code);
     for word in words {
-        assert!(ended.stderr.contains(word), "no {word}: {}", ended.stderr);
+        ended.assert_said(word);
     }
 }
 

@@ -168,7 +168,7 @@ fn a_fifo_is_a_console_once_it_has_a_reader() {
     let serial = format!("file={}", path.display());
     let ended = run(&mut boot_tiny("hello", "", &["--serial", &serial]));
     ended.assert_code(125);
-    assert!(ended.stderr.contains("reader first"), "{}", ended.stderr);
+    ended.assert_said("reader first");
     let reader = fs::OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

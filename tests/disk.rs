@@ -171,7 +171,7 @@ fn a_block_device_has_its_own_sectors_and_may_be_read_only() {
     let ended = device.boot("");
     ended.assert_code(125);
     let wanted = format!("{} is a read-only block device: add ro", device.0);
-    assert!(ended.stderr.contains(&wanted), "{}", ended.stderr);
+    ended.assert_said(&wanted);
     for options in [",ro", ",ephemeral", ",sector=4096,ro"] {
         device.boot(options).assert_code(0);
     }
@@ -184,7 +184,7 @@ fn a_block_device_has_its_own_sectors_and_may_be_read_only() {
     let ended = device.boot(",sector=512");
     ended.assert_code(125);
     let wanted = format!("{} has logical blocks of 4096", device.0);
-    assert!(ended.stderr.contains(&wanted), "{}", ended.stderr);
+    ended.assert_said(&wanted);
 }
 
 /// A copy of Debian's disk.

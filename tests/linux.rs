@@ -144,7 +144,7 @@ fn too_little_memory_is_refused() {
         "32M",
     ]));
     ended.assert_code(125);
-    assert!(ended.stderr.contains("memory"), "{}", ended.stderr);
+    ended.assert_said("memory");
 }
 
 #[test]
@@ -447,13 +447,7 @@ fn a_panic_that_nobody_hears_is_134() {
     };
     let ended = unheard("rdinit=/bin/busybox -- false");
     ended.assert_code(134);
-    assert!(
-        ended
-            .stderr
-            .contains("on the console: Attempted to kill init!"),
-        "{}",
-        ended.stderr
-    );
+    ended.assert_said("on the console: Attempted to kill init!");
     // The orderly one.
     unheard("rdinit=/bin/busybox -- reboot -f").assert_code(0);
 }

@@ -48,7 +48,7 @@ fn a_missing_passt_names_its_package() {
     let ended = run(command.env("PATH", "/var/empty"));
     ended.assert_code(125);
     let error = "error: passt is not on the PATH; install the package passt";
-    assert!(ended.stderr.contains(error), "{}", ended.stderr);
+    ended.assert_said(error);
     assert_eq!(ended.out(), "", "the guest did not run");
 }
 
@@ -233,7 +233,7 @@ fn a_restored_vm_has_the_network_that_its_user_names() {
     ] {
         let ended = run(minivmm(&[command]).arg(&path).args(args));
         ended.assert_code(code);
-        assert!(ended.stderr.contains(why), "{}", ended.stderr);
+        ended.assert_said(why);
     }
     let info = run(minivmm(&["snapshot", "info"]).arg(&path));
     info.assert_printed(&["network        0: passt\n"]);

@@ -138,7 +138,7 @@ fn nothing_here_carries_out_attacks() {
     let ended = run(&mut boot_tiny("attack", "ove", &["-v"]));
     ended.assert_code(5);
     let unclaimed = "unclaimed accesses: 0 reads, 1 writes";
-    assert!(ended.stderr.contains(unclaimed), "{}", ended.stderr);
+    ended.assert_said(unclaimed);
 }
 
 /// Whatever it is that gets no memory, the status is not that of a guest whose kernel panicked.
@@ -163,11 +163,7 @@ fn a_lack_of_memory_is_minivmms_failure() {
             continue;
         }
         ended.assert_code(125);
-        assert!(
-            ended.stderr.contains("minivmm: error: "),
-            "{}",
-            ended.stderr
-        );
+        ended.assert_said("minivmm: error: ");
         aborted += u32::from(ended.stderr.contains("memory allocation of"));
     }
     assert!(aborted > 0, "no allocation failed");

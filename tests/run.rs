@@ -75,7 +75,7 @@ fn statuses_are_those_of_docker() {
         ] {
             let ended = image.run(&cloud(), options, command);
             ended.assert_code(code);
-            assert!(ended.stderr.contains(said), "{}", ended.stderr);
+            ended.assert_said(said);
         }
         let none = run(image
             .command(&cloud(), &[], &[])
@@ -142,11 +142,7 @@ fn the_root_is_the_merged_layers_and_can_be_written_to() {
             "echo x >/dev/shm/x && echo x >/x",
         );
         assert_ne!(read_only.code(), 0);
-        assert!(
-            read_only.stderr.contains("Read-only file system"),
-            "{}",
-            read_only.stderr
-        );
+        read_only.assert_said("Read-only file system");
     });
 }
 
@@ -192,11 +188,7 @@ fn what_is_written_to_a_disk_stays_if_it_is_kept() {
     common::expect(&mut child, "3\nready\n");
     let taken = image.sh(&cloud(), &keep, "true");
     taken.assert_code(125);
-    assert!(
-        taken.stderr.contains("'mine': a VM that runs has it"),
-        "{}",
-        taken.stderr
-    );
+    taken.assert_said("'mine': a VM that runs has it");
     signal(&child, "KILL");
     wait(child, common::PATIENCE);
     printed(
@@ -247,11 +239,7 @@ fn a_terminal_is_the_programs_own() {
         assert!(!terminal.is_raw());
         let without = image.run(&cloud(), &["-it"], &["sh"]);
         without.assert_code(2);
-        assert!(
-            without.stderr.contains("-t needs a terminal"),
-            "{}",
-            without.stderr
-        );
+        without.assert_said("-t needs a terminal");
     });
 }
 
@@ -306,11 +294,7 @@ fn other_programs_run_beside_the_first_and_stop_ends_them_all() {
         common::expect(&mut long, "up\n");
         let taken = image.run(&cloud(), &["--name", "first"], &["true"]);
         taken.assert_code(125);
-        assert!(
-            taken.stderr.contains("'first' is running"),
-            "{}",
-            taken.stderr
-        );
+        taken.assert_said("'first' is running");
         let stopped = run(&mut image.minivmm(&["stop", "-t", "100", "first"]));
         printed(&stopped, "first\n");
         let output = wait(child, common::PATIENCE);
@@ -321,11 +305,7 @@ fn other_programs_run_beside_the_first_and_stop_ends_them_all() {
             let mut gone = gone;
             let ended = run(&mut gone);
             ended.assert_code(125);
-            assert!(
-                ended.stderr.contains("no VM with the name"),
-                "{}",
-                ended.stderr
-            );
+            ended.assert_said("no VM with the name");
         }
     });
 }
@@ -357,11 +337,7 @@ fn what_was_run_is_in_the_store() {
         assert_eq!(list(&["images"]).lines().count(), 1);
         let gone = run(again.env("XDG_CACHE_HOME", image.store()));
         gone.assert_code(125);
-        assert!(
-            gone.stderr.contains("neither a file nor in the store"),
-            "{}",
-            gone.stderr
-        );
+        gone.assert_said("neither a file nor in the store");
     });
 }
 
@@ -372,7 +348,7 @@ fn a_template_is_made_once_and_again_where_it_cannot_be_used() {
         let ended = image.sh(&cloud(), &["--verbose"], "echo $A");
         ended.assert_code(0);
         assert_eq!(ended.out(), "image\n");
-        assert!(ended.stderr.contains(said), "{said}: {}", ended.stderr);
+        ended.assert_said(said);
     };
     // Too large a file is as good as a full disk.
     let mut limited = Command::new("sh");
@@ -383,7 +359,7 @@ fn a_template_is_made_once_and_again_where_it_cannot_be_used() {
     limited.stdout(Stdio::piped()).stderr(Stdio::piped());
     let ended = common::run(&mut limited);
     assert_eq!((ended.code(), ended.out().as_str()), (0, "default\n"));
-    assert!(ended.stderr.contains("so the VM boots"), "{}", ended.stderr);
+    ended.assert_said("so the VM boots");
     let templates = image.store().join("minivmm/templates-v1");
     let list = || fs::read_dir(&templates).unwrap().map(|f| f.unwrap().path());
     assert_eq!(list().count(), 0);

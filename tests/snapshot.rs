@@ -88,14 +88,14 @@ fn a_restored_vm_has_the_vsock_that_it_is_given() {
     let refused = restore(&path, &["--vsock", &saved]);
     refused.assert_code(125);
     let error = "exists and is not a socket";
-    assert!(refused.stderr.contains(error), "{}", refused.stderr);
+    refused.assert_said(error);
     restore(&path, &["--vsock", "path=v,cid=4"]).assert_code(2);
     assert_eq!(dir.names(), ["saved", "snapshot"]);
     let path = dir.save("marks", "", &[]);
     let refused = restore(&path, &["--vsock", &other]);
     refused.assert_code(125);
     let error = "the VM had none when it was saved";
-    assert!(refused.stderr.contains(error), "{}", refused.stderr);
+    refused.assert_said(error);
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn what_cannot_be_saved_is_refused_before_the_guest_runs() {
     ] {
         let ended = run(&mut boot_tiny("marks", "", args));
         ended.assert_code(125);
-        assert!(ended.stderr.contains(error), "{}", ended.stderr);
+        ended.assert_said(error);
         assert_eq!(ended.out(), "");
     }
     assert_eq!(dir.names(), [""; 0]);
@@ -329,7 +329,7 @@ fn forks_run_side_by_side_and_say_how_they_ended() {
     command.arg(&path).args(["-n", "4", "--output"]);
     let ended = run(command.arg(&output));
     ended.assert_code(1);
-    assert!(ended.stderr.contains("4 of 4 VMs"), "{}", ended.stderr);
+    ended.assert_said("4 of 4 VMs");
     for index in 0..4 {
         let text = fs::read_to_string(output.join(index.to_string())).unwrap();
         assert_eq!(text, "t", "{index}");

@@ -56,7 +56,7 @@ fn restore(path: &Path, args: &[&str]) -> Ended {
 fn assert_refused(ended: &Ended, parts: &[&str]) {
     ended.assert_code(125);
     for part in parts {
-        assert!(ended.stderr.contains(part), "{part}: {}", ended.stderr);
+        ended.assert_said(part);
     }
 }
 

@@ -274,7 +274,7 @@ fn state_that_kvm_or_a_device_refuses_is_an_error_that_names_it() {
         let path = write(dir.path(), &bytes, *len);
         let ended = run(minivmm(&["restore"]).arg(&path));
         ended.assert_code(125);
-        assert!(ended.stderr.contains(why), "{why}: {}", ended.stderr);
+        ended.assert_said(why);
     }
 }
 
@@ -342,6 +342,6 @@ fn what_is_said_of_disks_is_checked() {
     for (change, why) in changes {
         let ended = restore(change);
         ended.assert_code(125);
-        assert!(ended.stderr.contains(why), "{why}: {}", ended.stderr);
+        ended.assert_said(why);
     }
 }

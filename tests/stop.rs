@@ -226,6 +226,6 @@ fn a_vm_whose_disk_cannot_be_made_durable_is_not_saved_and_goes_on() {
     ended.assert_code(0);
     assert_eq!(ended.out(), "abc");
     let why = "the VM was not saved: cannot make durable what the guest has written to its disks";
-    assert!(ended.stderr.contains(why), "{}", ended.stderr);
+    ended.assert_said(why);
     assert_eq!(dir.path().read_dir().unwrap().count(), 0);
 }

@@ -225,7 +225,7 @@ fn without_a_file_it_is_a_table_on_stderr() {
             "COM1",
             "console: 6 bytes; COM1 took 12 exits, ",
         ] {
-            assert!(ended.stderr.contains(part), "{part}: {}", ended.stderr);
+            ended.assert_said(part);
         }
         assert!(!ended.stderr.contains("minivmm: "), "{}", ended.stderr);
     }
@@ -247,7 +247,7 @@ fn unwritable_timeline_is_refused_before_the_boot() {
         let ended = run(command.arg(format!("--timeline={file}")));
         ended.assert_code(125);
         assert_eq!(ended.out(), "", "no guest ran");
-        assert!(ended.stderr.contains(what), "{what}: {}", ended.stderr);
+        ended.assert_said(what);
     }
     assert_eq!(fs::read_to_string(&precious).unwrap(), "070701");
 }
@@ -262,5 +262,5 @@ fn an_older_timeline_is_replaced() {
     // A full disk is an error message; the status stays the guest's.
     let ended = run(boot_tiny("hello", "", &[]).args(["--timeline", "/dev/full"]));
     ended.assert_code(0);
-    assert!(ended.stderr.contains("No space left"), "{}", ended.stderr);
+    ended.assert_said("No space left");
 }

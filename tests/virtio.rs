@@ -128,7 +128,7 @@ fn a_vsock_has_its_socket_as_long_as_its_vm_runs() {
     let refused = run(&mut boot_tiny("hello", "", &["--vsock", &option]));
     refused.assert_code(125);
     let error = "in use by another process";
-    assert!(refused.stderr.contains(error), "{}", refused.stderr);
+    refused.assert_said(error);
     signal(&child, "TERM");
     let output = wait(child, PATIENCE);
     assert_eq!(output.status.code(), Some(143), "{output:?}");

@@ -1,7 +1,6 @@
 //! `run`: a container image as a VM.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,7 +25,7 @@ use crate::config::{
 use crate::guest::{INIT, Orders, Setup};
 use crate::host::passt;
 use crate::image::{ImageConfig, Source, Stored};
-use crate::run::{Claim, Info, find_kernel, initramfs, passt_network};
+use crate::run::{Claim, Info, descriptor, find_kernel, initramfs, passt_network};
 use crate::tools::measure::find_program;
 use crate::vmm::error::host;
 use crate::vmm::prepare::Identity;
@@ -374,11 +373,6 @@ fn name_or(option: &'static str, what: &'static str) -> impl FnOnce(std::io::Err
         std::io::ErrorKind::InvalidInput => RunError::Usage(format!("{option}: {e}")),
         _ => host(what)(e).into(),
     }
-}
-
-/// The path of a file that may have no other.
-fn descriptor(file: &File) -> PathBuf {
-    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 fn file(what: &str) -> impl FnOnce(std::io::Error) -> RunError + use<> {

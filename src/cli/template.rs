@@ -5,13 +5,11 @@
 
 use std::fs::FileTimes;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use sha2::{Digest, Sha256};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::confine;
@@ -22,7 +20,8 @@ use crate::console::Console;
 use crate::error_chain;
 use crate::guest::{Setup, TEMPLATE_MARK};
 use crate::host::ownership::{is_ours, open_own_dir, tidy};
-use crate::run::{ingredients, initramfs};
+use crate::image::Digest;
+use crate::run::{descriptor, ingredients, initramfs};
 use crate::sandbox::Role;
 use crate::vmm::error::{VmError, host};
 use crate::vmm::event_loop::EventLoop;
@@ -115,8 +114,8 @@ fn name(config: &VmConfig) -> io::Result<String> {
         ingredients(&config.kernel)?,
         config,
     );
-    let digest = Sha256::digest(serde_json::to_vec(&made_from)?);
-    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+    let digest = Digest::of(&serde_json::to_vec(&made_from)?);
+    Ok(digest.hex().to_owned())
 }
 
 /// Whether a file is a template, or one that was not completed.
@@ -156,11 +155,11 @@ fn make(config: VmConfig, path: &Path) -> Result<(), RunError> {
     let empty =
         memfd_create("empty", MemfdFlags::CLOEXEC).map_err(|e| host("an empty disk")(e.into()))?;
     let disks = config.disks.iter().map(|disk| DiskConfig {
-        path: format!("/proc/self/fd/{}", empty.as_raw_fd()).into(),
+        path: descriptor(&empty),
         ..disk.clone()
     });
     let config = VmConfig {
-        initrd: Some(format!("/proc/self/fd/{}", initrd.as_raw_fd()).into()),
+        initrd: Some(descriptor(&initrd)),
         disks: disks.collect(),
         ..config
     };

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use minivmm_devices::platform::control::Restored;
 use rustix::time::{ClockId, Timespec, clock_settime};
@@ -19,6 +20,8 @@ pub const TEMPLATE_MARK: u8 = 1;
 pub(super) fn wait_for_orders() -> Result<Orders, Failure> {
     port::allow(port::BOOT_MARK).map_err(cannot("reach the boot-mark port"))?;
     port::write(port::BOOT_MARK, TEMPLATE_MARK);
+    // What lies behind the moment that is told takes time as well.
+    let began = Instant::now();
     let what = "read the orders";
     let told = Restored::read(|bytes| port::read(port::BOOT_MARK, bytes));
     let (restored, nanoseconds) = told
@@ -26,9 +29,10 @@ pub(super) fn wait_for_orders() -> Result<Orders, Failure> {
         .map_err(cannot(what))?;
     // Until then, random numbers are those of every VM of this template.
     reseed(restored.seed).map_err(cannot("reseed the kernel's random numbers"))?;
+    let now = Duration::from_nanos(nanoseconds) + began.elapsed();
     let now = Timespec {
-        tv_sec: (nanoseconds / 1_000_000_000) as i64,
-        tv_nsec: (nanoseconds % 1_000_000_000) as _,
+        tv_sec: now.as_secs() as i64,
+        tv_nsec: now.subsec_nanos().into(),
     };
     clock_settime(ClockId::Realtime, now).map_err(cannot("set the clock"))?;
     serde_json::from_slice(&restored.argument).map_err(cannot(what))

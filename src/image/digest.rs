@@ -13,7 +13,7 @@ pub struct Digest(String);
 
 impl Digest {
     /// That of these bytes.
-    pub(super) fn of(bytes: &[u8]) -> Self {
+    pub fn of(bytes: &[u8]) -> Self {
         Sha256::new_with_prefix(bytes).into()
     }
 

@@ -216,8 +216,6 @@ fn about(what: &dyn std::fmt::Display, error: io::Error) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
-
     use minivmm_devices::block::{Disk, DiskMode};
 
     use super::*;
@@ -273,8 +271,7 @@ mod tests {
         let disks = Disks::open(Some(dir.path())).unwrap();
         let file = disks.temporary(SIZE).unwrap();
         assert_eq!(fs::read_dir(&disks.0).unwrap().count(), 0);
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let disk = Disk::open(Path::new(&path), DiskMode::ReadWrite).unwrap();
+        let disk = Disk::open(&crate::run::descriptor(&file), DiskMode::ReadWrite).unwrap();
         assert_eq!(disk.sectors() * 512, SIZE);
         let mut magic = [0; 2];
         file.read_exact_at(&mut magic, SUPERBLOCK + MAGIC.0)

@@ -8,7 +8,8 @@ mod running;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -26,6 +27,11 @@ use crate::tools::cpio::{write_end, write_member};
 
 /// This program, which is the guest's first process.
 const PROGRAM: &str = "/proc/self/exe";
+
+/// The path of a file of this process that may have no other.
+pub fn descriptor(file: &impl AsRawFd) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
 
 /// The files that this kernel and its initramfs are made of, of which any change makes other ones. Its modules change with their list.
 pub(crate) fn ingredients(kernel: &Path) -> io::Result<Vec<FileIdentity>> {

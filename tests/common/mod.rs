@@ -130,6 +130,13 @@ impl Ended {
             );
         }
     }
+
+    /// This is in what it has said on stderr.
+    #[track_caller]
+    pub(crate) fn assert_said(&self, wanted: &str) {
+        let said = &self.stderr;
+        assert!(said.contains(wanted), "no {wanted:?} in: {said}");
+    }
 }
 
 /// Runs to the end with no input; a hang is killed and fails the test.

@@ -65,9 +65,7 @@ impl Restored {
         body.extend(argument);
         [&MAGIC[..], &(body.len() as u32).to_le_bytes(), &body].concat()
     }
-}
 
-impl Restored {
     /// What `read` finds at the port, in the guest, and the wall time; `None` in a VM that was not restored.
     pub fn read(mut read: impl FnMut(&mut [u8])) -> Option<(Self, u64)> {
         let mut head = [0; 8];
