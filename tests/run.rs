@@ -229,11 +229,13 @@ fn a_terminal_is_the_programs_own() {
         session.signal("WINCH");
         terminal.type_in("until stty size | busybox grep 44; do sleep 0.1; done\r");
         terminal.wait_for("\r\n44 88\r\n");
-        // While the shell reads a line, Ctrl-C is no signal.
-        terminal.type_in("echo run''ning; sleep 1000\r");
+        // While the shell reads a line, or is about to start a program, Ctrl-C ends none: the program itself says that it runs.
+        let program =
+            "sh -c 'trap \"echo caught; exit\" INT; echo run\"\"ning; while :; do sleep 0.1; done'";
+        terminal.type_in(format!("{program}\r"));
         terminal.wait_for("\r\nrunning\r\n");
         terminal.type_in("\x03");
-        terminal.wait_for("^C");
+        terminal.wait_for("^Ccaught\r\n");
         terminal.type_in("exit 5\r");
         assert_eq!(session.status(), 5, "{}", terminal.text());
         assert!(!terminal.is_raw());

@@ -235,9 +235,8 @@ impl RunArgs {
         orders: &Orders,
     ) -> Result<Option<(Arc<Snapshot>, Identity)>, RunError> {
         let argument = serde_json::to_vec(orders).map_err(|e| host("the orders")(e.into()))?;
-        // Of the disks, only the one that is read can be an empty one before. A session at a terminal has hung in a VM that was
-        // restored; it is not known why.
-        if self.cold || self.program.tty || config.disks.len() > 1 {
+        // Of the disks, only the one that is read can be an empty one before.
+        if self.cold || config.disks.len() > 1 {
             return Ok(None);
         }
         if argument.len() > MAX_ARGUMENT {
