@@ -12,12 +12,12 @@ use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use sha2::{Digest as _, Sha256};
 
 use super::digest::Digest;
-use super::limits::{MAX_IMAGE_BYTES, MAX_JSON, MAX_MEMBERS};
+use super::limits::{MAX_IMAGE_BYTES, MAX_JSON, MAX_MEMBERS, bad};
 #[cfg(feature = "registry")]
 use super::registry::Repository;
 #[cfg(feature = "registry")]
 use super::registry::blob::Blob;
-use super::tar::{Archive, Kind, bad};
+use super::tar::{Archive, Kind};
 
 /// The files that an image's parts are in, by name.
 pub(super) enum Parts {

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 
-use super::tar::bad;
+use super::limits::bad;
 use super::tree::{Content, Id, Inode, ROOT, Tree};
 
 /// Bytes of a block, and of a page of memory.

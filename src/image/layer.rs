@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, Read};
 
 use super::erofs::Data;
-use super::limits::{MAX_IMAGE_BYTES, MAX_MEMBERS, MAX_XATTRS};
-use super::tar::{Archive, Kind, Member, bad};
+use super::limits::{MAX_IMAGE_BYTES, MAX_MEMBERS, MAX_XATTRS, bad};
+use super::tar::{Archive, Kind, Member};
 use super::tree::{Content, Id, Inode, ROOT, Tree, components};
 
 /// What a name in a layer begins with that removes the name behind it from lower layers.

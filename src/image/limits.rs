@@ -1,5 +1,7 @@
 //! What an image may have at most. Images are foreign: these bound the memory and the disk that one can take.
 
+use std::io;
+
 /// Bytes of all files in all layers, unpacked, and so of one file.
 pub(super) const MAX_IMAGE_BYTES: u64 = 32 << 30;
 /// Members of all layers.
@@ -22,3 +24,8 @@ pub(super) const MAX_LAYERS: usize = 512;
 pub(super) const MAX_JSON: u64 = 4 << 20;
 /// Indexes that name one another.
 pub(super) const MAX_INDEXES: usize = 8;
+
+/// An error that says what is wrong with an image.
+pub(super) fn bad(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
+}

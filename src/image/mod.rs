@@ -9,6 +9,7 @@ mod erofs;
 mod layer;
 mod limits;
 mod oci;
+mod pax;
 mod reference;
 #[cfg(feature = "registry")]
 mod registry;
@@ -29,10 +30,10 @@ pub use store::{Meta, Store, Stored};
 
 use blob::{Parts, open_regular, unpacked};
 use layer::Merge;
+use limits::bad;
 #[cfg(feature = "registry")]
 use reference::Reference;
 use rootfs::{Listing, stamp};
-use tar::bad;
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]

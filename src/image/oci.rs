@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::blob::{Hashing, Parts};
 use super::digest::Digest;
-use super::limits::{MAX_INDEXES, MAX_JSON, MAX_LAYERS};
-use super::tar::bad;
+use super::limits::{MAX_INDEXES, MAX_JSON, MAX_LAYERS, bad};
 
 /// Media types of an index.
 const INDEXES: &[&str] = &[

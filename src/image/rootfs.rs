@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use super::blob::open_regular;
 use super::digest::Digest;
 use super::layer::{Merge, keeps_xattr};
-use super::limits::{MAX_DEPTH, MAX_MEMBERS, MAX_XATTRS};
-use super::tar::bad;
+use super::limits::{MAX_DEPTH, MAX_MEMBERS, MAX_XATTRS, bad};
 use super::tree::{Content, Id, Inode, ROOT};
 
 /// A file below the directory.

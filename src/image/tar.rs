@@ -6,7 +6,8 @@ use std::io::{self, Read, Seek};
 
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
-use super::limits::{MAX_IMAGE_BYTES, MAX_PATH, MAX_XATTRS};
+use super::limits::{MAX_IMAGE_BYTES, MAX_PATH, MAX_XATTRS, bad};
+use super::pax::{Extended, Sparse, number};
 
 /// Bytes of a block; headers and content begin at multiples of it.
 pub(super) const BLOCK: usize = 512;
@@ -14,11 +15,6 @@ pub(super) const BLOCK: usize = 512;
 const MAX_EXTENDED: u64 = MAX_XATTRS as u64 + (64 << 10);
 /// Most pieces of a sparse file.
 const MAX_PIECES: usize = 1 << 18;
-
-/// An error that says what is wrong with an archive.
-pub(super) fn bad(what: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what.into())
-}
 
 /// What a member is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,6 +80,8 @@ impl<R: Read> Archive<R> {
     /// Goes on with the next member; `None` at the end of the archive.
     pub(super) fn next(&mut self) -> io::Result<Option<Member>> {
         let mut extended = Extended::default();
+        // For all headers in front of one member.
+        let mut room = MAX_EXTENDED;
         loop {
             self.skip_content()?;
             let mut header = Header::new_old();
@@ -107,6 +105,10 @@ impl<R: Read> Archive<R> {
                 .map_or_else(|| header.entry_size(), Ok)?;
             if size > MAX_IMAGE_BYTES {
                 return Err(bad(format!("a member of {size} bytes is too large")));
+            }
+            if is_extension {
+                let left = room.checked_sub(size);
+                room = left.ok_or_else(|| bad(format!("an extended header of {size} bytes")))?;
             }
             self.left = size;
             self.padding = size.next_multiple_of(BLOCK as u64) - size;
@@ -191,9 +193,6 @@ impl<R: Read> Archive<R> {
 
     /// The content of an extended header.
     fn extension(&mut self, size: u64) -> io::Result<Vec<u8>> {
-        if size > MAX_EXTENDED {
-            return Err(bad(format!("an extended header of {size} bytes")));
-        }
         let mut bytes = vec![0; size as usize];
         self.read_exact(&mut bytes)?;
         Ok(bytes)
@@ -362,122 +361,4 @@ impl<R: Read + Seek> Archive<R> {
 
 fn id(number: u64) -> Option<u32> {
     u32::try_from(number).ok()
-}
-
-/// What extended headers say of the member behind them.
-#[derive(Default)]
-struct Extended {
-    path: Option<Vec<u8>>,
-    /// Goes over the other, which is made up then.
-    sparse_name: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u64>,
-    gid: Option<u64>,
-    mtime: Option<(i64, u32)>,
-    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-    sparse: Sparse,
-    seen: bool,
-}
-
-/// A sparse file in pax format: version 0.0 has a record for each number of its map, 0.1 one for all, 1.0 has the map in the content.
-#[derive(Default)]
-struct Sparse {
-    size: Option<u64>,
-    map: Vec<u64>,
-    is_in_content: bool,
-}
-
-impl Extended {
-    fn is_empty(&self) -> bool {
-        !self.seen && self.path.is_none() && self.link.is_none()
-    }
-
-    /// Reads records of the form "LENGTH KEY=VALUE\n" (POSIX.1-2017, pax, "pax Extended Header"). A value may have any bytes.
-    fn read_pax(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        self.seen = true;
-        let damaged = || bad("a damaged extended header");
-        while !bytes.is_empty() {
-            let space = bytes.iter().position(|b| *b == b' ').ok_or_else(damaged)?;
-            let (length, _) = bytes.split_at_checked(space).ok_or_else(damaged)?;
-            let length = number(length).ok_or_else(damaged)?;
-            let length = usize::try_from(length).map_err(|_| damaged())?;
-            let (record, rest) = bytes.split_at_checked(length).ok_or_else(damaged)?;
-            let record = record.get(space + 1..).ok_or_else(damaged)?;
-            let record = record.strip_suffix(b"\n").ok_or_else(damaged)?;
-            let equals = record.iter().position(|b| *b == b'=');
-            let (key, value) = (equals.and_then(|at| record.split_at_checked(at)))
-                .and_then(|(key, value)| Some((key, value.get(1..)?)))
-                .ok_or_else(damaged)?;
-            self.record(key, value).ok_or_else(|| {
-                bad(format!(
-                    "an extended header with a bad {}",
-                    String::from_utf8_lossy(key)
-                ))
-            })?;
-            bytes = rest;
-        }
-        Ok(())
-    }
-
-    fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
-        let name = |value: &[u8]| (!value.contains(&0)).then(|| value.to_vec());
-        match key {
-            b"path" => self.path = Some(name(value)?),
-            b"linkpath" => self.link = Some(name(value)?),
-            b"size" => self.size = Some(number(value)?),
-            b"uid" => self.uid = Some(number(value)?),
-            b"gid" => self.gid = Some(number(value)?),
-            b"mtime" => self.mtime = Some(time(value)?),
-            b"GNU.sparse.name" => self.sparse_name = Some(name(value)?),
-            b"GNU.sparse.size" | b"GNU.sparse.realsize" => self.sparse.size = Some(number(value)?),
-            b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
-                // They take turns.
-                let is_offset = self.sparse.map.len().is_multiple_of(2);
-                (is_offset == (key == b"GNU.sparse.offset")).then_some(())?;
-                self.sparse.map.push(number(value)?);
-            }
-            b"GNU.sparse.map" => {
-                let numbers = value.split(|byte| *byte == b',').map(number);
-                self.sparse.map = numbers.collect::<Option<_>>()?;
-            }
-            b"GNU.sparse.major" => {
-                self.sparse.is_in_content = value == b"1";
-                (number(value)? <= 1).then_some(())?;
-            }
-            _ => {
-                if let Some(key) = key.strip_prefix(b"SCHILY.xattr.") {
-                    self.xattrs.insert(name(key)?, value.to_vec());
-                }
-            }
-        }
-        Some(())
-    }
-}
-
-fn number(digits: &[u8]) -> Option<u64> {
-    let digits = str::from_utf8(digits).ok()?;
-    // Rust takes a sign, too.
-    digits.bytes().all(|b| b.is_ascii_digit()).then_some(())?;
-    digits.parse().ok()
-}
-
-/// Seconds with a fraction, before 1970 with a minus sign.
-fn time(text: &[u8]) -> Option<(i64, u32)> {
-    let (negative, text) = match text.strip_prefix(b"-") {
-        Some(text) => (true, text),
-        None => (false, text),
-    };
-    let mut parts = text.splitn(2, |b| *b == b'.');
-    let seconds = i64::try_from(number(parts.next()?)?).ok()?;
-    let fraction: Vec<u8> = (parts.next().unwrap_or_default().iter().copied())
-        .chain(std::iter::repeat_n(b'0', 9))
-        .take(9)
-        .collect();
-    let nanoseconds = u32::try_from(number(&fraction)?).ok()?;
-    Some(match (negative, nanoseconds) {
-        (false, nanoseconds) => (seconds, nanoseconds),
-        (true, 0) => (-seconds, 0),
-        (true, nanoseconds) => (-seconds - 1, 1_000_000_000 - nanoseconds),
-    })
 }

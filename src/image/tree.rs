@@ -5,8 +5,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use super::limits::{MAX_DEPTH, MAX_METADATA, MAX_NAME, MAX_SYMLINKS};
-use super::tar::bad;
+use super::limits::{MAX_DEPTH, MAX_METADATA, MAX_NAME, MAX_SYMLINKS, bad};
 
 /// Index of an inode in its tree.
 pub(super) type Id = usize;

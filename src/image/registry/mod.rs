@@ -21,8 +21,8 @@ use ureq::{Agent, Body};
 
 use super::digest::Digest;
 use super::limits::MAX_JSON;
+use super::limits::bad;
 use super::reference::{Reference, name_and_port};
-use super::tar::bad;
 
 /// Host of the default registry.
 const DEFAULT_API_HOST: &str = "registry-1.docker.io";

@@ -110,14 +110,14 @@ fn damaged_archives_end_in_errors() {
     refused(&good, &[&packed[..], b"behind it"].concat(), "");
     // Another content than the configuration says.
     refused(&wrong, &packed, "its digest is");
-    let pax = |records: &str| {
+    let pax = |records: &str, times: usize| {
         let mut header = header(Header::new_ustar(), EntryType::XHeader, records.len());
         header.set_cksum();
         let mut builder = Builder::new(Vec::new());
         builder.append(&header, records.as_bytes()).unwrap();
         let mut bytes = builder.into_inner().unwrap();
         bytes.truncate(bytes.len() - 1024);
-        [bytes, good.clone()].concat()
+        [bytes.repeat(times), good.clone()].concat()
     };
     for (records, wanted) in [
         ("99 path=x\n", "damaged extended header"),
@@ -144,9 +144,12 @@ fn damaged_archives_end_in_errors() {
         ),
         ("18 uid=4294967296\n", "more than 32 bits"),
     ] {
-        let archive = pax(records);
+        let archive = pax(records, 1);
         refused(&archive, &archive, wanted);
     }
+    // Together they have as much room as one.
+    let archive = pax(&format!("60000 comment={}\n", "x".repeat(59_985)), 3);
+    refused(&archive, &archive, "an extended header of 60000 bytes");
     // The size in the extended header counts, so that no member hides in the content of another (CVE-2025-62518).
     let inner = layer(&[file("hidden", "x")]);
     let length = format!("{}", inner.len());
@@ -154,7 +157,7 @@ fn damaged_archives_end_in_errors() {
     let mut header = header(Header::new_ustar(), EntryType::Regular, 0);
     header.set_path("outer").unwrap();
     header.set_cksum();
-    let archive = pax(&records);
+    let archive = pax(&records, 1);
     let archive = [
         &archive[..1024],
         header.as_bytes(),
