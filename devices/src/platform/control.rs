@@ -216,7 +216,8 @@ mod tests {
             generation: 9,
             seed: [7; 32],
             index: 5,
-            argument: vec![b'x'; MAX_ARGUMENT],
+            // What is too long is cut.
+            argument: vec![b'x'; MAX_ARGUMENT + 9],
         });
         let (restored, nanoseconds) = read(&mut port).unwrap();
         assert!(
@@ -244,19 +245,5 @@ mod tests {
             argument: b"0123456789".to_vec(),
         };
         restored.stream()
-    }
-
-    #[test]
-    fn a_longer_argument_is_cut() {
-        let mut port = BootMarkPort::new(events().0);
-        port.set_restored(Restored {
-            generation: 1,
-            seed: [0; 32],
-            index: 0,
-            argument: vec![b'x'; MAX_ARGUMENT + 9],
-        });
-        let mut data = vec![0; MAX_ARGUMENT + 100];
-        port.read(0, &mut data);
-        assert_eq!(data.iter().filter(|b| **b == b'x').count(), MAX_ARGUMENT);
     }
 }
