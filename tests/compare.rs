@@ -152,7 +152,7 @@ fn failures_are_reported_beside_results() {
         .iter()
         .map(|row| row["name"].as_str().unwrap())
         .collect();
-    let wanted = "crun, podman, minivmm, minivmm restore, minivmm run";
+    let wanted = "crun, podman, minivmm, minivmm restore, minivmm run, minivmm run --cold";
     assert_eq!(names.join(", "), wanted);
     let restored = by_name(&report, "minivmm restore")["error"]
         .as_str()

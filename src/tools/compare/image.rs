@@ -181,15 +181,19 @@ impl VmImage {
         ]
     }
 
-    /// minivmm's arguments to run the image, without the words.
+    /// minivmm's arguments to run the image, without its digest and the words.
     pub(super) fn run(&self) -> Vec<OsString> {
         let mut words: Vec<OsString> = vec!["run".into(), "--network=none".into()];
         words.extend(ENVIRONMENT.map(|variable| format!("--env={variable}").into()));
         words.extend(["--kernel".into(), self.kernel.clone().into()]);
         words.push(format!("--memory={}", self.memory).into());
         words.push(format!("--cpus={}", self.cpus).into());
-        words.push(self.stored.meta.digest.to_string().into());
         words
+    }
+
+    /// What the image is called.
+    pub(super) fn digest(&self) -> OsString {
+        self.stored.meta.digest.to_string().into()
     }
 
     /// Loads it into a VM that does not run, so that the first run finds the kernel unpacked, as the others do.

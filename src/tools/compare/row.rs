@@ -31,11 +31,11 @@ impl Row {
                     Runtime::Minivmm => vm.initramfs_bytes,
                     // Not there yet.
                     Runtime::Restored => 0,
-                    Runtime::Run => vm.stored.bytes,
+                    Runtime::Run { .. } => vm.stored.bytes,
                     _ => vm.content_bytes,
                 },
                 kernel_bytes: match runtime {
-                    Runtime::Minivmm | Runtime::Run => {
+                    Runtime::Minivmm | Runtime::Run { .. } => {
                         vm.kernel.metadata().map_or(0, |file| file.len())
                     }
                     // A snapshot has it in its memory.

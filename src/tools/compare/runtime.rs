@@ -19,7 +19,10 @@ pub(super) enum Runtime {
     /// A virtual machine that goes on from a snapshot, taken right before its command.
     Restored,
     /// A virtual machine that has the root as a container image.
-    Run,
+    Run {
+        /// Whether it boots, in place of going on from a template.
+        cold: bool,
+    },
     /// An OCI runtime, called directly.
     Crun,
     /// The reference OCI runtime, called directly.
@@ -50,25 +53,27 @@ impl Job {
 
 impl Runtime {
     /// All there are, the containers first.
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::Crun,
         Self::Runc,
         Self::Podman,
         Self::Docker,
         Self::Minivmm,
         Self::Restored,
-        Self::Run,
+        Self::Run { cold: false },
+        Self::Run { cold: true },
     ];
 
     pub(super) fn is_vm(self) -> bool {
-        matches!(self, Self::Minivmm | Self::Restored | Self::Run)
+        matches!(self, Self::Minivmm | Self::Restored | Self::Run { .. })
     }
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Minivmm => "minivmm",
             Self::Restored => "minivmm restore",
-            Self::Run => "minivmm run",
+            Self::Run { cold: false } => "minivmm run",
+            Self::Run { cold: true } => "minivmm run --cold",
             Self::Crun => "crun",
             Self::Runc => "runc",
             Self::Podman => "podman",
@@ -79,7 +84,7 @@ impl Runtime {
     /// All programs that are needed to run something; the first is the one that is called.
     fn programs(self) -> &'static [&'static str] {
         match self {
-            Self::Minivmm | Self::Restored | Self::Run => &[],
+            Self::Minivmm | Self::Restored | Self::Run { .. } => &[],
             Self::Crun => &["crun"],
             Self::Runc => &["runc"],
             // Debian's podman prefers crun, others runc: it is asked for below.
@@ -105,7 +110,7 @@ impl Runtime {
     /// The program, if it is installed.
     pub(super) fn find(self) -> Option<PathBuf> {
         match self {
-            Self::Minivmm | Self::Restored | Self::Run => std::env::current_exe().ok(),
+            Self::Minivmm | Self::Restored | Self::Run { .. } => std::env::current_exe().ok(),
             _ => find_program(self.programs().first()?),
         }
     }
@@ -113,7 +118,7 @@ impl Runtime {
     /// The programs that this host must have for it and their bytes together, shared libraries aside.
     pub(super) fn shipped(self) -> (Vec<String>, u64) {
         let mut files: Vec<PathBuf> = match self {
-            Self::Minivmm | Self::Restored | Self::Run => self.find().into_iter().collect(),
+            Self::Minivmm | Self::Restored | Self::Run { .. } => self.find().into_iter().collect(),
             _ => self
                 .programs()
                 .iter()
@@ -145,7 +150,7 @@ impl Runtime {
             Self::Minivmm | Self::Restored => {
                 "no kernel: the command has its own, behind KVM and minivmm's devices; root file system in memory of its own"
             }
-            Self::Run => {
+            Self::Run { .. } => {
                 "no kernel: the command has its own, behind KVM and minivmm's devices; the image's file in the host's page cache"
             }
             Self::Crun | Self::Runc => {
@@ -160,7 +165,7 @@ impl Runtime {
     /// Prepares what every run needs: an image, a configuration. An error says what failed.
     pub(super) fn prepare(self, image: &Image, vm: &VmImage, timeout: Span) -> Result<(), String> {
         match self {
-            Self::Minivmm | Self::Run | Self::Podman => Ok(()),
+            Self::Minivmm | Self::Run { .. } | Self::Podman => Ok(()),
             Self::Restored => {
                 let program = self.find().ok_or("no program")?;
                 let mut words = vm.boot(&format!("{MARK}={SNAPSHOT_MARK}"));
@@ -241,8 +246,10 @@ impl Runtime {
                     all.extend(["--argument".into(), format!("/{PROBE_FILE}").into()]);
                 }
             }
-            Self::Run => {
+            Self::Run { cold } => {
                 all.extend(vm.run());
+                all.extend(cold.then(|| "--cold".into()));
+                all.push(vm.digest());
                 all.extend(job.words(image).iter().map(OsString::from));
             }
             Self::Crun | Self::Runc => {
@@ -273,7 +280,7 @@ impl Runtime {
     /// Removes what a killed run may have left.
     pub(super) fn clean_up(self, image: &Image) {
         let command = match self {
-            Self::Minivmm | Self::Restored | Self::Run => return,
+            Self::Minivmm | Self::Restored | Self::Run { .. } => return,
             Self::Crun | Self::Runc => "delete",
             Self::Podman | Self::Docker => "rm",
         };
