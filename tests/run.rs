@@ -1,6 +1,8 @@
 //! Ring 3: container images as VMs. Where and how it runs, see tests/linux.rs.
 
 mod common;
+#[path = "run/init.rs"]
+mod init;
 
 use std::collections::BTreeSet;
 use std::fs;

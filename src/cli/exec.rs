@@ -1,10 +1,10 @@
 //! `exec`: another program in a VM that runs an image.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 use minivmm_devices::chardev::{ConsoleDevice, ConsoleOutput};
@@ -19,15 +19,12 @@ use super::run::RunError;
 use super::running::find;
 use crate::config::ConsoleTarget;
 use crate::console::{Console, ConsoleInput, FrameSink, InputOutcome, RawTerminal, Signals};
-use crate::guest::{EXEC_PORT, Exec, MAX_EXEC};
+use crate::guest::Exec;
 use crate::vmm::error::host;
 use crate::vmm::event_loop::EventLoop;
 
-/// How long the guest may take to read, and until it listens: its drivers may be on their way.
+/// How long the guest may take until it listens: its drivers may be on their way.
 const PATIENCE: Duration = Duration::from_secs(10);
-const RETRY: Duration = Duration::from_millis(20);
-/// Longest answer to that in bytes.
-const MAX_ANSWER: usize = 32;
 /// Bytes that are read at once.
 const CHUNK: usize = 64 << 10;
 
@@ -79,16 +76,9 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
         directory: args.workdir,
         terminal: program.tty,
     };
-    let request = serde_json::to_vec(&exec).map_err(|e| host("the request")(e.into()))?;
-    if request.len() > MAX_EXEC as usize {
-        return Err(RunError::Usage("the command is too long".to_owned()));
-    }
     let signals = Signals::block().map_err(host("signal handling"))?;
-    let mut guest = connect(&vm.socket()).map_err(host("the VM's socket"))?;
-    let length = (request.len() as u32).to_le_bytes();
-    guest
-        .write_all(&[&length[..], &request].concat())
-        .map_err(host("the VM's socket"))?;
+    let guest = vm.start(&exec, PATIENCE);
+    let guest = guest.map_err(host("the VM's socket"))?;
 
     let threads = ThreadStarter::default();
     let (stdout, _) = Console::open(&ConsoleTarget::Stdio, &threads)?;
@@ -121,33 +111,6 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
     }
     drop(terminal);
     result
-}
-
-/// Connects to the program that serves in the guest (Firecracker's protocol for vsock).
-fn connect(socket: &std::path::Path) -> io::Result<UnixStream> {
-    let limit = Instant::now() + PATIENCE;
-    loop {
-        let mut guest = UnixStream::connect(socket)?;
-        guest.set_write_timeout(Some(PATIENCE))?;
-        guest.set_read_timeout(Some(PATIENCE))?;
-        guest.write_all(format!("CONNECT {EXEC_PORT}\n").as_bytes())?;
-        // A line, or the end, where nothing listens.
-        let mut byte = [0];
-        for _ in 0..MAX_ANSWER {
-            if guest.read_exact(&mut byte).is_err() {
-                break;
-            }
-            if byte == *b"\n" {
-                guest.set_read_timeout(None)?;
-                return Ok(guest);
-            }
-        }
-        if Instant::now() > limit {
-            let why = "its guest does not listen: its kernel may have no driver for vsock";
-            return Err(io::Error::other(why));
-        }
-        std::thread::sleep(RETRY);
-    }
 }
 
 /// The program's streams.

@@ -57,6 +57,13 @@ impl Plan {
         let Some(streams) = self.streams else {
             return Ok((console, None, input));
         };
+        if streams.is_console {
+            let input = match streams.interactive {
+                true => input,
+                false => ConsoleInput::none(),
+            };
+            return Ok((console, None, input));
+        }
         let (input, _) = ConsoleInput::framed(streams.interactive).map_err(host("an eventfd"))?;
         Ok((console, Some(Console::stderr(threads)?), input))
     }
@@ -89,6 +96,8 @@ pub struct Streams {
     pub terminal: bool,
     /// What comes on stdin.
     pub interactive: bool,
+    /// The kernel's console, for logins, in place of streams of its own.
+    pub is_console: bool,
 }
 
 impl Streams {

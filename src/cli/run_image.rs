@@ -33,6 +33,8 @@ use crate::vmm::snapshot::Snapshot;
 
 /// What every program finds in its environment, unless the image or the user says otherwise.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Process 1 of an image, unless the user says otherwise.
+const SBIN_INIT: &str = "/sbin/init";
 /// Longest file of variables in bytes.
 const MAX_ENV_FILE: u64 = 1 << 20;
 
@@ -70,6 +72,10 @@ pub struct RunArgs {
     /// Run this in place of the image's entrypoint; an empty one is none
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
+    /// Have the image's /sbin/init, or COMMAND, be process 1 in place of minivmm's own. Its console is a serial one, for logins: stdout,
+    /// with -i stdin as well, with -it the terminal, which Ctrl-A x quits
+    #[arg(long, value_name = "WHOSE", value_parser = ["image"], conflicts_with_all = ["user", "workdir", "entrypoint"])]
+    init: Option<String>,
     /// Name for minivmm exec and stop [default: eight digits at random]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -174,7 +180,7 @@ impl RunArgs {
         let (disk, disk_file) = self.disk(&stored, &mut orders)?.unzip();
         let mut config = VmConfig {
             kernel,
-            // No console but COM1: hvc0 is for the program's streams.
+            // No console but COM1: hvc0 is for the program's streams. An init would have a login there.
             cmdline: Some(join_words([
                 DEFAULT_CMDLINE,
                 "loglevel=1",
@@ -198,7 +204,10 @@ impl RunArgs {
                 accept_only: true,
                 ..VsockConfig::default()
             }),
-            console: ConsoleKind::Virtio,
+            console: match orders.is_init {
+                true => ConsoleKind::Serial,
+                false => ConsoleKind::Virtio,
+            },
             deadline: self.deadline,
             sandbox: SandboxMode::default(),
             ..VmConfig::default()
@@ -219,6 +228,7 @@ impl RunArgs {
             config,
             snapshot,
             streams: Some(Streams {
+                is_console: self.init.is_some(),
                 terminal: self.program.tty,
                 interactive: self.program.interactive,
             }),
@@ -235,8 +245,8 @@ impl RunArgs {
         orders: &Orders,
     ) -> Result<Option<(Arc<Snapshot>, Identity)>, RunError> {
         let argument = serde_json::to_vec(orders).map_err(|e| host("the orders")(e.into()))?;
-        // Of the disks, only the one that is read can be an empty one before.
-        if self.cold || config.disks.len() > 1 {
+        // Of the disks, only the one that is read can be an empty one before. Process 1 of a template is minivmm's own.
+        if self.cold || orders.is_init || config.disks.len() > 1 {
             return Ok(None);
         }
         if argument.len() > MAX_ARGUMENT {
@@ -263,12 +273,20 @@ impl RunArgs {
         if hostname.is_empty() || hostname.len() > 63 || !hostname.chars().all(is_name) {
             return Err(RunError::Usage(format!("'{hostname}' is no host name")));
         }
+        let environment = self.environment(config, &hostname)?;
+        let is_init = self.init.is_some();
+        let of_init = ImageConfig {
+            cmd: Some(vec![SBIN_INIT.to_owned()]),
+            ..ImageConfig::default()
+        };
+        let config = if is_init { &of_init } else { config };
         let user = self.user.clone().or_else(|| config.user.clone());
         let directory = self.workdir.clone().or_else(|| config.working_dir.clone());
         let directory = directory.unwrap_or_default();
         Ok(Orders {
             command: command(config, self.entrypoint.as_deref(), &self.command),
-            environment: self.environment(config, &hostname)?,
+            is_init,
+            environment,
             user: user.unwrap_or_default(),
             directory: Path::new("/")
                 .join(directory)
@@ -326,6 +344,7 @@ impl RunArgs {
         let info = Info {
             image: self.image.clone(),
             command: orders.command.join(" "),
+            is_init: orders.is_init,
             pid: getpid().as_raw_pid(),
         };
         let claim = running()?.claim(&name, &info);

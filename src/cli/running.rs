@@ -11,6 +11,8 @@ use super::images::print;
 use super::run::RunError;
 use crate::boot;
 use crate::console::MAX_FORWARDED;
+use crate::error_chain;
+use crate::guest::Exec;
 use crate::run::{Running, Vm};
 use crate::vmm::error::host;
 
@@ -23,7 +25,7 @@ const COMMAND_WIDTH: usize = 40;
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
 pub struct StopArgs {
-    /// Seconds that the program has to end by itself, after a SIGTERM
+    /// Seconds that the program has to end by itself, after a SIGTERM, or with --init image, the VM after its poweroff
     #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
     time: u32,
     /// Name of a VM, as minivmm ps lists it
@@ -69,13 +71,23 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
     })
 }
 
-/// Ends VMs: by a signal to the program, then by ones that the VMM takes for itself, then by SIGKILL.
+/// Ends VMs: by a signal to the program, or the poweroff of an image with an init of its own, then by signals that the VMM takes for
+/// itself, then by SIGKILL.
 pub fn stop(args: &StopArgs, out: &mut dyn Write) -> Result<(), RunError> {
     for name in &args.vms {
         let vm = find(name)?;
         let send = |signal| vm.signal(signal).map_err(host("the VM's process"));
-        send(Signal::TERM)?;
-        if !wait(&vm, Duration::from_secs(args.time.into()))? {
+        let limit = Duration::from_secs(args.time.into());
+        let ended = if vm.info.is_init {
+            power_off(&vm, limit).unwrap_or_else(|e| {
+                log::warn!("cannot have '{name}' power off: {}", error_chain(&e));
+                false
+            })
+        } else {
+            send(Signal::TERM)?;
+            wait(&vm, limit)?
+        };
+        if !ended {
             // One by one: signals that are pending do not add up.
             for _ in 0..MAX_FORWARDED {
                 send(Signal::TERM)?;
@@ -90,6 +102,18 @@ pub fn stop(args: &StopArgs, out: &mut dyn Write) -> Result<(), RunError> {
         let _ = writeln!(out, "{name}");
     }
     Ok(())
+}
+
+/// Has a VM with an init of the image's own end itself, and waits for that; whether it has come.
+fn power_off(vm: &Vm, limit: Duration) -> Result<bool, RunError> {
+    let command = vec!["poweroff".to_owned()];
+    let poweroff = Exec {
+        command,
+        ..Exec::default()
+    };
+    let connection = vm.start(&poweroff, limit);
+    let _connection = connection.map_err(host("the VM's socket"))?;
+    wait(vm, limit)
 }
 
 /// Waits for the VM's end, and no longer than this; whether it has come.

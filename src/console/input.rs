@@ -64,7 +64,8 @@ enum Read {
 }
 
 impl ConsoleInput {
-    pub(super) fn none() -> Self {
+    /// For a guest without input.
+    pub fn none() -> Self {
         Self::new(Source::None)
     }
 
@@ -136,7 +137,9 @@ impl ConsoleInput {
 
     /// Likewise the size of the terminal, if it has one.
     pub fn send_size(&mut self) {
-        if let Ok(size) = tcgetwinsize(io::stdout()) {
+        if self.framed.is_some()
+            && let Ok(size) = tcgetwinsize(io::stdout())
+        {
             let content = [size.ws_row.to_le_bytes(), size.ws_col.to_le_bytes()].concat();
             self.ahead.extend(frame(RESIZE, &content));
         }

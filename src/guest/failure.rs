@@ -21,6 +21,19 @@ pub(super) fn cannot<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl
     }
 }
 
+/// For the error about a program.
+pub(super) fn cannot_run(name: &str) -> impl Fn(io::Error) -> Failure {
+    move |e| Failure {
+        // As shells and docker have it.
+        status: if e.kind() == io::ErrorKind::NotFound {
+            127
+        } else {
+            126
+        },
+        text: format!("cannot run '{name}': {e}"),
+    }
+}
+
 /// Makes a directory and those above it.
 pub(super) fn make_directory(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new()

@@ -3,17 +3,20 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::unistd::fork;
 use rustix::fs::CWD;
 use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, mount_remount, move_mount};
 
 use super::children::Children;
 use super::exec;
-use super::failure::{Failure, c_string, cannot, make_directory};
+use super::failure::{Failure, c_string, cannot, cannot_run, make_directory};
 use super::modules;
 use super::network;
 use super::orders::{Orders, SETUP, Setup};
@@ -49,7 +52,7 @@ pub fn main() -> ! {
 fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
     mount_system()?;
     let setup = fs::read(SETUP).map_err(cannot("read the orders"))?;
-    let setup: Setup = serde_json::from_slice(&setup).map_err(cannot("read the orders"))?;
+    let mut setup: Setup = serde_json::from_slice(&setup).map_err(cannot("read the orders"))?;
     for module in &setup.modules {
         let loaded = modules::open(module).and_then(|file| modules::load(&file));
         loaded.map_err(cannot(format_args!("load the kernel module {module}")))?;
@@ -59,6 +62,9 @@ fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
     let mut later = later
         .collect::<io::Result<Vec<File>>>()
         .map_err(cannot("read a kernel module"))?;
+    if let Some(orders) = setup.orders.take_if(|orders| orders.is_init) {
+        return become_init(orders, later);
+    }
     wait_for(CHANNEL, Path::exists)?;
     let terminal = streams::open(Path::new(CHANNEL)).map_err(cannot("open hvc0"))?;
     network::set_up_loopback();
@@ -76,14 +82,38 @@ fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
     };
     let opened = Channel::stream(terminal).map_err(cannot("use hvc0"))?;
     let channel = channel.insert(opened);
-    enter_root(&orders)?;
-    rustix::system::sethostname(orders.hostname.as_bytes()).map_err(cannot("set the host name"))?;
-    if let Some(network) = &orders.network {
-        network::set_up(network).map_err(cannot("set up the network"))?;
-    }
+    prepare(&orders)?;
     let program = process::start(&orders, channel, &children)?;
     exec::serve(later, Arc::new(orders), children);
     Ok(program.wait(process::kill_all))
+}
+
+/// Makes the machine what a program of the image expects.
+fn prepare(orders: &Orders) -> Result<(), Failure> {
+    enter_root(orders)?;
+    rustix::system::sethostname(orders.hostname.as_bytes()).map_err(cannot("set the host name"))?;
+    let network = orders.network.as_ref().map_or(Ok(()), network::set_up);
+    network.map_err(cannot("set up the network"))
+}
+
+/// Replaces this process by the image's init, and has a child run what else the host asks for. Returns only if that fails.
+#[allow(unsafe_code, reason = "process 1 has to stay process 1")]
+fn become_init(orders: Orders, drivers: Vec<File>) -> Result<u8, Failure> {
+    network::set_up_loopback();
+    prepare(&orders)?;
+    // SAFETY: this process has no other thread.
+    if unsafe { fork() }.map_err(cannot("fork"))?.is_child() {
+        exec::serve(drivers, Arc::new(orders), Children::reap());
+        loop {
+            thread::park();
+        }
+    }
+    let mut words = orders.command.iter();
+    let name = words.next().map_or("", String::as_str);
+    let environment = orders.environment.iter().filter_map(|v| v.split_once('='));
+    let mut init = Command::new(name);
+    init.args(words).env_clear().envs(environment);
+    Err(cannot_run(name)(init.exec()))
 }
 
 /// Mounts what does not depend on the image, to be moved there: a template has done it.

@@ -37,6 +37,8 @@ pub struct Orders {
     pub hostname: String,
     /// Whether it has a terminal.
     pub terminal: bool,
+    /// Whether it is to be process 1, with the kernel's console.
+    pub is_init: bool,
     /// Whether its root is read-only.
     pub read_only: bool,
     /// How the second disk is mounted, to which goes what is written. Without it, that goes to memory.

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use rustix::thread::{Gid, Uid};
 
 use super::children::Children;
-use super::failure::{Failure, c_string, cannot};
+use super::failure::{Failure, c_string, cannot, cannot_run};
 use super::orders::Orders;
 use super::streams::Channel;
 use super::users::{self, User};
@@ -89,15 +89,7 @@ pub(super) fn start(
     let child = children.spawn(&mut command);
     // Our copies of the program's ends.
     drop(command);
-    let (pid, status) = child.map_err(|e| Failure {
-        // As shells and docker have it.
-        status: if e.kind() == io::ErrorKind::NotFound {
-            127
-        } else {
-            126
-        },
-        text: format!("cannot run '{name}': {e}"),
-    })?;
+    let (pid, status) = child.map_err(cannot_run(name))?;
 
     // The host sends no more than a window of what the program has not taken.
     let (input, pieces) = mpsc::channel();

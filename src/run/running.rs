@@ -2,22 +2,30 @@
 //! runs, and the socket by which its guest is reached. What a VM leaves there, the next one removes.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use crate::guest::{EXEC_PORT, Exec, MAX_EXEC};
 use crate::host::ownership::open_own_dir;
 
 /// Longest name in bytes.
 const MAX_NAME: usize = 32;
 const INFO: &str = "vm.json";
 const SOCKET: &str = "vsock";
+/// How long a guest may take to read or to answer, and when it is asked again where it does not listen.
+const PATIENCE: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_millis(20);
+/// Longest answer in bytes.
+const MAX_ANSWER: usize = 32;
 
 /// What is known of a VM that runs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -26,6 +34,8 @@ pub struct Info {
     pub image: String,
     /// Its program, for people.
     pub command: String,
+    /// Whether that is process 1, to which signals do not go.
+    pub is_init: bool,
     /// The process that is its VMM.
     pub pid: i32,
 }
@@ -148,9 +158,43 @@ impl Drop for Claim {
 }
 
 impl Vm {
-    /// Where its guest is reached.
-    pub fn socket(&self) -> PathBuf {
-        self.dir.join(SOCKET)
+    /// Has its guest start a program, whose streams are the connection's, and waits no longer than `limit` until the guest listens.
+    pub fn start(&self, exec: &Exec, limit: Duration) -> io::Result<UnixStream> {
+        let request = serde_json::to_vec(exec)?;
+        if request.len() > MAX_EXEC as usize {
+            return Err(io::Error::other("the command is too long"));
+        }
+        let length = (request.len() as u32).to_le_bytes();
+        let mut guest = self.connect(limit)?;
+        guest.write_all(&[&length[..], &request].concat())?;
+        Ok(guest)
+    }
+
+    /// Connects to the program that serves in the guest (Firecracker's protocol for vsock).
+    fn connect(&self, limit: Duration) -> io::Result<UnixStream> {
+        let limit = Instant::now() + limit;
+        loop {
+            let mut guest = UnixStream::connect(self.dir.join(SOCKET))?;
+            guest.set_write_timeout(Some(PATIENCE))?;
+            guest.set_read_timeout(Some(PATIENCE))?;
+            guest.write_all(format!("CONNECT {EXEC_PORT}\n").as_bytes())?;
+            // A line, or the end, where nothing listens.
+            let mut byte = [0];
+            for _ in 0..MAX_ANSWER {
+                if guest.read_exact(&mut byte).is_err() {
+                    break;
+                }
+                if byte == *b"\n" {
+                    guest.set_read_timeout(None)?;
+                    return Ok(guest);
+                }
+            }
+            if Instant::now() > limit {
+                let why = "its guest does not listen: its kernel may have no driver for vsock";
+                return Err(io::Error::other(why));
+            }
+            thread::sleep(RETRY);
+        }
     }
 
     /// Whether it has ended.
@@ -162,7 +206,10 @@ impl Vm {
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         let pid = Pid::from_raw(self.info.pid);
         let pid = pid.ok_or_else(|| io::Error::other("there is no such process ID"))?;
-        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        let process = match pidfd_open(pid, PidfdFlags::empty()) {
+            Err(Errno::SRCH) => return Ok(()),
+            process => process?,
+        };
         // As long as the lock is held, the process ID is that of its holder.
         if !self.has_ended()? {
             pidfd_send_signal(process, signal)?;
@@ -228,13 +275,14 @@ mod tests {
         let info = Info {
             image: "busybox".into(),
             command: "sh".into(),
+            is_init: false,
             pid: 1,
         };
         let claim = running.claim("a", &info).unwrap();
         let error = running.claim("a", &info).unwrap_err().to_string();
         assert!(error.contains("name 'a' is running"), "{error}");
         let vm = running.find("a").unwrap().unwrap();
-        assert_eq!((vm.info.pid, vm.socket()), (1, claim.socket()));
+        assert_eq!((vm.info.pid, vm.dir.join(SOCKET)), (1, claim.socket()));
         // What a process has left that was killed.
         fs::create_dir(dir.path().join("b")).unwrap();
         fs::write(dir.path().join("b").join(INFO), "{}").unwrap();

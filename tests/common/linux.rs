@@ -112,8 +112,12 @@ impl Debian {
         command
             .args(args)
             .args(["--disk", disk, "--append", "root=/dev/vda", "--rng"]);
+        Self::on_terminal(&command)
+    }
+
+    pub(crate) fn on_terminal(command: &Command) -> Self {
         let terminal = Terminal::new();
-        let session = terminal.run(&command);
+        let session = terminal.run(command);
         Self { terminal, session }
     }
 

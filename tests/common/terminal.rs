@@ -176,7 +176,14 @@ impl Terminal {
             words.join(" ")
         );
         // Not a process group's leader, setsid does not fork: its process becomes the shell.
-        let mut shell = Command::new("setsid")
+        let mut shell = Command::new("setsid");
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        let mut shell = shell
             .args(["--ctty", "sh", "-c", &script])
             .stdin(Stdio::from(self.line.try_clone().unwrap()))
             .stdout(Stdio::piped())

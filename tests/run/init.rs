@@ -1,0 +1,100 @@
+//! Images whose own init is process 1.
+
+use std::process::{Command, Stdio};
+
+use crate::common::image::Image;
+use crate::common::linux::{Debian, debian_disk};
+use crate::common::{self, expect, run, run_with_input, wait};
+use crate::{cloud, printed};
+
+const INIT: [&str; 2] = ["--init", "image"];
+
+#[test]
+fn the_images_own_init_is_process_1() {
+    let image = Image::new();
+    for (option, read, line) in [("-q", "read -t 2", "none"), ("-i", "read", "typed")] {
+        let options = [&INIT[..], &["-e", "B=c", option]].concat();
+        let script = format!(
+            "echo pid $$ $FROM_IMAGE $B; busybox pwd; {read} line; echo line ${{line:-none}}; busybox poweroff -f"
+        );
+        let mut command = image.command(&cloud(), &options, &["sh", "-c", &script]);
+        let ended = run_with_input(&mut command, b"typed\n");
+        ended.assert_code(0);
+        ended.assert_printed(&["pid 1 1 c\r\n/\r\n", &format!("line {line}\r\n")]);
+    }
+    let none = image.run(&cloud(), &INIT, &[]);
+    none.assert_code(127);
+    none.assert_printed(&["in the guest: cannot run '/sbin/init': No such file"]);
+    let user = image.run(&cloud(), &["--init", "image", "-u", "ann"], &[]);
+    user.assert_code(2);
+    user.assert_said("cannot be used with");
+}
+
+#[test]
+fn stop_has_the_image_power_off_and_exec_works_beside_its_init() {
+    let image = Image::new();
+    let options = [&INIT[..], &["--name", "own", "--keep", "own"]].concat();
+    // The init says when it runs, and what it was told to end.
+    let script = "busybox ln -sf busybox /bin/poweroff
+        echo '::sysinit:/bin/sh -c \"echo ready\"
+::shutdown:/bin/sh -c \"echo written >/etc/note; echo shut down\"' >/etc/inittab
+        exec busybox init";
+    let mut command = image.command(&cloud(), &options, &["sh", "-c", script]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    expect(&mut child, "ready\r\n");
+    let mut exec = image.minivmm(&["exec", "own", "sh", "-c", "cat /proc/1/comm; exit 3"]);
+    let ended = run(&mut exec);
+    assert_eq!((ended.code(), ended.out().as_str()), (3, "busybox\n"));
+    printed(
+        &run(&mut image.minivmm(&["stop", "-t", "100", "own"])),
+        "own\n",
+    );
+    let output = wait(child, common::PATIENCE);
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("shut down"), "{text}");
+    printed(
+        &image.sh(&cloud(), &["--keep", "own"], "cat /etc/note"),
+        "written\n",
+    );
+}
+
+#[test]
+fn a_vm_that_does_not_power_off_is_stopped() {
+    let image = Image::new();
+    let options = [&INIT[..], &["--name", "own"]].concat();
+    let script = "echo ready; exec sleep 1000";
+    let mut command = image.command(&cloud(), &options, &["sh", "-c", script]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    expect(&mut child, "ready\r\n");
+    run(&mut image.minivmm(&["stop", "-t", "1", "own"])).assert_code(0);
+    assert_eq!(wait(child, common::PATIENCE).status.code(), Some(143));
+}
+
+#[test]
+fn debian_with_systemd_boots_to_its_login() {
+    let image = Image::new();
+    // Its services have users of their own, who are to enter its root.
+    let root = image.store().join("root");
+    std::fs::create_dir(&root).unwrap();
+    let path = root.to_str().unwrap();
+    let copied = Command::new("debugfs")
+        .args(["-R", &format!("rdump / {path}")])
+        .arg(debian_disk())
+        .output();
+    assert!(copied.unwrap().status.success());
+    let kernel = cloud();
+    let mut command = image.minivmm(&["run", "--kernel", &kernel, "--rootfs"]);
+    command
+        .args(["-it", "-h", "debian", "--name", "debian"])
+        .args(INIT)
+        .arg(path);
+    let debian = Debian::on_terminal(&command);
+    debian.log_in();
+    debian.run("systemctl is-system-running --wait", "running\r\n");
+    debian.run("cat /proc/1/comm; hostname", "systemd\r\ndebian\r\n");
+    debian.run("findmnt --noheadings /", "image  overlay rw");
+    let exec = ["exec", "debian", "systemctl", "is-active", "systemd-logind"];
+    printed(&run(&mut image.minivmm(&exec)), "active\n");
+    debian.power_off();
+}
