@@ -176,10 +176,12 @@ fn show(stderr: ChildStderr) {
     {
         let text = String::from_utf8_lossy(&line);
         let text = text.trim();
-        // It says of each line that there is no system log; and without IPv4 or IPv6 it goes on with the other.
+        // It says of each line that there is no system log; without IPv4 or IPv6 it goes on with the other; and a resolver that it was
+        // given for IPv4 is none for IPv6.
         let is_noise = text.is_empty()
             || text.ends_with("bytes to syslog")
-            || text.starts_with("No external routable interface");
+            || text.starts_with("No external routable interface")
+            || text == "Couldn't get any nameserver address";
         if !is_noise && shown <= MAX_LINES {
             shown += 1;
             match shown {
