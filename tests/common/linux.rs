@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tempfile::TempDir;
 
+use super::skip::skip;
 use super::terminal::{Session, Terminal};
 use super::{Ended, minivmm, run};
 
@@ -36,6 +37,16 @@ pub(crate) fn kernel(flavor: &str, file: &str) -> String {
         .to_str()
         .unwrap()
         .into()
+}
+
+/// Whether the cache has a kernel that not every machine has fetched or built. Where it has not, the test that asks is skipped.
+pub(crate) fn has_kernel(flavor: &str) -> bool {
+    let mut fetch = Command::new(super::project("guest-kernels/fetch"));
+    let fetched = fetch.args(["--offline", flavor]).output().unwrap();
+    if !fetched.status.success() {
+        skip(&format!("the kernel {flavor} is not in the cache"));
+    }
+    fetched.status.success()
 }
 
 pub(crate) fn initramfs() -> String {

@@ -7,6 +7,7 @@ pub(crate) mod http;
 pub(crate) mod image;
 pub(crate) mod limit;
 pub(crate) mod linux;
+pub(crate) mod network;
 pub(crate) mod registry;
 pub(crate) mod skip;
 pub(crate) mod tap;
