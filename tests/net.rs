@@ -5,11 +5,12 @@ mod common;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::process::{Child, ChildStdout, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 
 use common::limit::{SLICE, until, watch};
-use common::linux::{boot_command, has_kernel, kernel};
+use common::linux::{Saved, boot_command, has_kernel, kernel};
 use common::network::{self, own_network, page};
 use common::{PATIENCE, kill, project, signal};
 
@@ -17,7 +18,14 @@ fn cloud() -> String {
     kernel("cloud", "bzImage")
 }
 
-/// A guest that runs a case of tests/guest/net, with this network and these addresses of servers.
+/// minivmm with a guest that runs a case of tests/guest/net.
+fn guest_command(kernel: &str, args: &[&str], case: &str) -> Command {
+    let initramfs = project("build/net.cpio");
+    let args = [&["--initrd", initramfs.to_str().unwrap()], args].concat();
+    boot_command(kernel, &args, &format!("net {case}"))
+}
+
+/// One that runs, with what it has said.
 struct Guest {
     child: Child,
     out: BufReader<ChildStdout>,
@@ -27,9 +35,7 @@ struct Guest {
 
 impl Guest {
     fn boot(kernel: &str, args: &[&str], case: &str) -> Self {
-        let initramfs = project("build/net.cpio");
-        let args = [&["--initrd", initramfs.to_str().unwrap()], args].concat();
-        let mut command = boot_command(kernel, &args, &format!("net {case}"));
+        let mut command = guest_command(kernel, args, case);
         let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
         Self {
@@ -243,4 +249,20 @@ fn a_guest_that_resets_under_traffic_has_its_network_again() {
     assert_words(&text, &[&format!("page {sum}")]);
     assert_eq!(err, "");
     assert_eq!(text.matches("minivmm-demo: userspace").count(), 2, "{text}");
+}
+
+/// What was on its way to a guest that is saved comes to the restored one: the host sends it again.
+#[test]
+fn a_connection_through_a_tap_survives_save_and_restore() {
+    static IS_SAVED: AtomicBool = AtomicBool::new(false);
+    own_network(1500);
+    let pages = network::pages_until("10.9.0.1:5007", &IS_SAVED);
+    let net = ["--net", "tap=tap"];
+    let saved = Saved::of(guest_command(&cloud(), &net, "saved 10.9.0.1 ::"));
+    IS_SAVED.store(true, Ordering::Relaxed);
+    let ended = saved.restore(&net);
+    ended.assert_code(0);
+    let pages = pages.recv().unwrap_or_else(|_| panic!("{}", ended.out()));
+    let sum = network::sha256(&page().repeat(pages));
+    ended.assert_printed(&[&format!("stream {sum}")]);
 }

@@ -78,7 +78,8 @@ fn fake_passt(script: &str) -> TempDir {
 #[test]
 fn what_passt_says_minivmm_says() {
     let dir = fake_passt(
-        "printf 'No\\033such \"interface\"\\n\\nFailed to send 31 bytes to syslog\\nlast' >&2",
+        "printf 'No\\033such \"interface\"\\n\\nFailed to send 31 bytes to syslog\\n' >&2
+        echo \"Couldn't get any nameserver address\" >&2; printf last >&2",
     );
     let mut command = boot_tiny("ends", "ms", &["--net", "passt"]);
     command.env("PATH", dir.path());

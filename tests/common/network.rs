@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -105,6 +107,22 @@ pub(crate) fn endless(address: &str) {
         });
         thread::spawn(move || std::io::copy(&mut stream, &mut std::io::sink()));
     });
+}
+
+/// Sends the page again and again, once more when this is so, and then says how often.
+pub(crate) fn pages_until(address: &str, is_over: &'static AtomicBool) -> Receiver<usize> {
+    let (sender, count) = mpsc::channel();
+    listen(address, move |mut stream| {
+        answer(&mut stream);
+        let (mut pages, mut is_last) = (0, false);
+        while !is_last {
+            is_last = is_over.load(Ordering::Relaxed);
+            stream.write_all(&page()).unwrap();
+            pages += 1;
+        }
+        sender.send(pages).unwrap();
+    });
+    count
 }
 
 /// Says "first", and afterwards "again".
