@@ -77,8 +77,10 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
         terminal: program.tty,
     };
     let signals = Signals::block().map_err(host("signal handling"))?;
-    let guest = vm.start(&exec, PATIENCE);
-    let guest = guest.map_err(host("the VM's socket"))?;
+    let guest = vm.start(&exec, PATIENCE).map_err(|e| match e.kind() {
+        io::ErrorKind::ArgumentListTooLong => RunError::Usage(e.to_string()),
+        _ => host("the VM's socket")(e).into(),
+    })?;
 
     let threads = ThreadStarter::default();
     let (stdout, _) = Console::open(&ConsoleTarget::Stdio, &threads)?;

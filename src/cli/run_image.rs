@@ -244,11 +244,11 @@ impl RunArgs {
         config: &VmConfig,
         orders: &Orders,
     ) -> Result<Option<(Arc<Snapshot>, Identity)>, RunError> {
-        let argument = serde_json::to_vec(orders).map_err(|e| host("the orders")(e.into()))?;
         // Of the disks, only the one that is read can be an empty one before. Process 1 of a template is minivmm's own.
         if self.cold || orders.is_init || config.disks.len() > 1 {
             return Ok(None);
         }
+        let argument = serde_json::to_vec(orders).map_err(|e| host("the orders")(e.into()))?;
         if argument.len() > MAX_ARGUMENT {
             log::info!("the environment is too long for a template, so the VM boots");
             return Ok(None);

@@ -111,9 +111,10 @@ fn power_off(vm: &Vm, limit: Duration) -> Result<bool, RunError> {
         command,
         ..Exec::default()
     };
+    let begin = Instant::now();
     let connection = vm.start(&poweroff, limit);
     let _connection = connection.map_err(host("the VM's socket"))?;
-    wait(vm, limit)
+    wait(vm, limit.saturating_sub(begin.elapsed()))
 }
 
 /// Waits for the VM's end, and no longer than this; whether it has come.

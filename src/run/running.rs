@@ -162,7 +162,8 @@ impl Vm {
     pub fn start(&self, exec: &Exec, limit: Duration) -> io::Result<UnixStream> {
         let request = serde_json::to_vec(exec)?;
         if request.len() > MAX_EXEC as usize {
-            return Err(io::Error::other("the command is too long"));
+            let kind = io::ErrorKind::ArgumentListTooLong;
+            return Err(io::Error::new(kind, "the command is too long"));
         }
         let length = (request.len() as u32).to_le_bytes();
         let mut guest = self.connect(limit)?;
@@ -172,11 +173,12 @@ impl Vm {
 
     /// Connects to the program that serves in the guest (Firecracker's protocol for vsock).
     fn connect(&self, limit: Duration) -> io::Result<UnixStream> {
+        let patience = limit.clamp(RETRY, PATIENCE);
         let limit = Instant::now() + limit;
         loop {
             let mut guest = UnixStream::connect(self.dir.join(SOCKET))?;
-            guest.set_write_timeout(Some(PATIENCE))?;
-            guest.set_read_timeout(Some(PATIENCE))?;
+            guest.set_write_timeout(Some(patience))?;
+            guest.set_read_timeout(Some(patience))?;
             guest.write_all(format!("CONNECT {EXEC_PORT}\n").as_bytes())?;
             // A line, or the end, where nothing listens.
             let mut byte = [0];
