@@ -12,7 +12,7 @@ use std::sync::mpsc::Sender;
 use common::limit::{SLICE, until, watch};
 use common::linux::{Saved, boot_command, has_kernel, kernel};
 use common::network::{self, own_network, page};
-use common::{PATIENCE, kill, project, signal};
+use common::{PATIENCE, kill, project, sha256, signal};
 
 fn cloud() -> String {
     kernel("cloud", "bzImage")
@@ -245,7 +245,7 @@ fn a_guest_that_resets_under_traffic_has_its_network_again() {
     let args = ["--net", "passt,host-loopback", "--on-reboot", "restart"];
     let guest = Guest::boot(&cloud(), &args, "reset 10.9.0.1 ::");
     let (text, err) = guest.finish();
-    let sum = network::sha256(&page());
+    let sum = sha256(&page());
     assert_words(&text, &[&format!("page {sum}")]);
     assert_eq!(err, "");
     assert_eq!(text.matches("minivmm-demo: userspace").count(), 2, "{text}");
@@ -263,6 +263,6 @@ fn a_connection_through_a_tap_survives_save_and_restore() {
     let ended = saved.restore(&net);
     ended.assert_code(0);
     let pages = pages.recv().unwrap_or_else(|_| panic!("{}", ended.out()));
-    let sum = network::sha256(&page().repeat(pages));
+    let sum = sha256(&page().repeat(pages));
     ended.assert_printed(&[&format!("stream {sum}")]);
 }

@@ -4,12 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sha2::{Digest, Sha256};
 use tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
 
 use super::linux::guest;
-use super::{Ended, minivmm, run};
+use super::{Ended, minivmm, run, sha256};
 
 /// A capability of a file in an extended attribute: version 2, effective, CAP_NET_RAW.
 const NET_RAW: [u8; 20] = [
@@ -60,13 +59,6 @@ impl Layer {
     fn done(self) -> Vec<u8> {
         self.0.into_inner().unwrap()
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
 }
 
 fn layers() -> [Vec<u8>; 2] {
@@ -124,12 +116,12 @@ pub(crate) fn layout(dir: &Path, layers: &[Vec<u8>], config: &str) -> String {
     let blobs = dir.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
     let put = |kind: &str, bytes: &[u8]| {
-        let (digest, size) = (hex(bytes), bytes.len());
+        let (digest, size) = (sha256(bytes), bytes.len());
         fs::write(blobs.join(&digest), bytes).unwrap();
         let kind = format!("application/vnd.oci.image.{kind}");
         format!(r#"{{"mediaType":"{kind}","digest":"sha256:{digest}","size":{size}}}"#)
     };
-    let ids = layers.iter().map(|l| format!(r#""sha256:{}""#, hex(l)));
+    let ids = layers.iter().map(|l| format!(r#""sha256:{}""#, sha256(l)));
     let config = format!(
         r#"{{"os":"linux","architecture":"amd64","config":{config},"rootfs":{{"type":"layers","diff_ids":[{}]}}}}"#,
         ids.collect::<Vec<_>>().join(",")
@@ -144,7 +136,7 @@ pub(crate) fn layout(dir: &Path, layers: &[Vec<u8>], config: &str) -> String {
     let index = format!(r#"{{"schemaVersion":2,"manifests":[{index}]}}"#);
     fs::write(dir.join("index.json"), index).unwrap();
     fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
-    format!("sha256:{}", hex(manifest.as_bytes()))
+    format!("sha256:{}", sha256(manifest.as_bytes()))
 }
 
 impl Image {

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use limit::PATIENCE;
 use limit::within;
+use sha2::{Digest, Sha256};
 
 pub(crate) fn project(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -239,4 +240,12 @@ pub(crate) fn kill(pid: u32, name: &str) -> bool {
         .stderr(Stdio::null())
         .status();
     status.expect("sh runs").success()
+}
+
+/// In hexadecimal digits.
+pub(crate) fn sha256(data: &[u8]) -> String {
+    Sha256::digest(data)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }

@@ -1,6 +1,5 @@
 //! A network for a test alone, and servers in it.
 
-use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
@@ -9,7 +8,6 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use sha2::{Digest, Sha256};
 
 /// Connections that a guest has open at once.
 const MANY: usize = 500;
@@ -49,15 +47,6 @@ pub(crate) fn page() -> Vec<u8> {
     (0..2 << 20_u32)
         .map(|i| (i % 251 + i / 65536) as u8)
         .collect()
-}
-
-pub(crate) fn sha256(data: &[u8]) -> String {
-    Sha256::digest(data)
-        .iter()
-        .fold(String::new(), |mut text, byte| {
-            _ = write!(text, "{byte:02x}");
-            text
-        })
 }
 
 /// Calls this for each connection, on a thread of its own.
