@@ -271,6 +271,7 @@ fn many_connections_do_not_mix() {
         let (header, data) = guest.receive();
         let port = header.dst_port as usize;
         assert!(header.op == op::RW && data == pattern(1000, port + 7));
+        assert_eq!(header.fwd_cnt, 1000, "of this one alone");
         assert!(!std::mem::replace(&mut seen[port], true));
     }
 }

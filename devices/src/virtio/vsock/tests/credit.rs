@@ -1,6 +1,7 @@
 //! Credit (§ 5.10.6.3): no side sends what the other has no room for, and none waits for ever.
 
 use super::*;
+use crate::virtio::vsock::packet::NO_SEND;
 
 /// Firecracker #1751 and libkrun #772: streams stalled at 64 to 240 KiB.
 #[test]
@@ -108,6 +109,32 @@ fn credit_is_told_when_it_is_asked_for() {
         (update.fwd_cnt, update.buf_alloc as usize),
         (1000, BUFFER_SIZE)
     );
+}
+
+/// The host sends no more, but takes more than its buffer.
+#[test]
+fn credit_is_told_after_the_hosts_direction_is_closed() {
+    let mut guest = Guest::new();
+    let listener = guest.sockets.listen(52);
+    let mut stream = guest.connect(&listener);
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(guest.expect(op::SHUTDOWN).flags, NO_SEND);
+    let data = pattern(8 * BUFFER_SIZE, 9);
+    let expected = data.clone();
+    let host = thread::spawn(move || {
+        let mut got = vec![0; expected.len()];
+        stream.read_exact(&mut got).unwrap();
+        assert!(got == expected);
+    });
+    let (mut sent, mut forwarded) = (0, 0);
+    for chunk in data.chunks(BUFFER_SIZE / 4) {
+        while sent + chunk.len() > forwarded + BUFFER_SIZE {
+            forwarded = guest.expect(op::CREDIT_UPDATE).fwd_cnt as usize;
+        }
+        guest.send(op::RW, chunk);
+        sent += chunk.len();
+    }
+    host.join().unwrap();
 }
 
 /// A guest that sends more than there is room for loses its connection, and the host what was too much.
