@@ -8,6 +8,8 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::linux::rounds;
+
 /// Longest that a test lets minivmm run: far above what anything here takes, so that a hang is a failure, not a wait.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -30,9 +32,9 @@ fn now() -> Duration {
     }
 }
 
-/// Attempts it until it gives something, or until the time is over.
+/// Attempts it until it gives something, or until the time is over: more time where there is more to do.
 pub(crate) fn within<T>(patience: Duration, mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
-    let end = now() + patience;
+    let end = now() + patience * rounds(1, 12) as u32;
     let mut looked = Instant::now();
     loop {
         if let Some(done) = attempt() {
