@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use common::limit::watch;
 use common::linux::{Debian, Saved, debian_disk, rounds, virtio, virtio_command};
+use common::network::{self, own_network};
 use common::{Ended, PATIENCE, boot_tiny, run, wait};
 use tempfile::NamedTempFile;
 
@@ -211,15 +212,32 @@ fn debian_boots_to_a_login_and_leaves_its_disk_clean() {
     );
 }
 
+/// Its DHCP client is systemd's.
 #[test]
-fn debian_gives_a_login_on_hvc0() {
+fn debian_gives_a_login_on_hvc0_and_installs_a_package_from_the_network() {
+    own_network(1500);
+    let repository = network::repository();
+    network::files("127.0.0.1:8000", repository.path().into());
     let disk = format!("path={},ephemeral", debian_disk().display());
     // The driver of hvc0 is a module. Both consoles are on one terminal, and their logins would mix.
     let consoles = "console=ttyS0 console=hvc0 systemd.mask=serial-getty@ttyS0.service";
-    let args = ["--console", "virtio", "--append", consoles];
+    let net = "passt,host-loopback";
+    let args = ["--console", "virtio", "--append", consoles, "--net", net];
     let debian = Debian::boot(&disk, &args);
     debian.log_in();
     debian.run("tty", "/dev/hvc0\r\n");
+    // It takes ip=dhcp, which minivmm adds with passt, from the kernel's command line.
+    debian.run(
+        "systemctl start systemd-network-generator systemd-networkd; \
+        /lib/systemd/systemd-networkd-wait-online --ipv4; networkctl status --no-pager eth0",
+        "192.0.2.2 (DHCP4 via 192.0.2.1)",
+    );
+    // The gateway's address leads to this host's servers.
+    debian.run(
+        "echo 'deb [trusted=yes] http://192.0.2.1:8000 ./' >/etc/apt/sources.list; \
+        apt-get -qq update && apt-get -qq install greet && greet",
+        "greetings-42",
+    );
     debian.power_off();
 }
 

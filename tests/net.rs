@@ -7,10 +7,10 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender};
 
-use common::limit::{SLICE, until, watch};
-use common::linux::{Saved, boot_command, has_kernel, kernel};
+use common::limit::{SLICE, receive, until, watch};
+use common::linux::{Saved, boot_command, has_kernel, kernel, rounds};
 use common::network::{self, own_network, page};
 use common::{PATIENCE, kill, project, sha256, signal};
 
@@ -135,13 +135,43 @@ fn expect_loss(guest: Guest) -> String {
     text
 }
 
-fn tap_carries_all(kernel: &str, mtu: u32) {
+/// A stream of pages to the guest and one from there, each with its sum.
+struct Much {
+    to_guest: Receiver<String>,
+    from_guest: Receiver<String>,
+}
+
+impl Much {
+    fn serve(pages: usize) -> Self {
+        Self {
+            to_guest: network::pages_until("10.9.0.1:5007", move |sent| sent + 1 >= pages),
+            from_guest: network::sum_of("10.9.0.1:5008", (pages * page().len()) as u64),
+        }
+    }
+
+    #[track_caller]
+    fn expect(&self, text: &str) {
+        let sum = receive(&self.to_guest).unwrap_or_else(|| panic!("{text}"));
+        assert_words(text, &[&format!("much {sum}")]);
+        // The guest has what it sends from here.
+        assert_eq!(receive(&self.from_guest), Some(sum), "{text}");
+    }
+}
+
+/// Pages that make a GiB, where there is time for it.
+fn gibibyte() -> usize {
+    rounds(1, 512)
+}
+
+fn tap_carries_all(kernel: &str, mtu: u32, pages: usize) {
     own_network(mtu);
+    let much = Much::serve(pages);
     let sinks = network::serve(&["10.9.0.1", "[fd09::1]"]);
     network::tcp_echo("10.9.0.1:5003");
     let args = ["--net", "tap=tap,mac=02:00:00:00:00:09"];
-    let mut guest = Guest::boot(kernel, &args, "tap 10.9.0.1 fd09::1");
+    let mut guest = Guest::boot(kernel, &args, &format!("tap 10.9.0.1 fd09::1 {pages}"));
     guest.wait_for("serving");
+    much.expect(&guest.text);
     guest.expect_page("10.9.0.2:80");
     guest.expect_page("[fd09::2]:80");
     for sink in sinks {
@@ -175,26 +205,28 @@ fn tap_carries_all(kernel: &str, mtu: u32) {
 
 #[test]
 fn tap_carries_all_for_debians_kernel() {
-    tap_carries_all(&cloud(), 1500);
+    tap_carries_all(&cloud(), 1500, gibibyte());
 }
 
 #[test]
 fn tap_carries_all_for_the_small_kernel() {
     if has_kernel("small") {
-        tap_carries_all(&kernel("small", "bzImage"), 9000);
+        tap_carries_all(&kernel("small", "bzImage"), 9000, 1);
     }
 }
 
 /// A guest whose kernel and initramfs know of nothing but DHCP. With `gateway`, that is an address of this host.
-fn passt_carries_all(kernel: &str, net: &str, gateway: &str) {
+fn passt_carries_all(kernel: &str, net: &str, gateway: &str, pages: usize) {
     own_network(1500);
+    let much = Much::serve(pages);
     let sinks = network::serve(&["10.9.0.1", "[fd09::1]"]);
     network::name_server();
     network::web("127.0.0.1:8000");
     let net = format!("{net},publish=8080:80,publish=[::1]:8081:80,publish=0.0.0.0:5300:5353/udp");
-    let case = format!("passt 10.9.0.1 fd09::1 {gateway}");
+    let case = format!("passt 10.9.0.1 fd09::1 {pages} {gateway}");
     let mut guest = Guest::boot(kernel, &["--net", &net], &case);
     guest.wait_for("serving");
+    much.expect(&guest.text);
     guest.expect_page("127.0.0.1:8080");
     guest.expect_page("[::1]:8081");
     for sink in sinks {
@@ -224,13 +256,13 @@ fn passt_carries_all(kernel: &str, net: &str, gateway: &str) {
 
 #[test]
 fn passt_carries_all_for_debians_kernel() {
-    passt_carries_all(&cloud(), "passt,host-loopback", "192.0.2.1");
+    passt_carries_all(&cloud(), "passt,host-loopback", "192.0.2.1", gibibyte());
 }
 
 #[test]
 fn passt_carries_all_for_the_small_kernel() {
     if has_kernel("small") {
-        passt_carries_all(&kernel("small", "bzImage"), "passt", "");
+        passt_carries_all(&kernel("small", "bzImage"), "passt", "", 1);
     }
 }
 
@@ -256,13 +288,12 @@ fn a_guest_that_resets_under_traffic_has_its_network_again() {
 fn a_connection_through_a_tap_survives_save_and_restore() {
     static IS_SAVED: AtomicBool = AtomicBool::new(false);
     own_network(1500);
-    let pages = network::pages_until("10.9.0.1:5007", &IS_SAVED);
+    let sum = network::pages_until("10.9.0.1:5007", |_| IS_SAVED.load(Ordering::Relaxed));
     let net = ["--net", "tap=tap"];
     let saved = Saved::of(guest_command(&cloud(), &net, "saved 10.9.0.1 ::"));
     IS_SAVED.store(true, Ordering::Relaxed);
     let ended = saved.restore(&net);
     ended.assert_code(0);
-    let pages = pages.recv().unwrap_or_else(|_| panic!("{}", ended.out()));
-    let sum = sha256(&page().repeat(pages));
+    let sum = receive(&sum).unwrap_or_else(|| panic!("{}", ended.out()));
     ended.assert_printed(&[&format!("stream {sum}")]);
 }

@@ -244,8 +244,9 @@ pub(crate) fn kill(pid: u32, name: &str) -> bool {
 
 /// In hexadecimal digits.
 pub(crate) fn sha256(data: &[u8]) -> String {
-    Sha256::digest(data)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex(&Sha256::digest(data))
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,13 +1,18 @@
 //! A network for a test alone, and servers in it.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use super::hex;
 
 /// Connections that a guest has open at once.
 const MANY: usize = 500;
@@ -79,6 +84,26 @@ fn answer(stream: &mut TcpStream) {
     _ = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n");
 }
 
+/// Has the files of this directory.
+pub(crate) fn files(address: &str, directory: PathBuf) {
+    listen(address, move |mut stream| {
+        let mut line = String::new();
+        _ = BufReader::new(&stream).read_line(&mut line);
+        let name = line.split(' ').nth(1).unwrap_or_default();
+        let file = fs::read(directory.join(name.trim_start_matches('/')));
+        let (status, data) = match &file {
+            Ok(data) => ("200 OK", data.as_slice()),
+            Err(_) => ("404 Not Found", &b""[..]),
+        };
+        _ = write!(
+            stream,
+            "HTTP/1.0 {status}\r\nContent-Length: {}\r\n\r\n",
+            data.len()
+        );
+        _ = stream.write_all(data);
+    });
+}
+
 pub(crate) fn web(address: &str) {
     listen(address, |mut stream| {
         answer(&mut stream);
@@ -98,20 +123,43 @@ pub(crate) fn endless(address: &str) {
     });
 }
 
-/// Sends the page again and again, once more when this is so, and then says how often.
-pub(crate) fn pages_until(address: &str, is_over: &'static AtomicBool) -> Receiver<usize> {
-    let (sender, count) = mpsc::channel();
+/// Sends the page again and again, for the last time when this is so, given how often it has been; then gives the sum of all.
+pub(crate) fn pages_until(
+    address: &str,
+    is_last: impl Fn(usize) -> bool + Send + 'static,
+) -> Receiver<String> {
+    let (sender, sum) = mpsc::channel();
+    let page = page();
     listen(address, move |mut stream| {
         answer(&mut stream);
-        let (mut pages, mut is_last) = (0, false);
-        while !is_last {
-            is_last = is_over.load(Ordering::Relaxed);
-            stream.write_all(&page()).unwrap();
-            pages += 1;
+        let mut sent = Sha256::new();
+        for pages in 0.. {
+            let is_last = is_last(pages);
+            stream.write_all(&page).unwrap();
+            sent.update(&page);
+            if is_last {
+                break;
+            }
         }
-        sender.send(pages).unwrap();
+        _ = sender.send(hex(&sent.finalize()));
     });
-    count
+    sum
+}
+
+/// Takes all of one connection after the other, and gives the sum of so many bytes.
+pub(crate) fn sum_of(address: &str, bytes: u64) -> Receiver<String> {
+    let (sender, sum) = mpsc::channel();
+    let (mut received, mut left, mut part) = (Sha256::new(), bytes, vec![0; 64 << 10]);
+    listen(address, move |mut stream| {
+        while let Ok(len @ 1..) = stream.read(&mut part) {
+            received.update(&part[..len]);
+            left = left.saturating_sub(len as u64);
+        }
+        if left == 0 {
+            _ = sender.send(hex(&received.finalize_reset()));
+        }
+    });
+    sum
 }
 
 /// Says "first", and afterwards "again".
@@ -173,4 +221,26 @@ pub(crate) fn name_server() {
             _ = socket.send_to(&answer, from);
         }
     });
+}
+
+/// Packages for apt: one, whose program `greet` says what its script does not have as such.
+pub(crate) fn repository() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    sh(&format!(
+        "cd {}
+        mkdir -p greet/DEBIAN greet/usr/bin
+        printf '#!/bin/sh\necho greetings-$((6*7))\n' >greet/usr/bin/greet
+        chmod 755 greet/usr/bin/greet
+        printf '%s\n' 'Package: greet' 'Version: 1' 'Architecture: all' 'Maintainer: nobody <nobody@localhost>' \
+            'Description: says something' >greet/DEBIAN/control
+        dpkg-deb --root-owner-group -Znone --build greet greet.deb >/dev/null
+        {{
+            cat greet/DEBIAN/control
+            echo Filename: ./greet.deb
+            echo Size: $(stat -c %s greet.deb)
+            echo SHA256: $(sha256sum <greet.deb | cut -d ' ' -f 1)
+        }} >Packages",
+        directory.path().display()
+    ));
+    directory
 }
