@@ -8,6 +8,7 @@ FUZZ_SECONDS ?= 60
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO := build/demo.cpio
 NET ?=
+COMMAND ?= uname -a
 
 MINIVMM := $(TARGET)/release/minivmm
 
@@ -25,7 +26,7 @@ build test bench lint: export CARGO_BUILD_TARGET = $(TRIPLE)
 
 help:
 	@echo 'make boot     a stock Debian kernel to a shell in minivmm (KERNEL=cloud, generic, 6.12, small, ...); ends with poweroff;'
-	@echo '              NET=passt,host-loopback gives it a network, in which the gateway is this host (not in the lab: that has none)'
+	@echo '              NET=passt gives it a network; this host is 10.0.2.2 if it runs in the lab, and else the gateway, with NET=passt,host-loopback'
 	@echo 'make boot-debian   Debian with systemd from a disk, to a login (root, minivmm); what it writes is gone afterwards'
 	@echo 'make run      a command in a container image, busybox (KERNEL=cloud, 6.12, small, ...)'
 	@echo 'make build    the static release binary, $(MINIVMM)'
@@ -48,13 +49,13 @@ build: deps
 	@mkdir -p $(TARGET)/release
 	@ln -sf ../$(TRIPLE)/release/minivmm $(MINIVMM)
 
-# Without a terminal nobody can type: a command shows that the guest is up, and the guest powers off.
+# Without a terminal nobody can type: a command shows that the guest is up, and the guest powers off. passt wants a network of its host's.
 boot: build
 	@guest-kernels/fetch $(KERNEL) >/dev/null
 	@guest-kernels/initramfs/build-initramfs $(if $(NET),--net "$$(guest-kernels/fetch $(KERNEL))" build/boot-net.cpio,$(DEMO))
-	tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage \
+	$(if $(NET),MINIVMM_LAB_NET=1) tests/lab/with-kvm $(MINIVMM) --kernel $$(guest-kernels/fetch $(KERNEL))/bzImage \
 		--initrd $(if $(NET),build/boot-net.cpio,$(DEMO)) $(if $(NET),--net $(NET)) \
-		--append "$$([ -t 0 ] || echo '-- uname -a')"
+		--append "$$([ -t 0 ] || echo '-- $(COMMAND)')"
 
 boot-debian: build
 	@guest-kernels/debian-disk >/dev/null
