@@ -1,6 +1,8 @@
 //! Ring 3: container images as VMs. Where and how it runs, see tests/linux.rs.
 
 mod common;
+#[path = "run/debian.rs"]
+mod debian;
 #[path = "run/init.rs"]
 mod init;
 

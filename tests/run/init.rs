@@ -1,9 +1,8 @@
 //! Images whose own init is process 1.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use crate::common::image::Image;
-use crate::common::linux::{Debian, debian_disk};
 use crate::common::{self, expect, run, run_with_input, wait};
 use crate::{cloud, printed};
 
@@ -69,32 +68,4 @@ fn a_vm_that_does_not_power_off_is_stopped() {
     expect(&mut child, "ready\r\n");
     run(&mut image.minivmm(&["stop", "-t", "1", "own"])).assert_code(0);
     assert_eq!(wait(child, common::PATIENCE).status.code(), Some(143));
-}
-
-#[test]
-fn debian_with_systemd_boots_to_its_login() {
-    let image = Image::new();
-    // Its services have users of their own, who are to enter its root.
-    let root = image.store().join("root");
-    std::fs::create_dir(&root).unwrap();
-    let path = root.to_str().unwrap();
-    let copied = Command::new("debugfs")
-        .args(["-R", &format!("rdump / {path}")])
-        .arg(debian_disk())
-        .output();
-    assert!(copied.unwrap().status.success());
-    let kernel = cloud();
-    let mut command = image.minivmm(&["run", "--kernel", &kernel, "--rootfs"]);
-    command
-        .args(["-it", "-h", "debian", "--name", "debian"])
-        .args(INIT)
-        .arg(path);
-    let debian = Debian::on_terminal(&command);
-    debian.log_in();
-    debian.run("systemctl is-system-running --wait", "running\r\n");
-    debian.run("cat /proc/1/comm; hostname", "systemd\r\ndebian\r\n");
-    debian.run("findmnt --noheadings /", "image  overlay rw");
-    let exec = ["exec", "debian", "systemctl", "is-active", "systemd-logind"];
-    printed(&run(&mut image.minivmm(&exec)), "active\n");
-    debian.power_off();
 }

@@ -1,0 +1,93 @@
+//! Debian as an image: what its packages do in a VM.
+
+use std::process::{Command, Stdio};
+
+use crate::cloud;
+use crate::common::image::Image;
+use crate::common::limit::until;
+use crate::common::linux::{Debian, debian_disk, rounds};
+use crate::common::network::{own_network, sh};
+use crate::common::{self, Ended, expect, run, signal, wait};
+use crate::printed;
+
+/// Where its root is, for the test alone.
+const ROOT: &str = "/mnt/debian";
+
+#[test]
+fn debian_compiles_serves_and_boots_to_its_login() {
+    own_network(1500);
+    let disk = debian_disk();
+    let disk = disk.display();
+    sh(&format!(
+        "mkdir {ROOT}; mount -o loop,ro,noload {disk} {ROOT}"
+    ));
+    let image = Image::new();
+    compile_and_serve(&image);
+    boot_to_login(&image);
+}
+
+/// minivmm that runs it with these options.
+fn debian(image: &Image, options: &[&str]) -> Command {
+    let mut command = image.minivmm(&["run", "--cold", "--kernel", &cloud()]);
+    command.args(options).args(["--rootfs", ROOT]);
+    command
+}
+
+fn compile_and_serve(image: &Image) {
+    let ports = ["-p", "8080:80", "-p", "[::1]:8081:80"];
+    let script = r#"echo '#include <stdio.h>
+        int main() { return puts("compiled") < 0; }' >/tmp/main.c
+        gcc -o /tmp/main /tmp/main.c && /tmp/main && mkdir /var/log/nginx && exec nginx -g 'daemon off;'"#;
+    let mut command = debian(image, &ports);
+    let mut child = command.args(["sh", "-c", script]).spawn().unwrap();
+    expect(&mut child, "compiled\n");
+    let requests = rounds(200, 10_000);
+    for url in ["http://127.0.0.1:8080/", "http://[::1]:8081/"] {
+        // Until nginx listens, and the VM has its address for IPv6.
+        assert!(until(|| ask(1, url).status.success()), "{url}");
+        let ended = ask(requests, url);
+        println!("{}", ended.out());
+        ended.assert_code(0);
+        let complete = format!("Complete requests:      {requests}\n");
+        ended.assert_printed(&[
+            &complete,
+            "Failed requests:        0\n",
+            "Server Software:        nginx",
+        ]);
+        assert!(!ended.out().contains("Non-2xx"));
+    }
+    signal(&child, "TERM");
+    let output = wait(child, common::PATIENCE);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+}
+
+/// ApacheBench, with some connections at a time.
+fn ask(requests: usize, url: &str) -> Ended {
+    let concurrency = requests.min(8).to_string();
+    let mut ab = Command::new("ab");
+    ab.args([
+        "-n",
+        &requests.to_string(),
+        "-c",
+        &concurrency,
+        "-s",
+        "300",
+        url,
+    ]);
+    ab.stdout(Stdio::piped()).stderr(Stdio::piped());
+    run(&mut ab)
+}
+
+/// systemd is process 1.
+fn boot_to_login(image: &Image) {
+    let init = ["--init", "image"];
+    let options = ["-it", "-h", "debian", "--name", "debian"];
+    let debian = Debian::on_terminal(&debian(image, &[&init[..], &options].concat()));
+    debian.log_in();
+    debian.run("systemctl is-system-running --wait", "running\r\n");
+    debian.run("cat /proc/1/comm; hostname", "systemd\r\ndebian\r\n");
+    debian.run("findmnt --noheadings /", "image  overlay rw");
+    let exec = ["exec", "debian", "systemctl", "is-active", "systemd-logind"];
+    printed(&run(&mut image.minivmm(&exec)), "active\n");
+    debian.power_off();
+}
