@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use minivmm_devices::thread::ThreadStarter;
 
@@ -57,7 +58,7 @@ impl Plan {
         let Some(streams) = self.streams else {
             return Ok((console, None, input));
         };
-        if streams.is_console {
+        if streams.init.is_some() {
             let input = match streams.interactive {
                 true => input,
                 false => ConsoleInput::none(),
@@ -96,8 +97,8 @@ pub struct Streams {
     pub terminal: bool,
     /// What comes on stdin.
     pub interactive: bool,
-    /// The kernel's console, for logins, in place of streams of its own.
-    pub is_console: bool,
+    /// Its own are the kernel's console, for logins: it is an init, which has this long to power off at a signal to end it.
+    pub init: Option<Duration>,
 }
 
 impl Streams {

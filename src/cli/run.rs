@@ -1,5 +1,6 @@
 //! Runs a VM: ties it to the console, the signals, the deadline and the timeline.
 
+use std::io::Write;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use super::snapshot_at::Saver;
 use super::watch::{DRAIN_TIMEOUT, Watch};
 use crate::config::{ConsoleTarget, OnReboot};
 use crate::console::{self, Console, ConsoleInput, FrameSink, InputOutcome, RawTerminal, Signals};
+use crate::guest::{EXEC_PORT, Exec};
 use crate::observe::timeline::Timeline;
 use crate::observe::transcript::SharedTranscript;
 use crate::sandbox::Sandbox;
@@ -92,6 +94,7 @@ pub fn run(
         input,
         signals: &signals,
         deadline,
+        stopping: None,
         timeline,
     };
     let ended = run.until_the_end(prepared, watch);
@@ -154,6 +157,8 @@ struct Run<'a> {
     input: ConsoleInput,
     signals: &'a Arc<Signals>,
     deadline: Option<Instant>,
+    /// The signal at which the image's init was told to power off, and when that must have come.
+    stopping: Option<(i32, Instant)>,
     timeline: &'a mut Timeline,
 }
 
@@ -284,12 +289,18 @@ impl Run<'_> {
         loop {
             let next = sleep_check.as_ref().map(|check| check.next);
             let again = (!resumed).then(|| Instant::now() + RESUME_PERIOD);
-            let next = self.deadline.into_iter().chain(next).chain(again).min();
+            let limit = self.stopping.map(|(_, limit)| limit);
+            let limits = self.deadline.into_iter().chain(limit);
+            let next = limits.chain(next).chain(again).min();
             let ready = events.wait(next)?;
             let now = Instant::now();
             resumed = resumed || vm.resume_devices();
             if self.deadline.is_some_and(|deadline| deadline <= now) {
                 control.end(Outcome::Deadline);
+                return Ok(());
+            }
+            if let Some((signal, _)) = self.stopping.filter(|(_, limit)| *limit <= now) {
+                control.end(Outcome::Signal(signal));
                 return Ok(());
             }
             if let Some(check) = &mut sleep_check {
@@ -301,6 +312,7 @@ impl Run<'_> {
                     Source::Signal => {
                         if let Some(signal) = self.signals.stop_requested()
                             && !self.input.forward_signal(signal)
+                            && !self.power_off(vm, signal)
                         {
                             control.end(Outcome::Signal(signal));
                             return Ok(());
@@ -319,6 +331,21 @@ impl Run<'_> {
                 self.pump(vm);
             }
         }
+    }
+
+    /// Has an image's own init power off, at the first signal; whether it was told.
+    fn power_off(&mut self, vm: &Vm, signal: i32) -> bool {
+        let timeout = self.plan.streams.and_then(|streams| streams.init);
+        let (None, Some(timeout), Some(mut guest)) =
+            (self.stopping, timeout, vm.reserved_connection())
+        else {
+            return false;
+        };
+        self.stopping = Some((signal, Instant::now() + timeout));
+        let connect = format!("CONNECT {EXEC_PORT}\n").into_bytes();
+        let message = Exec::poweroff().message();
+        let sent = message.and_then(|message| guest.write_all(&[connect, message].concat()));
+        sent.is_ok()
     }
 
     /// The process may have been stopped: then there may be input that gave no event, and the terminal may have another size; and the

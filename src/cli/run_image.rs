@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use minivmm_devices::platform::control::MAX_ARGUMENT;
@@ -76,6 +77,9 @@ pub struct RunArgs {
     /// with -i stdin as well, with -it the terminal, which Ctrl-A x quits
     #[arg(long, value_name = "WHOSE", value_parser = ["image"], conflicts_with_all = ["user", "workdir", "entrypoint"])]
     init: Option<String>,
+    /// Seconds that the image's init has to power off after a signal to minivmm
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, requires = "init")]
+    stop_timeout: u32,
     /// Name for minivmm exec and stop [default: eight digits at random]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -228,7 +232,7 @@ impl RunArgs {
             config,
             snapshot,
             streams: Some(Streams {
-                is_console: self.init.is_some(),
+                init: (self.init.as_ref()).map(|_| Duration::from_secs(self.stop_timeout.into())),
                 terminal: self.program.tty,
                 interactive: self.program.interactive,
             }),

@@ -106,13 +106,8 @@ pub fn stop(args: &StopArgs, out: &mut dyn Write) -> Result<(), RunError> {
 
 /// Has a VM with an init of the image's own end itself, and waits for that; whether it has come.
 fn power_off(vm: &Vm, limit: Duration) -> Result<bool, RunError> {
-    let command = vec!["poweroff".to_owned()];
-    let poweroff = Exec {
-        command,
-        ..Exec::default()
-    };
     let begin = Instant::now();
-    let connection = vm.start(&poweroff, limit);
+    let connection = vm.start(&Exec::poweroff(), limit);
     let _connection = connection.map_err(host("the VM's socket"))?;
     wait(vm, limit.saturating_sub(begin.elapsed()))
 }

@@ -19,5 +19,5 @@ mod template;
 mod users;
 
 pub use init::main;
-pub use orders::{EXEC_PORT, Exec, INIT, MAX_EXEC, MODULES, Network, Orders, SETUP, Setup};
+pub use orders::{EXEC_PORT, Exec, INIT, MODULES, Network, Orders, SETUP, Setup};
 pub use template::TEMPLATE_MARK;

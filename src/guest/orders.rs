@@ -1,5 +1,6 @@
 //! What the host tells the first process.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
@@ -63,7 +64,7 @@ pub struct Network {
 /// Port of the socket device at which the first process takes [`Exec`]s, as JSON with its length before it.
 pub const EXEC_PORT: u32 = 1024;
 /// Longest of them in bytes.
-pub const MAX_EXEC: u32 = 4 << 20;
+pub(super) const MAX_EXEC: u32 = 4 << 20;
 
 /// Another program that the first process is to run. What it leaves open is as the image's program has it.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -78,6 +79,27 @@ pub struct Exec {
     pub directory: Option<String>,
     /// Whether it has a terminal.
     pub terminal: bool,
+}
+
+impl Exec {
+    /// Powers the machine off, in an image with an init of its own.
+    pub fn poweroff() -> Self {
+        let command = vec!["poweroff".to_owned()];
+        Self {
+            command,
+            ..Self::default()
+        }
+    }
+
+    /// What is sent to [`EXEC_PORT`]. It is an error if that is too long.
+    pub fn message(&self) -> io::Result<Vec<u8>> {
+        let json = serde_json::to_vec(self)?;
+        if json.len() > MAX_EXEC as usize {
+            let kind = io::ErrorKind::ArgumentListTooLong;
+            return Err(io::Error::new(kind, "the command is too long"));
+        }
+        Ok([&(json.len() as u32).to_le_bytes()[..], &json].concat())
+    }
 }
 
 impl Orders {

@@ -2,7 +2,7 @@
 //! a newline; what the guest connects to at a port is the socket of the same name with `_PORT` behind it.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
@@ -33,21 +33,26 @@ pub enum VsockError {
     Bind(PathBuf, #[source] io::Error),
 }
 
-/// A socket's name, which is removed at its end.
+/// The host's end of a device's socket.
 #[derive(Debug)]
-pub struct SocketFile(PathBuf);
+pub struct Socket {
+    /// Its name, which is removed at its end.
+    path: PathBuf,
+    /// A connection to it for this process, which may not make one later: by read(2) and write(2) alone.
+    pub reserved: File,
+}
 
-impl Drop for SocketFile {
+impl Drop for Socket {
     fn drop(&mut self) {
-        if let Err(e) = fs::remove_file(&self.0) {
-            log::debug!("cannot remove {}: {e}", self.0.display());
+        if let Err(e) = fs::remove_file(&self.path) {
+            log::debug!("cannot remove {}: {e}", self.path.display());
         }
     }
 }
 
 /// Listens at `path`, for this user only, and where the guest `connects`, leads it to sockets beside that. A socket that a process has
 /// left there is replaced.
-pub fn open(path: &Path, connects: bool) -> Result<(HostSide, SocketFile), VsockError> {
+pub fn open(path: &Path, connects: bool) -> Result<(HostSide, Socket), VsockError> {
     let failed = |source: io::Error| VsockError::Bind(path.to_owned(), source);
     let listener = match listen_at(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
@@ -57,7 +62,12 @@ pub fn open(path: &Path, connects: bool) -> Result<(HostSide, SocketFile), Vsock
         result => result,
     };
     let listener = listener.map_err(failed)?;
-    let file = SocketFile(path.to_owned());
+    let (reserved, theirs) = UnixStream::pair().map_err(failed)?;
+    theirs.set_nonblocking(true).map_err(failed)?;
+    let socket = Socket {
+        path: path.to_owned(),
+        reserved: OwnedFd::from(reserved).into(),
+    };
     let base = path.as_os_str().to_owned();
     let connect = move |port: u32| {
         let mut path: OsString = base.clone();
@@ -67,8 +77,9 @@ pub fn open(path: &Path, connects: bool) -> Result<(HostSide, SocketFile), Vsock
     let host = HostSide {
         listener: listener.into(),
         connect: connects.then(|| Box::new(connect) as Connect),
+        reserved: Some(theirs),
     };
-    Ok((host, file))
+    Ok((host, socket))
 }
 
 fn new_socket() -> io::Result<OwnedFd> {

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
-use crate::guest::{EXEC_PORT, Exec, MAX_EXEC};
+use crate::guest::{EXEC_PORT, Exec};
 use crate::host::ownership::open_own_dir;
 
 /// Longest name in bytes.
@@ -160,14 +160,9 @@ impl Drop for Claim {
 impl Vm {
     /// Has its guest start a program, whose streams are the connection's, and waits no longer than `limit` until the guest listens.
     pub fn start(&self, exec: &Exec, limit: Duration) -> io::Result<UnixStream> {
-        let request = serde_json::to_vec(exec)?;
-        if request.len() > MAX_EXEC as usize {
-            let kind = io::ErrorKind::ArgumentListTooLong;
-            return Err(io::Error::new(kind, "the command is too long"));
-        }
-        let length = (request.len() as u32).to_le_bytes();
+        let message = exec.message()?;
         let mut guest = self.connect(limit)?;
-        guest.write_all(&[&length[..], &request].concat())?;
+        guest.write_all(&message)?;
         Ok(guest)
     }
 

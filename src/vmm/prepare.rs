@@ -23,7 +23,7 @@ use crate::arch::layout;
 use crate::boot::{self, BootSource, KernelFormat, LoadedKernel};
 use crate::config::{DiskConfig, MemorySize, VmConfig};
 use crate::host::kvm;
-use crate::host::vsock::{self, SocketFile};
+use crate::host::vsock::{self, Socket};
 
 /// When a VM's steps were done, as far as they were.
 #[derive(Debug, Clone, Copy, Default)]
@@ -53,8 +53,8 @@ pub struct Prepared {
     /// Likewise.
     pub(super) nets: Vec<Net>,
     pub(super) vsock: Option<Vsock>,
-    /// The name of its socket, as long as the VM is there.
-    pub(super) _vsock_file: Option<SocketFile>,
+    /// The host's end of that.
+    pub(super) socket: Option<Socket>,
     pub(super) threads: ThreadStarter,
 }
 
@@ -95,7 +95,7 @@ impl Prepared {
             open_disk(disk, open, config.cpus, threads)
         });
         let disks = disks.collect::<Result<_, _>>()?;
-        let (vsock, _vsock_file) = open_vsock(config, threads)?;
+        let (vsock, socket) = open_vsock(config, threads)?;
         let mem = memory::map_file(config.memory.bytes, &snapshot.file, snapshot.ram.offset)?;
         if config.mergeable {
             memory::enable_ksm(&mem)?;
@@ -130,7 +130,7 @@ impl Prepared {
             disks,
             nets: networks.devices(config, threads)?,
             vsock,
-            _vsock_file,
+            socket,
             threads: threads.clone(),
         })
     }
@@ -154,7 +154,7 @@ impl Prepared {
             open_disk(disk, open, config.cpus, threads)
         });
         let disks = disks.collect::<Result<_, _>>()?;
-        let (vsock, _vsock_file) = open_vsock(config, threads)?;
+        let (vsock, socket) = open_vsock(config, threads)?;
         let mem = memory::create(config.memory.bytes)?;
         if config.mergeable {
             memory::warn_without_ksm();
@@ -202,7 +202,7 @@ impl Prepared {
             disks,
             nets: networks.devices(config, threads)?,
             vsock,
-            _vsock_file,
+            socket,
             threads: threads.clone(),
         })
     }
@@ -239,11 +239,11 @@ fn open_disk(
     Block::new(opened, id, queues, engine, threads).map_err(host("a device's thread"))
 }
 
-/// Opens what a socket device needs of the host, and gives it with the name of its socket.
+/// Opens what a socket device needs of the host, and gives it with the host's end of it.
 fn open_vsock(
     config: &VmConfig,
     threads: &ThreadStarter,
-) -> Result<(Option<Vsock>, Option<SocketFile>), VmError> {
+) -> Result<(Option<Vsock>, Option<Socket>), VmError> {
     let Some(vsock) = &config.vsock else {
         return Ok((None, None));
     };

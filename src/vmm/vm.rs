@@ -11,6 +11,7 @@
 //! All of its state is in one owner and nothing is global: one process can run several. What ends it, from wherever that comes, goes
 //! through its [`Control`].
 
+use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -222,6 +223,11 @@ impl Vm {
             Vcpus::Still(_) => &[],
             Vcpus::Running(vcpus) => vcpus,
         }
+    }
+
+    /// A connection to the socket device for the owner of the VM.
+    pub fn reserved_connection(&self) -> Option<&File> {
+        self.parts.socket.as_ref().map(|socket| &socket.reserved)
     }
 
     /// What it was built of.

@@ -153,6 +153,14 @@ impl Debian {
         self.terminal.type_in("systemctl poweroff\r");
         assert_eq!(self.session.status(), 0, "{}", self.terminal.text());
     }
+
+    /// The same, when minivmm is to end.
+    #[track_caller]
+    pub(crate) fn terminate(mut self) {
+        self.session.signal("TERM");
+        assert_eq!(self.session.status(), 0, "{}", self.terminal.text());
+        self.terminal.wait_for("Powering off");
+    }
 }
 
 /// A guest that was saved when it had booted, and is to go on.

@@ -3,7 +3,7 @@
 use std::process::Stdio;
 
 use crate::common::image::Image;
-use crate::common::{self, expect, run, run_with_input, wait};
+use crate::common::{self, expect, run, run_with_input, signal, wait};
 use crate::{cloud, printed};
 
 const INIT: [&str; 2] = ["--init", "image"];
@@ -61,11 +61,18 @@ fn stop_has_the_image_power_off_and_exec_works_beside_its_init() {
 #[test]
 fn a_vm_that_does_not_power_off_is_stopped() {
     let image = Image::new();
-    let options = [&INIT[..], &["--name", "own"]].concat();
-    let script = "echo ready; exec sleep 1000";
-    let mut command = image.command(&cloud(), &options, &["sh", "-c", script]);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    expect(&mut child, "ready\r\n");
-    run(&mut image.minivmm(&["stop", "-t", "1", "own"])).assert_code(0);
-    assert_eq!(wait(child, common::PATIENCE).status.code(), Some(143));
+    let options = ["--name", "own", "--stop-timeout", "1"];
+    let options = [&INIT[..], &options].concat();
+    for by_signal in [false, true] {
+        let script = "echo ready; exec sleep 1000";
+        let mut command = image.command(&cloud(), &options, &["sh", "-c", script]);
+        let mut child = command.spawn().unwrap();
+        expect(&mut child, "ready\r\n");
+        if by_signal {
+            signal(&child, "TERM");
+        } else {
+            run(&mut image.minivmm(&["stop", "-t", "1", "own"])).assert_code(0);
+        }
+        assert_eq!(wait(child, common::PATIENCE).status.code(), Some(143));
+    }
 }

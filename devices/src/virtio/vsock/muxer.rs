@@ -31,13 +31,17 @@ const MAX_RESETS: usize = 256;
 /// The first of the ports that programs of the host have, as in Firecracker.
 const FIRST_PORT: u32 = 1 << 30;
 
-/// What epoll(7) says of the listener and the timer: no connection has such ports.
+/// What epoll(7) says of the listener, the timer and the reserved connection: no connection has such ports.
 const LISTENER: Ports = Ports {
     host: 0,
     guest: NO_PORT,
 };
 const TIMER: Ports = Ports {
     host: 1,
+    guest: NO_PORT,
+};
+const RESERVED: Ports = Ports {
+    host: 2,
     guest: NO_PORT,
 };
 
@@ -62,6 +66,8 @@ pub struct HostSide {
     pub listener: UnixListener,
     /// Where the guest's connections go; without it, it can make none.
     pub connect: Option<Connect>,
+    /// A connection whose other end this process has: it is accepted when something comes on it. Must not block.
+    pub reserved: Option<UnixStream>,
 }
 
 pub(super) struct Muxer {
@@ -100,6 +106,9 @@ impl Muxer {
         muxer.watch(&muxer.timer, ControlOperation::Add, TIMER)?;
         if let Some(host) = &muxer.host {
             muxer.watch(&host.listener, ControlOperation::Add, LISTENER)?;
+            if let Some(stream) = &host.reserved {
+                muxer.watch(stream, ControlOperation::Add, RESERVED)?;
+            }
         }
         Ok(muxer)
     }
@@ -143,6 +152,7 @@ impl Muxer {
             match Ports::from_token(event.data()) {
                 LISTENER => self.may_accept = true,
                 TIMER => self.tick(),
+                RESERVED if event.event_set().contains(EventSet::IN) => self.accept_reserved(),
                 ports => {
                     let connection = self.connections.get_mut(&ports);
                     if let Some(next) = connection.map(|c| c.on_events(event.event_set())) {
@@ -226,6 +236,14 @@ impl Muxer {
                     return self.ensure_tick(true);
                 }
             }
+        }
+    }
+
+    fn accept_reserved(&mut self) {
+        let host = self.host.as_mut();
+        if let Some(stream) = host.and_then(|host| host.reserved.take()) {
+            let (ports, connection) = (self.free_port(), Connection::from_host(stream));
+            self.insert(ports, connection, ControlOperation::Modify);
         }
     }
 

@@ -2,6 +2,7 @@ mod connections;
 mod credit;
 mod hostile;
 
+use std::cell::RefCell;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -24,12 +25,12 @@ const EVENT: u16 = 2;
 /// Bytes of a receive buffer's payload, as Linux has them.
 const ROOM: usize = 4096;
 
-/// The host's sockets, in a directory of their own.
-struct Sockets(TempDir);
+/// The host's sockets, in a directory of their own; and its end of the reserved connection.
+struct Sockets(TempDir, RefCell<Option<UnixStream>>);
 
 impl Sockets {
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self(tempfile::tempdir().unwrap(), RefCell::default())
     }
 
     fn path(&self) -> PathBuf {
@@ -48,9 +49,13 @@ impl Sockets {
             connect(&socket, &address)?;
             Ok(socket.into())
         };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        self.1.replace(Some(ours));
         HostSide {
             listener,
             connect: Some(Box::new(connect_to)),
+            reserved: Some(theirs),
         }
     }
 
@@ -240,7 +245,12 @@ impl Guest {
 
     /// A connection that a program of the host has asked for, and what it reads.
     fn accept(&mut self, port: u32) -> UnixStream {
-        let mut stream = self.sockets.connect();
+        let stream = self.sockets.connect();
+        self.accept_on(stream, port)
+    }
+
+    /// The same, by this connection.
+    fn accept_on(&mut self, mut stream: UnixStream, port: u32) -> UnixStream {
         writeln!(stream, "CONNECT {port}").unwrap();
         let request = self.expect(op::REQUEST);
         assert_eq!((request.src_cid, request.dst_cid), (HOST_CID, CID.into()));

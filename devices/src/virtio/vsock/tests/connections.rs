@@ -36,6 +36,19 @@ fn a_program_of_the_host_connects_as_to_firecracker() {
 }
 
 #[test]
+fn the_reserved_connection_begins_when_it_is_used() {
+    let mut guest = Guest::new();
+    guest.driver.start(0);
+    guest.free = (0..16).collect();
+    guest.give(16);
+    guest.expect_silence();
+    let reserved = guest.sockets.1.take().unwrap();
+    let mut stream = guest.accept_on(reserved, 1024);
+    stream.write_all(b"now").unwrap();
+    assert_eq!(guest.receive().1, b"now");
+}
+
+#[test]
 fn the_guest_connects_to_a_socket_of_the_host() {
     let mut guest = Guest::new();
     let listener = guest.sockets.listen(52);
