@@ -33,7 +33,7 @@ help:
 	@echo 'make test     all tests: natively what this machine can run, then real Linux guests, in the lab if need be'
 	@echo 'make fuzz     each fuzz target for a minute (FUZZ_SECONDS=$(FUZZ_SECONDS)); fails on a finding'
 	@echo 'make bench    start-up of whole processes side by side: bare KVM, minivmm, QEMU, runc (RUNS=$(RUNS)); then boots of'
-	@echo '              Linux and disks, minivmm and QEMU, in the lab if need be (ROUNDS=$(ROUNDS))'
+	@echo '              Linux, disks and networks, minivmm and QEMU, in the lab if need be (ROUNDS=$(ROUNDS))'
 	@echo 'make compare  one command in crun, runc, podman, docker, as far as they are installed, and in minivmm: a table, and'
 	@echo '              build/compare/report.html (COMPARE_RUNS=$(COMPARE_RUNS), KERNEL=$(KERNEL))'
 	@echo 'make lint     formatting, clippy, rustdoc and shellcheck'
@@ -82,7 +82,7 @@ fuzz: deps
 	fuzz/run $(FUZZ_SECONDS)
 
 # QEMU, runc and busybox-static are measured where they are installed; boots and disks need QEMU and real Linux guests.
-bench: deps
+bench: build
 	$(CARGO) bench --bench startup -- $(RUNS)
 	@guest-kernels/fetch all >/dev/null
 	@guest-kernels/initramfs/build-initramfs $(DEMO)
@@ -91,6 +91,7 @@ bench: deps
 	@guest-kernels/debian-initrd cloud >/dev/null
 	@guest-kernels/debian-disk >/dev/null
 	$(CARGO) bench --config 'target."cfg(unix)".runner="$(CURDIR)/tests/lab/with-kvm"' --bench disk -- $(ROUNDS)
+	tests/bench/net $(ROUNDS)
 
 compare: build
 	MINIVMM_KERNEL=$$(guest-kernels/fetch $(KERNEL))/bzImage tests/bench/containers build/compare $(COMPARE_RUNS)
