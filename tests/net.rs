@@ -163,12 +163,14 @@ fn gibibyte() -> usize {
     rounds(1, 512)
 }
 
-fn tap_carries_all(kernel: &str, mtu: u32, pages: usize) {
-    own_network(mtu);
+/// With a pair of queues for each of `cpus`.
+fn tap_carries_all(kernel: &str, mtu: u32, cpus: u8, pages: usize) {
+    network::own_network_with(mtu, if cpus > 1 { "multi_queue" } else { "" });
     let much = Much::serve(pages);
     let sinks = network::serve(&["10.9.0.1", "[fd09::1]"]);
     network::tcp_echo("10.9.0.1:5003");
-    let args = ["--net", "tap=tap,mac=02:00:00:00:00:09"];
+    let net = format!("tap=tap,mac=02:00:00:00:00:09,queues={cpus}");
+    let args = ["--net", &net, "--cpus", &cpus.to_string()];
     let mut guest = Guest::boot(kernel, &args, &format!("tap 10.9.0.1 fd09::1 {pages}"));
     guest.wait_for("serving");
     much.expect(&guest.text);
@@ -191,7 +193,7 @@ fn tap_carries_all(kernel: &str, mtu: u32, pages: usize) {
     guest.wait_for("carrier 1");
     network::sh("ip link delete tap");
     let text = expect_loss(guest);
-    let ethernet = format!("mac 02:00:00:00:00:09 mtu {mtu} features ");
+    let ethernet = format!("mac 02:00:00:00:00:09 mtu {mtu} queues {cpus} features ");
     let words = ["echoed", "answer udp-10.9.0.1", "answer udp-fd09::1"];
     assert_words(&text, &words);
     assert_words(&text, &[&ethernet, "many 500", "again"]);
@@ -205,13 +207,13 @@ fn tap_carries_all(kernel: &str, mtu: u32, pages: usize) {
 
 #[test]
 fn tap_carries_all_for_debians_kernel() {
-    tap_carries_all(&cloud(), 1500, gibibyte());
+    tap_carries_all(&cloud(), 1500, 2, gibibyte());
 }
 
 #[test]
 fn tap_carries_all_for_the_small_kernel() {
     if has_kernel("small") {
-        tap_carries_all(&kernel("small", "bzImage"), 9000, 1);
+        tap_carries_all(&kernel("small", "bzImage"), 9000, 1, 1);
     }
 }
 

@@ -218,6 +218,12 @@ fn a_restored_vm_has_the_network_that_its_user_names() {
             2,
             "leave out mac",
         ),
+        (
+            "restore",
+            &["--net", "tap=t,queues=2"],
+            2,
+            "leave out queues",
+        ),
         ("restore", &["--net", "tap="], 2, "no network"),
         (
             "fork",

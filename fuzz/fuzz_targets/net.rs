@@ -92,11 +92,12 @@ fn network(kind: Network) -> (Peer, Box<dyn VirtioDevice>) {
             let link = Link::packets(OwnedFd::from(ours), Some(|_, _| Ok(())));
             (Peer::Packets(theirs), link)
         }
-        Network::None => (Peer::None, Link::unplugged()),
+        Network::None => (Peer::None, Link::unplugged(true)),
     };
     let options = NetOptions {
         mac: [2, 0, 0, 0, 0, 1],
         mtu: Some(65520),
+        pairs: 1,
     };
     let link = Arc::new(Mutex::new(link.unwrap()));
     let device = Net::new(link, options, &ThreadStarter::default()).unwrap();

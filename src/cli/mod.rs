@@ -236,12 +236,12 @@ pub struct VmArgs {
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
     /// Network device, which the guest finds as eth0, enp0s0 or the like; without it there is no network:
-    /// passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME|fd=N[,mac=M], as in --net passt,publish=8080:80 or
+    /// passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME[,queues=N]|fd=N[,mac=M], as in --net passt,publish=8080:80 or
     /// --net tap=tap0; may be given again
     ///
     /// passt: a network without any rights, by the program of that name, which is started and ends with the VM; the guest gets its address
     /// by DHCP. publish: a port of this host that leads to one of the guest, on 127.0.0.1 unless an address is given. host-loopback: the
-    /// gateway's address leads to this host, its servers on 127.0.0.1 included. tap: a TAP interface of this host, which exists (ip tuntap add tap0 mode tap user $USER) and is up. fd: the same, opened by
+    /// gateway's address leads to this host, its servers on 127.0.0.1 included. tap: a TAP interface of this host, which exists (ip tuntap add tap0 mode tap user $USER) and is up. queues: pairs of queues, 1 to 8, without it one; more take an interface made with multi_queue, and a guest with as many vCPUs uses them. fd: an interface opened by
     /// the caller with IFF_NO_PI and IFF_VNET_HDR. mac: the guest's address; without it, one that stays the same as long as host,
     /// kernel, disks and interface do
     #[arg(long, value_name = "NET")]

@@ -73,9 +73,10 @@ pub(super) struct SnapshotSource {
 /// Of what a network device can be given, its network.
 fn parse_net(text: &str) -> Result<NetConfig, String> {
     let net: NetConfig = text.parse()?;
-    match net.mac {
-        None => Ok(net),
-        Some(_) => Err("the guest's address is as the snapshot says: leave out mac".into()),
+    match (net.mac, net.queues) {
+        (None, None) => Ok(net),
+        (Some(_), _) => Err("the guest's address is as the snapshot says: leave out mac".into()),
+        _ => Err("the number of queues is as the snapshot says: leave out queues".into()),
     }
 }
 
@@ -178,6 +179,9 @@ impl SnapshotSource {
             log::warn!("net {index} has no network, and its link is down: give --net for each");
         }
         nets.resize_with(count, NetConfig::default);
+        for (net, saved) in nets.iter_mut().zip(&snapshot.meta.config.nets) {
+            net.queues = saved.queues;
+        }
         snapshot.is_realtime = self.clock == ClockMode::Realtime;
         let since = snapshot.age();
         if snapshot.is_realtime && since > LONGEST_JUMP {

@@ -5,11 +5,11 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
 use super::list::for_each_key;
+use minivmm_devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
 /// How a network device is written on the command line.
-const NET_SYNTAX: &str =
-    "passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME|fd=N[,mac=M]";
+const NET_SYNTAX: &str = "passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME[,queues=N]|fd=N[,mac=M]";
 
 /// A network device. Written as its help says. Without a network, as after a restore that names none, its link is down.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +19,8 @@ pub struct NetConfig {
     pub tap: Option<String>,
     /// An open descriptor of one, which the process has inherited.
     pub fd: Option<i32>,
+    /// With a TAP interface by its name: pairs of queues, 1 to [`MAX_PAIRS`]; without it, one.
+    pub queues: Option<u16>,
     /// passt, started for this device.
     pub passt: bool,
     /// With passt: ports of the host that lead to the guest.
@@ -37,6 +39,17 @@ impl NetConfig {
         if !self.passt && (!self.publish.is_empty() || self.host_loopback) {
             return Err("publish and host-loopback are for passt".into());
         }
+        if !(1..=MAX_PAIRS).contains(&self.pairs()) {
+            let queues = self.pairs();
+            return Err(format!(
+                "queues={queues}: a network device has 1 to {MAX_PAIRS} pairs of queues"
+            ));
+        }
+        if self.pairs() > 1 && (self.passt || self.fd.is_some()) {
+            return Err(
+                "several queues are for a TAP interface by its name: write tap=NAME".into(),
+            );
+        }
         match (&self.tap, self.fd, self.passt) {
             (Some(name), None, false) if !name.is_empty() => Ok(()),
             (None, Some(fd), false) if fd > 2 => Ok(()),
@@ -47,6 +60,11 @@ impl NetConfig {
             (Some(_), None, false) => Err(format!("no network: write {NET_SYNTAX}")),
             _ => Err("passt, tap and fd exclude one another".into()),
         }
+    }
+
+    /// How many pairs of queues it has.
+    pub fn pairs(&self) -> u16 {
+        self.queues.unwrap_or(1)
     }
 
     /// Whether its link is down.
@@ -84,6 +102,10 @@ impl FromStr for NetConfig {
                 "fd" => {
                     let fd = value.parse().map_err(|e| format!("'{part}': {e}"))?;
                     config.fd = Some(fd);
+                }
+                "queues" => {
+                    let queues = value.parse().map_err(|e| format!("'{part}': {e}"))?;
+                    config.queues = Some(queues);
                 }
                 "mac" => config.mac = Some(value.parse()?),
                 "passt" if part == key => config.passt = true,
@@ -198,6 +220,10 @@ mod tests {
         assert_eq!(tap.tap.as_deref(), Some("tap0"));
         assert_eq!(tap.mac.unwrap().to_string(), "02:00:00:00:0a:01");
         assert_eq!(net("fd=3").unwrap().fd, Some(3));
+        assert_eq!(
+            (tap.pairs(), net("tap=a,queues=8").unwrap().pairs()),
+            (1, 8)
+        );
         let text = "passt,publish=8080:80,publish=[::1]:53:5353/udp,host-loopback";
         let passt = net(text).unwrap();
         assert!(passt.passt && passt.host_loopback);
@@ -228,7 +254,11 @@ mod tests {
             ("fd=-1", "from 3 on"),
             ("fd=x", "'fd=x'"),
             ("tap=a,tap=b", "twice"),
-            ("tap=a,queues=2", "'queues=2' is not known"),
+            ("tap=a,queues=0", "1 to 8"),
+            ("tap=a,queues=9", "1 to 8"),
+            ("tap=a,queues=", "'queues='"),
+            ("fd=3,queues=2", "tap=NAME"),
+            ("passt,queues=2", "tap=NAME"),
             ("tap=a,mac=01:00:00:00:00:01", "one interface"),
             ("tap=a,mac=00:00:00:00:00:00", "one interface"),
             ("tap=a,mac=02:00:00:00:00", "one interface"),

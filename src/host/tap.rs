@@ -41,7 +41,9 @@ fn attach_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM) => "; it belongs to another user: ip tuntap add has user NAME",
         Some(libc::EBUSY) => "; another process has it",
-        Some(libc::EINVAL) => "; it is no TAP interface, or one with several queues",
+        Some(libc::EINVAL) => {
+            "; it is no TAP interface, or one with several queues (ip tuntap add has multi_queue) where one was asked for, or the reverse"
+        }
         _ => "",
     }
 }
@@ -51,6 +53,8 @@ fn attach_hint(error: &io::Error) -> &'static str {
 pub struct Tap {
     /// Its descriptor.
     pub fd: OwnedFd,
+    /// Those of its further queues.
+    pub more: Vec<OwnedFd>,
     /// The interface's MTU, if it is known.
     pub mtu: Option<u16>,
     /// How it is told of offloads, if it can do them.
@@ -58,22 +62,28 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Takes the TAP interface of this name, which must exist.
-    pub fn open(name: &str) -> Result<Self, TapError> {
+    /// Takes the TAP interface of this name, which must exist, with so many queues. More than one takes an interface with IFF_MULTI_QUEUE.
+    pub fn open(name: &str, queues: u16) -> Result<Self, TapError> {
         let absent = || TapError::Absent(name.to_owned());
         let mut request = request(name).ok_or_else(absent)?;
         let mtu = mtu(&mut request).map_err(|_| absent())?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(DEVICE);
-        let fd = file.map_err(TapError::Open)?.into();
-        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        request.ifr_ifru.ifru_flags = flags as libc::c_short;
-        interface_ioctl(&fd, libc::TUNSETIFF, &mut request)
-            .map_err(|source| TapError::Attach(name.to_owned(), source))?;
-        Self::set_up(fd, mtu)
+        let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi;
+        let mut queue = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true);
+            let file = options.custom_flags(libc::O_NONBLOCK).open(DEVICE);
+            let fd = file.map_err(TapError::Open)?.into();
+            request.ifr_ifru.ifru_flags = flags as libc::c_short;
+            interface_ioctl(&fd, libc::TUNSETIFF, &mut request)
+                .map_err(|source| TapError::Attach(name.to_owned(), source))?;
+            Self::set_up(fd, mtu)
+        };
+        let mut tap = queue()?;
+        for _ in 1..queues {
+            tap.more.push(queue()?.fd);
+        }
+        Ok(tap)
     }
 
     /// Takes a TAP device that the caller of this process has opened. The descriptor stays open for another time.
@@ -100,6 +110,7 @@ impl Tap {
         let can_offload = int_ioctl(&fd, libc::TUNSETOFFLOAD, all as usize).is_ok();
         Ok(Self {
             fd,
+            more: Vec::new(),
             mtu,
             set_offloads: can_offload.then_some(set_offloads),
         })
@@ -196,7 +207,7 @@ mod tests {
     #[test]
     fn what_is_no_tap_device_is_refused() {
         for name in ["", "minivmm-none", "a/b", "longer-than-any-name"] {
-            let error = Tap::open(name).unwrap_err().to_string();
+            let error = Tap::open(name, 1).unwrap_err().to_string();
             assert!(error.contains("ip tuntap add"), "{name}: {error}");
         }
         let file = File::open("/dev/null").unwrap();
@@ -212,8 +223,9 @@ mod tests {
             return crate::skip::skip("TAP interfaces cannot be made here");
         }
         let mtu = ip("link set mvtap-unit mtu 1400");
-        let tap = Tap::open("mvtap-unit");
-        let again = Tap::open("mvtap-unit");
+        let several = Tap::open("mvtap-unit", 2);
+        let tap = Tap::open("mvtap-unit", 1);
+        let again = Tap::open("mvtap-unit", 1);
         let inherited = tap
             .as_ref()
             .map(|tap| Tap::from_inherited(tap.fd.as_raw_fd()));
@@ -221,10 +233,25 @@ mod tests {
         assert!(mtu && deleted);
         let error = again.unwrap_err().to_string();
         assert!(error.ends_with("another process has it"), "{error}");
+        let error = several.unwrap_err().to_string();
+        assert!(error.contains("multi_queue"), "{error}");
         let inherited = inherited.unwrap().unwrap();
         let tap = tap.unwrap();
         for tap in [&tap, &inherited] {
             assert_eq!((tap.mtu, tap.set_offloads.is_some()), (Some(1400), true));
         }
+    }
+
+    #[test]
+    fn a_tap_interface_has_several_queues() {
+        if !ip("tuntap add mvtap-queues mode tap multi_queue") {
+            return crate::skip::skip("TAP interfaces cannot be made here");
+        }
+        let several = Tap::open("mvtap-queues", 8).map(|tap| tap.more.len());
+        let one = Tap::open("mvtap-queues", 1);
+        assert!(ip("link delete mvtap-queues"));
+        assert_eq!(several.unwrap(), 7);
+        let error = one.unwrap_err().to_string();
+        assert!(error.contains("multi_queue"), "{error}");
     }
 }

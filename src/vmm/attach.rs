@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use minivmm_devices::virtio::console::Console as VirtioConsole;
-use minivmm_devices::virtio::net::Net;
 use minivmm_devices::virtio::rng::Rng;
 use minivmm_devices::virtio::vsock::Vsock;
 
@@ -26,8 +25,8 @@ pub(super) fn attach_virtio_devices(
         machine.attach_virtio(&name, bound, Box::new(disk), mem, interrupts)?;
     }
     for (index, net) in std::mem::take(&mut parts.nets).into_iter().enumerate() {
-        let (name, net) = (format!("net {index}"), Box::new(net));
-        machine.attach_virtio(&name, Net::MEMORY_BOUND, net, mem, interrupts)?;
+        let (name, bound) = (format!("net {index}"), net.memory_bound());
+        machine.attach_virtio(&name, bound, Box::new(net), mem, interrupts)?;
     }
     if parts.config.rng {
         let rng = Box::new(Rng::new(&parts.threads).map_err(host("a device's thread"))?);

@@ -40,13 +40,20 @@ impl Networks {
             vm.extend(path.as_os_str().as_bytes());
         }
         let open = |(index, net): (usize, &NetConfig)| {
-            let packets = |tap: Tap| (Link::packets(tap.fd, tap.set_offloads), tap.mtu, None);
+            let packets = |tap: Tap| {
+                let link = Link::packets(tap.fd, tap.set_offloads);
+                (
+                    link.and_then(|link| link.with_queues(tap.more)),
+                    tap.mtu,
+                    None,
+                )
+            };
             let (link, mtu, passt) = match (&net.tap, net.fd) {
                 _ if net.passt => {
                     let (socket, passt) = Passt::start(net, threads)?;
                     (Link::stream(socket), Some(passt::MTU), Some(passt))
                 }
-                (Some(name), _) => packets(Tap::open(name)?),
+                (Some(name), _) => packets(Tap::open(name, net.pairs())?),
                 (None, Some(fd)) => packets(Tap::from_inherited(fd)?),
                 // A template, which goes on with passt.
                 (None, None) if net.fixed_address => {
@@ -62,6 +69,7 @@ impl Networks {
                 options: NetOptions {
                     mac: net.mac_address(&vm, index),
                     mtu,
+                    pairs: net.pairs(),
                 },
                 passt,
             })

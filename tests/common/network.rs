@@ -24,8 +24,13 @@ pub(crate) fn sh(script: &str) {
 
 /// Gives this test's thread, and what it starts, a network of its own: a way out, which passt wants, addresses of its own elsewhere,
 /// a TAP interface `tap` of this MTU, and a resolver at 127.0.0.1.
-#[allow(unsafe_code, reason = "some flags of this call are unsafe")]
 pub(crate) fn own_network(mtu: u32) {
+    own_network_with(mtu, "");
+}
+
+/// The same with further options for the TAP interface.
+#[allow(unsafe_code, reason = "some flags of this call are unsafe")]
+pub(crate) fn own_network_with(mtu: u32, tap: &str) {
     // SAFETY: the flags are none of those that take open files away from other threads.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) }.expect("root");
     sh(&format!(
@@ -40,7 +45,7 @@ pub(crate) fn own_network(mtu: u32) {
         ip addr add 2001:db8::2/64 dev ext nodad
         ip route add default via 192.0.2.1
         ip route add default via 2001:db8::1 dev ext
-        ip tuntap add tap mode tap
+        ip tuntap add tap mode tap {tap}
         ip link set tap mtu {mtu} up
         ip addr add 10.9.0.1/24 dev tap
         ip addr add fd09::1/64 dev tap nodad"

@@ -24,9 +24,10 @@ mod hostile;
 mod registers;
 mod rings;
 
-pub(super) const KINDS: [&str; 8] = [
+pub(super) const KINDS: [&str; 9] = [
     "rng",
     "net",
+    "net, multiqueue",
     "vsock",
     "console",
     "block",
@@ -38,7 +39,8 @@ pub(super) const KINDS: [&str; 8] = [
 pub(super) fn device(kind: &str) -> Box<dyn VirtioDevice> {
     match kind {
         "rng" => Box::new(Rng::new(&ThreadStarter::default()).unwrap()),
-        "net" => net::tests::fed(),
+        "net" => net::tests::fed(1),
+        "net, multiqueue" => net::tests::fed(2),
         "vsock" => vsock::tests::fed(),
         "console" => Box::new(console::tests::fed()),
         _ => {

@@ -50,6 +50,8 @@ pub type SharedLink = Arc<Mutex<Link>>;
 /// The way to the network. It goes up when it is made and down, for good, when its other end is gone.
 pub struct Link {
     fd: OwnedFd,
+    /// A packet device's further queues.
+    more: Vec<OwnedFd>,
     kind: Kind,
     status: Arc<LinkStatus>,
     iovecs: Iovecs,
@@ -126,10 +128,18 @@ impl Link {
         Ok(link)
     }
 
+    /// The same with further queues of the packet device.
+    pub fn with_queues(mut self, more: Vec<OwnedFd>) -> io::Result<Self> {
+        more.iter().try_for_each(set_nonblocking)?;
+        self.more = more;
+        Ok(self)
+    }
+
     fn new(fd: OwnedFd, kind: Kind) -> io::Result<Self> {
-        fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+        set_nonblocking(&fd)?;
         Ok(Self {
             fd,
+            more: Vec::new(),
             kind,
             status: Arc::new(LinkStatus {
                 is_up: AtomicBool::new(true),
@@ -139,8 +149,14 @@ impl Link {
         })
     }
 
-    pub(super) fn fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+    /// The descriptor of this queue.
+    pub(super) fn fd(&self, queue: usize) -> RawFd {
+        of_queue(&self.fd, &self.more, queue).as_raw_fd()
+    }
+
+    /// Queues that it has.
+    pub(super) fn queues(&self) -> usize {
+        1 + self.more.len()
     }
 
     /// See there.
@@ -204,12 +220,13 @@ impl Link {
         Ok(Some(stream.frame))
     }
 
-    /// Receives what has come of the frame into `buffers`, which have room for `frame` bytes behind a header, and of which `done`
+    /// Receives what has come of the frame, in this queue, into `buffers`, which have room for `frame` bytes behind a header, and of which `done`
     /// bytes of the frame are there already. Gives the bytes behind the header that are there now; `None` if nothing has come.
     ///
     /// A packet device's frame for which there is no room is lost, and 0.
     pub(super) fn receive<'m>(
         &mut self,
+        queue: usize,
         buffers: impl Iterator<Item = VolatileSlice<'m>> + Clone,
         done: usize,
     ) -> io::Result<Option<usize>> {
@@ -221,7 +238,8 @@ impl Link {
                 let mut too_much = [0];
                 let slices = window(buffers, 0, room);
                 let slices = slices.chain([VolatileSlice::from(&mut too_much[..])]);
-                let count = self.iovecs.read(&self.fd, slices)?;
+                let fd = of_queue(&self.fd, &self.more, queue);
+                let count = self.iovecs.read(fd, slices)?;
                 Ok(count.map(|count| {
                     if count > room {
                         0
@@ -268,8 +286,8 @@ impl Link {
         }
     }
 
-    /// Sends a frame behind its header.
-    pub(super) fn send(&mut self, packet: &Buffers<'_>) -> io::Result<Sent> {
+    /// Sends a frame behind its header, by this queue.
+    pub(super) fn send(&mut self, queue: usize, packet: &Buffers<'_>) -> io::Result<Sent> {
         let len = usize::try_from(packet.len()).unwrap_or(usize::MAX);
         let lengths = HEADER_LEN + MIN_FRAME..=HEADER_LEN + MAX_FRAME;
         if !self.status.is_up() || !lengths.contains(&len) || packet.slices().len() >= MAX_IOVECS {
@@ -278,8 +296,8 @@ impl Link {
         let slices = packet.slices().iter().copied();
         let stream = match &mut self.kind {
             Kind::Packets(_) => {
-                let result = self.iovecs.write(&self.fd, slices);
-                return match result {
+                let fd = of_queue(&self.fd, &self.more, queue);
+                return match self.iovecs.write(fd, slices) {
                     Ok(None) => Ok(Sent::Blocked),
                     Err(e) if is_gone(&e) => Err(e),
                     Ok(Some(_)) => {
@@ -329,6 +347,15 @@ impl Link {
         }
         Ok(true)
     }
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    Ok(fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?)
+}
+
+fn of_queue<'f>(first: &'f OwnedFd, more: &'f [OwnedFd], queue: usize) -> &'f OwnedFd {
+    let more = queue.checked_sub(1).and_then(|index| more.get(index));
+    more.unwrap_or(first)
 }
 
 impl Stream {

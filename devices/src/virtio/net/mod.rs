@@ -6,13 +6,13 @@ mod serve;
 pub(super) mod tests;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
-    VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 pub use link::{Link, LinkStatus, OFFLOADS, SetOffloads, SharedLink};
@@ -28,19 +28,46 @@ pub const DEVICE_TYPE: u32 = 1;
 /// Version of the saved state.
 const STATE_VERSION: u32 = 1;
 
-/// `receiveq1` and `transmitq1` (§ 5.1.2).
-const QUEUE_SIZES: [u16; 2] = [256; 2];
+/// Most pairs of queues that a device has.
+pub const MAX_PAIRS: u16 = 8;
+
+const QUEUE_SIZE: u16 = 256;
+/// `receiveq1`, `transmitq1` and on, and behind more than one pair the control queue (§ 5.1.2).
+const QUEUE_SIZES: [u16; MAX_QUEUES] = [QUEUE_SIZE; MAX_QUEUES];
+const MAX_QUEUES: usize = 2 * MAX_PAIRS as usize + 1;
 
 /// Least MTU that a driver is told of: Linux refuses to use a device with less (ETH_MIN_MTU).
 const MIN_MTU: u16 = 68;
 
 /// What the driver reads in the configuration space, and must find again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NetOptions {
     /// The interface's address.
     pub mac: [u8; 6],
     /// Longest packet that the link carries, if that is known.
     pub mtu: Option<u16>,
+    /// Pairs of queues, at least one and at most [`MAX_PAIRS`]: as many as the link has.
+    pub pairs: u16,
+}
+
+impl NetOptions {
+    fn queues(&self) -> u16 {
+        2 * self.pairs + u16::from(self.pairs > 1)
+    }
+}
+
+/// What is saved of it.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    mac: [u8; 6],
+    mtu: Option<u16>,
+    /// Those that the driver uses; their number follows from that of the queues.
+    #[serde(default = "one")]
+    pairs: u16,
+}
+
+fn one() -> u16 {
+    1
 }
 
 /// The device.
@@ -48,6 +75,8 @@ pub struct Net {
     options: NetOptions,
     features: u64,
     link: Arc<LinkStatus>,
+    /// Pairs of queues that the driver uses (§ 5.1.6.5.5).
+    pairs: Arc<AtomicU16>,
     /// After a restore the driver sees the link go down and up again: its network may be another one, and even where it is the
     /// same, switches have to learn where it is now. What asks for an address by DHCP asks again; connections live on.
     shows_down: AtomicBool,
@@ -58,8 +87,10 @@ pub struct Net {
 
 impl Net {
     /// Most bytes that it takes beside guest RAM.
-    pub const MEMORY_BOUND: usize =
-        worker::MEMORY_BOUND + serve::memory_bound(QUEUE_SIZES[0]) + link::MEMORY_BOUND;
+    pub fn memory_bound(&self) -> usize {
+        let lists = serve::memory_bound(self.options.pairs, QUEUE_SIZE);
+        worker::MEMORY_BOUND + lists + link::MEMORY_BOUND
+    }
 
     /// A device with its thread. The link serves one device at a time, and another one after that.
     pub fn new(
@@ -69,30 +100,43 @@ impl Net {
     ) -> io::Result<Self> {
         let link = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let mtu = options.mtu.filter(|mtu| *mtu >= MIN_MTU);
+        let options = NetOptions {
+            mtu,
+            pairs: options.pairs.clamp(1, MAX_PAIRS),
+            ..options
+        };
+        let multiqueue = match options.pairs {
+            1 => 0,
+            _ => 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ,
+        };
         let features = 1 << VIRTIO_NET_F_MAC
             | 1 << VIRTIO_NET_F_STATUS
             | 1 << VIRTIO_NET_F_MRG_RXBUF
             | mtu.map_or(0, |_| 1 << VIRTIO_NET_F_MTU)
+            | multiqueue
             | link.features();
         let status = Arc::clone(link.status());
-        let descriptors = [link.fd()];
+        let descriptors: Vec<_> = (0..link.queues()).map(|queue| link.fd(queue)).collect();
         drop(link);
+        let pairs = Arc::new(AtomicU16::new(1));
+        let in_use = Arc::clone(&pairs);
         let (kind, name) = (ThreadKind::Net, "virtio-net".into());
         let worker = QueueWorker::new(
             threads,
             kind,
             name,
-            0..2,
+            0..options.queues(),
             &descriptors,
             move |worker, queues| {
                 let mut link = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                serve::serve(&mut link, options.mtu, worker, queues)
+                serve::serve(&mut link, mtu, options.pairs, &in_use, worker, queues)
             },
         )?;
         Ok(Self {
-            options: NetOptions { mtu, ..options },
+            options,
             features,
             link: status,
+            pairs,
             shows_down: AtomicBool::new(false),
             interrupt: None,
             workers: [worker],
@@ -128,7 +172,8 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        let sizes = QUEUE_SIZES.get(..self.options.queues().into());
+        sizes.unwrap_or(&QUEUE_SIZES)
     }
 
     /// `struct virtio_net_config` (§ 5.1.4).
@@ -140,7 +185,7 @@ impl VirtioDevice for Net {
         let (mac, rest) = space.split_at_mut(6);
         mac.copy_from_slice(&self.options.mac);
         // status, max_virtqueue_pairs, mtu
-        let fields = [status, 1, self.options.mtu.unwrap_or(0)];
+        let fields = [status, self.options.pairs, self.options.mtu.unwrap_or(0)];
         for (place, field) in rest.chunks_exact_mut(2).zip(fields) {
             place.copy_from_slice(&field.to_le_bytes());
         }
@@ -149,6 +194,9 @@ impl VirtioDevice for Net {
 
     fn start(&mut self, resources: Resources) -> io::Result<()> {
         self.interrupt = Some(resources.interrupt.clone());
+        if !resources.resumed {
+            self.pairs.store(1, Ordering::Relaxed);
+        }
         if self.shows_down.load(Ordering::Relaxed) {
             resources.interrupt.config_changed();
         }
@@ -164,27 +212,39 @@ impl VirtioDevice for Net {
 impl SaveState for Net {
     fn save(&self) -> Result<Box<Record>, StateError> {
         let Self {
-            options,
+            options: NetOptions { mac, mtu, pairs: _ },
             // The transport's to check.
             features: _,
             link: _,
+            pairs,
             shows_down: _,
             interrupt: _,
             workers: _,
         } = self;
-        to_record(STATE_VERSION, options)
+        let saved = Saved {
+            mac: *mac,
+            mtu: *mtu,
+            pairs: pairs.load(Ordering::Relaxed),
+        };
+        to_record(STATE_VERSION, saved)
     }
 
     /// The address is the one that the driver knows, whatever the new VM's would be.
     fn restore(&mut self, record: &Record) -> Result<(), StateError> {
-        let saved: NetOptions = from_record(STATE_VERSION, record)?;
-        if saved.mtu > self.options.mtu {
-            let mtu = |mtu: Option<u16>| mtu.map_or("unknown".into(), |mtu| mtu.to_string());
-            let (was, is) = (mtu(saved.mtu), mtu(self.options.mtu));
+        let Saved { mac, mtu, pairs } = from_record(STATE_VERSION, record)?;
+        if !(1..=self.options.pairs).contains(&pairs) {
+            let why = format!("are {pairs} in use, and it has {}", self.options.pairs);
+            return Err(StateError::value("pairs of queues", why));
+        }
+        if mtu > self.options.mtu {
+            let text = |mtu: Option<u16>| mtu.map_or("unknown".into(), |mtu| mtu.to_string());
+            let (was, is) = (text(mtu), text(self.options.mtu));
             let why = format!("was {was}; here it is {is}");
             return Err(StateError::value("the network's MTU", why));
         }
-        self.options = saved;
+        self.options.mac = mac;
+        self.options.mtu = mtu;
+        self.pairs.store(pairs, Ordering::Relaxed);
         self.shows_down = AtomicBool::new(true);
         Ok(())
     }

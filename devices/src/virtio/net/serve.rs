@@ -1,10 +1,12 @@
-//! What a network device's worker does with its two queues.
+//! What a network device's worker does with its queues.
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_OK,
 };
 use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::EventSet;
@@ -14,26 +16,26 @@ use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::vectored::MAX_IOVECS;
 use crate::virtio::worker::{QueueContext, WorkerContext};
 
-/// `receiveq1` (§ 5.1.2).
-pub(super) const RECEIVE: u16 = 0;
-
 /// Frames that one queue moves before it is the other's turn.
 const BURST: u32 = 64;
 
 /// Pieces of a chain that is kept to be used again.
 const FEW_PIECES: usize = 16;
 
-/// Most bytes of the lists for queues of this size.
-pub(super) const fn memory_bound(size: u16) -> usize {
+/// Most bytes of the lists for so many pairs of queues of this size, and a control queue behind more than one.
+pub(super) const fn memory_bound(pairs: u16, size: u16) -> usize {
     // Chains with few pieces each; those that end with MAX_IOVECS pieces in all; and the transmitter's.
     let few = size as usize * 2 * FEW_PIECES * size_of::<VolatileSlice<'_>>();
-    few + 3 * Chain::memory_bound(size)
+    let chains = 3 * pairs as usize + (pairs > 1) as usize;
+    pairs as usize * few + chains * Chain::memory_bound(size)
 }
 
-/// Serves the queues from a start of the device to its stop. `mtu` is that of the link.
+/// Serves the queues from a start of the device to its stop. `mtu` is that of the link; of `most` pairs of queues, the driver uses `in_use`.
 pub(super) fn serve<'m>(
     link: &mut Link,
     mtu: Option<u16>,
+    most: u16,
+    in_use: &AtomicU16,
     worker: &'m WorkerContext,
     queues: &mut [QueueContext<'m>],
 ) -> Result<(), QueueError> {
@@ -42,16 +44,59 @@ pub(super) fn serve<'m>(
     if link.status().is_up() {
         note(&link.status().first_up);
     }
-    let mut receiver = Receiver::new(worker.features, mtu);
-    let mut transmitter = Transmitter::default();
-    let served = worker.run(queues, |queue| match queue.index() {
-        RECEIVE => receiver.turn(link, queue),
-        _ => transmitter.turn(link, queue),
+    // § 5.1.2: for a driver that knows one pair only, it is behind that.
+    let control = match worker.features & 1 << VIRTIO_NET_F_MQ {
+        0 => 2,
+        _ => 2 * most,
+    };
+    let pairs = 0..usize::from(most);
+    let receiver = |pair| Receiver::new(worker.features, mtu, pair);
+    let mut receivers: Vec<_> = pairs.clone().map(receiver).collect();
+    let mut transmitters: Vec<_> = pairs.map(Transmitter::new).collect();
+    let mut command = Chain::default();
+    let served = worker.run(queues, |queue| {
+        let pair = usize::from(queue.index() / 2);
+        let used = in_use.load(Ordering::Relaxed);
+        if queue.index() == control {
+            let done = queue.handle_all(&mut command, |command| obey(command, most, in_use))?;
+            // A queue of a new pair may have been notified before.
+            return Ok(done && used == in_use.load(Ordering::Relaxed));
+        }
+        match (receivers.get_mut(pair), transmitters.get_mut(pair)) {
+            (Some(receiver), _) if queue.index() % 2 == 0 => {
+                receiver.turn(link, queue, used.into())
+            }
+            (_, Some(transmitter)) => transmitter.turn(link, queue),
+            _ => Ok(true),
+        }
     });
-    if let Some(queue) = queues.iter_mut().find(|queue| queue.index() == RECEIVE) {
-        receiver.give_back(link, queue);
+    for queue in queues.iter_mut().filter(|queue| queue.index() % 2 == 0) {
+        if let Some(receiver) = receivers.get_mut(usize::from(queue.index() / 2)) {
+            receiver.give_back(link, queue);
+        }
     }
     served
+}
+
+/// Does what a command of the control queue asks for (§ 5.1.6.5), if it is the number of pairs of queues that the driver uses.
+fn obey(command: &mut Chain<'_>, most: u16, in_use: &AtomicU16) -> Result<u32, QueueError> {
+    let mut bytes = [0; 4];
+    let is_whole = command.readable.len() == 4 && command.readable.read_front(&mut bytes);
+    let [class, number, low, high] = bytes;
+    let pairs = u16::from_le_bytes([low, high]);
+    let kind = (u32::from(class), u32::from(number));
+    let is_known = is_whole && kind == (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
+    if command.writable.is_empty() {
+        let why = "a command without room for an answer";
+        return Err(QueueError::Unanswerable(why));
+    }
+    let mut answer = VIRTIO_NET_ERR;
+    if is_known && (1..=most).contains(&pairs) {
+        in_use.store(pairs, Ordering::Relaxed);
+        answer = VIRTIO_NET_OK;
+    }
+    command.writable.write_front(&[answer as u8]);
+    Ok(1)
 }
 
 /// The other end of the link is gone; the driver learns of it.
@@ -75,8 +120,13 @@ fn pieces(chain: &Chain<'_>) -> usize {
     chain.readable.slices().len() + chain.writable.slices().len()
 }
 
-/// From the link to `receiveq1`.
+/// From the link to a receive queue. The link spreads its frames over all of its queues, so a pair that the driver uses also gets what
+/// comes in those of pairs that it does not use.
 struct Receiver<'m> {
+    /// Number of its pair.
+    pair: usize,
+    /// Which of its queues of the link is read now, modulo their number.
+    source: usize,
     /// Taken from the queue, and not used yet. Frames need many of them, and only when a frame has come does one know how many.
     taken: VecDeque<Chain<'m>>,
     spare: Vec<Chain<'m>>,
@@ -89,7 +139,7 @@ struct Receiver<'m> {
 }
 
 impl<'m> Receiver<'m> {
-    fn new(features: u64, mtu: Option<u16>) -> Self {
+    fn new(features: u64, mtu: Option<u16>, pair: usize) -> Self {
         let segments = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
         let longest = match mtu {
             // Behind an Ethernet header with a VLAN tag.
@@ -97,6 +147,8 @@ impl<'m> Receiver<'m> {
             _ => MAX_FRAME,
         };
         Self {
+            pair,
+            source: 0,
             taken: VecDeque::new(),
             spare: Vec::new(),
             is_mergeable: features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0,
@@ -106,13 +158,28 @@ impl<'m> Receiver<'m> {
         }
     }
 
-    fn turn(&mut self, link: &mut Link, queue: &mut QueueContext<'m>) -> Result<bool, QueueError> {
+    fn turn(
+        &mut self,
+        link: &mut Link,
+        queue: &mut QueueContext<'m>,
+        used: usize,
+    ) -> Result<bool, QueueError> {
+        let own = (self.pair..link.queues()).step_by(used);
+        if self.pair >= used || own.len() == 0 {
+            return Ok(true);
+        }
+        let mut idle = 0;
         for _ in 0..BURST {
-            match self.receive(link, queue)? {
-                Step::Going => {}
+            let source = self.pair + self.source % own.len() * used;
+            match self.receive(link, source, queue)? {
+                Step::Going => idle = 0,
                 Step::Idle => {
-                    queue.report()?;
-                    return Ok(true);
+                    self.source += 1;
+                    idle += 1;
+                    if idle == own.len() {
+                        queue.report()?;
+                        return Ok(true);
+                    }
                 }
                 Step::NoBuffers => {
                     queue.report()?;
@@ -122,6 +189,7 @@ impl<'m> Receiver<'m> {
                 }
             }
         }
+        self.source += 1;
         queue.report()?;
         Ok(false)
     }
@@ -129,6 +197,7 @@ impl<'m> Receiver<'m> {
     fn receive(
         &mut self,
         link: &mut Link,
+        source: usize,
         queue: &mut QueueContext<'m>,
     ) -> Result<Step, QueueError> {
         let frame = match link.frame_len(self.longest) {
@@ -150,7 +219,7 @@ impl<'m> Receiver<'m> {
         let chains = if self.is_mergeable { usize::MAX } else { 1 };
         let slices = self.taken.iter().take(chains);
         let slices = slices.flat_map(|chain| chain.writable.slices().iter().copied());
-        match link.receive(slices, self.done) {
+        match link.receive(source, slices, self.done) {
             Ok(None) => Ok(Step::Idle),
             Err(e) => {
                 on_error(link, &e, queue.worker);
@@ -247,15 +316,23 @@ impl<'m> Receiver<'m> {
     }
 }
 
-/// From `transmitq1` to the link.
-#[derive(Default)]
+/// From a transmit queue to the link's queue of the same number.
 struct Transmitter<'m> {
+    pair: usize,
     chain: Chain<'m>,
     /// The link has no room, and wakes the worker when it has.
     is_blocked: bool,
 }
 
 impl<'m> Transmitter<'m> {
+    fn new(pair: usize) -> Self {
+        Self {
+            pair,
+            chain: Chain::default(),
+            is_blocked: false,
+        }
+    }
+
     fn turn(&mut self, link: &mut Link, queue: &mut QueueContext<'m>) -> Result<bool, QueueError> {
         for _ in 0..BURST {
             if !link.flush().unwrap_or_else(|e| {
@@ -271,7 +348,7 @@ impl<'m> Transmitter<'m> {
                 }
                 continue;
             }
-            match link.send(&self.chain.readable) {
+            match link.send(self.pair, &self.chain.readable) {
                 Ok(Sent::Blocked) => {
                     queue.put_back();
                     return self.wait_for_room(link, queue);
@@ -281,7 +358,8 @@ impl<'m> Transmitter<'m> {
             }
             queue.complete(self.chain.head(), 0)?;
             if std::mem::take(&mut self.is_blocked) {
-                queue.worker.watch(link.fd(), EventSet::IN)?;
+                let fd = link.fd(self.pair);
+                queue.worker.watch(fd, EventSet::IN)?;
             }
         }
         queue.report()?;
@@ -295,9 +373,8 @@ impl<'m> Transmitter<'m> {
     ) -> Result<bool, QueueError> {
         queue.report()?;
         if !std::mem::replace(&mut self.is_blocked, true) {
-            queue
-                .worker
-                .watch(link.fd(), EventSet::IN | EventSet::OUT)?;
+            let events = EventSet::IN | EventSet::OUT;
+            queue.worker.watch(link.fd(self.pair), events)?;
         }
         Ok(true)
     }

@@ -10,29 +10,37 @@ use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERR
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6};
 
 use super::link::{HEADER_LEN, MAX_FRAME, NUM_BUFFERS};
-use super::serve::RECEIVE;
 use super::*;
 use crate::bus::BusDevice;
 use crate::state::Suspend;
 use crate::virtio::testing::{DATA, Driver, HIGH, WRITE, wait};
 
+mod multiqueue;
+
 const OPTIONS: NetOptions = NetOptions {
     mac: [2, 0, 0, 0, 0, 7],
     mtu: Some(65520),
+    pairs: 1,
 };
+const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
 fn device(link: io::Result<Link>) -> Box<dyn VirtioDevice> {
+    with_pairs(link, 1)
+}
+
+fn with_pairs(link: io::Result<Link>, pairs: u16) -> Box<dyn VirtioDevice> {
     let link = Arc::new(Mutex::new(link.unwrap()));
-    Box::new(Net::new(link, OPTIONS, &ThreadStarter::default()).unwrap())
+    let options = NetOptions { pairs, ..OPTIONS };
+    Box::new(Net::new(link, options, &ThreadStarter::default()).unwrap())
 }
 
 /// A device to which its network sends frames without end, each of which fills a request of the conformance suite.
-pub(in crate::virtio) fn fed() -> Box<dyn VirtioDevice> {
+pub(in crate::virtio) fn fed(pairs: u16) -> Box<dyn VirtioDevice> {
     let (ours, mut peer) = UnixStream::pair().unwrap();
     thread::spawn(move || while peer.write_all(&framed(&[b'x'; 9])).is_ok() {});
-    device(Link::stream(ours.into()))
+    with_pairs(Link::stream(ours.into()), pairs)
 }
 
 fn framed(frame: &[u8]) -> Vec<u8> {
