@@ -17,23 +17,40 @@ const NET_RAW: [u8; 20] = [
 /// Files in a directory of the image.
 pub(crate) const MANY: usize = 10_000;
 
-/// The image, and a store of its own.
+/// The image, and a store.
 pub(crate) struct Image {
-    dir: TempDir,
+    dir: PathBuf,
     /// Whether its VMs boot; else the first leaves a template for the others.
     cold: bool,
+    _own: Option<TempDir>,
 }
 
-/// Runs a test with VMs that boot, and with VMs that go on from a template.
+/// Runs a test with VMs that boot, and with VMs that go on from a template. These tests have one store, and so import the image and
+/// make the template once.
 pub(crate) fn both_ways(test: impl Fn(&Image)) {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("image");
+    let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+    let this = std::env::current_exe().unwrap();
+    // It may be that of another build.
+    if modified(&dir.join("oci/oci-layout")) < modified(&this) {
+        _ = fs::remove_dir_all(&dir);
+        write(&dir);
+    }
     for cold in [true, false] {
         // Shown of a test that fails.
         println!("cold: {cold}");
+        let dir = dir.clone();
         test(&Image {
+            dir,
             cold,
-            ..Image::new()
+            _own: None,
         });
     }
+}
+
+fn write(dir: &Path) {
+    let config = r#"{"Env":["FROM_IMAGE=1","A=image"],"Cmd":["sh","-c","echo default"],"WorkingDir":"/etc"}"#;
+    layout(&dir.join("oci"), &layers(), config);
 }
 
 /// A layer: what is added to it goes below the root.
@@ -140,19 +157,23 @@ pub(crate) fn layout(dir: &Path, layers: &[Vec<u8>], config: &str) -> String {
 }
 
 impl Image {
+    /// With a store of its own.
     pub(crate) fn new() -> Self {
         let dir = TempDir::new().unwrap();
-        let config = r#"{"Env":["FROM_IMAGE=1","A=image"],"Cmd":["sh","-c","echo default"],"WorkingDir":"/etc"}"#;
-        layout(&dir.path().join("oci"), &layers(), config);
-        Self { dir, cold: false }
+        write(dir.path());
+        Self {
+            dir: dir.path().to_owned(),
+            cold: false,
+            _own: Some(dir),
+        }
     }
 
     pub(crate) fn path(&self) -> PathBuf {
-        self.dir.path().join("oci")
+        self.dir.join("oci")
     }
 
     pub(crate) fn store(&self) -> &Path {
-        self.dir.path()
+        &self.dir
     }
 
     /// minivmm run with the image, on this kernel.
