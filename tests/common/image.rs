@@ -25,26 +25,12 @@ pub(crate) struct Image {
     _own: Option<TempDir>,
 }
 
-/// Runs a test with VMs that boot, and with VMs that go on from a template. These tests have one store, and so import the image and
-/// make the template once.
+/// Runs a test with VMs that boot, and with VMs that go on from a template.
 pub(crate) fn both_ways(test: impl Fn(&Image)) {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("image");
-    let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
-    let this = std::env::current_exe().unwrap();
-    // It may be that of another build.
-    if modified(&dir.join("oci/oci-layout")) < modified(&this) {
-        _ = fs::remove_dir_all(&dir);
-        write(&dir);
-    }
     for cold in [true, false] {
         // Shown of a test that fails.
         println!("cold: {cold}");
-        let dir = dir.clone();
-        test(&Image {
-            dir,
-            cold,
-            _own: None,
-        });
+        test(&Image::shared(cold));
     }
 }
 
@@ -157,6 +143,23 @@ pub(crate) fn layout(dir: &Path, layers: &[Vec<u8>], config: &str) -> String {
 }
 
 impl Image {
+    /// With the store of all tests that are content with it, which import the image and make the template once.
+    pub(crate) fn shared(cold: bool) -> Self {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("image");
+        let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+        let this = std::env::current_exe().unwrap();
+        // It may be that of another build.
+        if modified(&dir.join("oci/oci-layout")) < modified(&this) {
+            _ = fs::remove_dir_all(&dir);
+            write(&dir);
+        }
+        Self {
+            dir,
+            cold,
+            _own: None,
+        }
+    }
+
     /// With a store of its own.
     pub(crate) fn new() -> Self {
         let dir = TempDir::new().unwrap();

@@ -10,7 +10,7 @@ const INIT: [&str; 2] = ["--init", "image"];
 
 #[test]
 fn the_images_own_init_is_process_1() {
-    let image = Image::new();
+    let image = Image::shared(true);
     for (option, read, line) in [("-q", "read -t 2", "none"), ("-i", "read", "typed")] {
         let options = [&INIT[..], &["-e", "B=c", option]].concat();
         let script = format!(
@@ -60,7 +60,7 @@ fn stop_has_the_image_power_off_and_exec_works_beside_its_init() {
 
 #[test]
 fn a_vm_that_does_not_power_off_is_stopped() {
-    let image = Image::new();
+    let image = Image::shared(true);
     let options = ["--name", "own", "--stop-timeout", "1"];
     let options = [&INIT[..], &options].concat();
     for by_signal in [false, true] {
