@@ -93,7 +93,10 @@ impl Disks {
         let (file, disk) = self.look(name)?;
         check_unused(name, &file)?;
         if disk.image != label {
-            let why = format!("it belongs to another image, {}", disk.image);
+            let why = format!(
+                "it belongs to another image, {}: take another name, or remove it",
+                disk.image
+            );
             return Err(about(&format_args!("'{name}'"), io::Error::other(why)));
         }
         match bytes {
