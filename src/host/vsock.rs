@@ -14,10 +14,12 @@ use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+    socketpair,
 };
 
 /// Programs that may wait to be accepted, until a connect blocks.
 const BACKLOG: i32 = 128;
+const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
 
 /// Why a vsock device's socket cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -62,11 +64,11 @@ pub fn open(path: &Path, connects: bool) -> Result<(HostSide, Socket), VsockErro
         result => result,
     };
     let listener = listener.map_err(failed)?;
-    let (reserved, theirs) = UnixStream::pair().map_err(failed)?;
-    theirs.set_nonblocking(true).map_err(failed)?;
+    let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None);
+    let (reserved, theirs) = pair.map_err(|e| failed(e.into()))?;
     let socket = Socket {
         path: path.to_owned(),
-        reserved: OwnedFd::from(reserved).into(),
+        reserved: reserved.into(),
     };
     let base = path.as_os_str().to_owned();
     let connect = move |port: u32| {
@@ -77,17 +79,16 @@ pub fn open(path: &Path, connects: bool) -> Result<(HostSide, Socket), VsockErro
     let host = HostSide {
         listener: listener.into(),
         connect: connects.then(|| Box::new(connect) as Connect),
-        reserved: Some(theirs),
+        reserved: Some(theirs.into()),
     };
     Ok((host, socket))
 }
 
 fn new_socket() -> io::Result<OwnedFd> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     Ok(socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
-        flags,
+        FLAGS,
         None,
     )?)
 }
