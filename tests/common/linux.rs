@@ -159,7 +159,7 @@ impl Debian {
     pub(crate) fn terminate(mut self) {
         self.session.signal("TERM");
         assert_eq!(self.session.status(), 0, "{}", self.terminal.text());
-        self.terminal.wait_for("Powering off");
+        self.terminal.wait_for("reboot: Power down");
     }
 }
 
