@@ -89,7 +89,7 @@ fn network(kind: Network) -> (Peer, Box<dyn VirtioDevice>) {
         Network::Packets => {
             let (ours, theirs) = UnixDatagram::pair().unwrap();
             theirs.set_nonblocking(true).unwrap();
-            let link = Link::packets(OwnedFd::from(ours), Some(|_, _| Ok(())));
+            let link = Link::packets(vec![OwnedFd::from(ours)], Some(|_, _| Ok(())));
             (Peer::Packets(theirs), link)
         }
         Network::None => (Peer::None, Link::unplugged(true)),

@@ -51,10 +51,8 @@ fn attach_hint(error: &io::Error) -> &'static str {
 /// A TAP device that gives and takes frames behind `struct virtio_net_hdr_v1`.
 #[derive(Debug)]
 pub struct Tap {
-    /// Its descriptor.
-    pub fd: OwnedFd,
-    /// Those of its further queues.
-    pub more: Vec<OwnedFd>,
+    /// The descriptors of its queues.
+    pub queues: Vec<OwnedFd>,
     /// The interface's MTU, if it is known.
     pub mtu: Option<u16>,
     /// How it is told of offloads, if it can do them.
@@ -69,7 +67,7 @@ impl Tap {
         let mtu = mtu(&mut request).map_err(|_| absent())?;
         let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi;
-        let mut queue = || {
+        let queue = |_| {
             let mut options = OpenOptions::new();
             options.read(true).write(true);
             let file = options.custom_flags(libc::O_NONBLOCK).open(DEVICE);
@@ -77,13 +75,9 @@ impl Tap {
             request.ifr_ifru.ifru_flags = flags as libc::c_short;
             interface_ioctl(&fd, libc::TUNSETIFF, &mut request)
                 .map_err(|source| TapError::Attach(name.to_owned(), source))?;
-            Self::set_up(fd, mtu)
+            Ok(fd)
         };
-        let mut tap = queue()?;
-        for _ in 1..queues {
-            tap.more.push(queue()?.fd);
-        }
-        Ok(tap)
+        Self::set_up((0..queues).map(queue).collect::<Result<_, _>>()?, mtu)
     }
 
     /// Takes a TAP device that the caller of this process has opened. The descriptor stays open for another time.
@@ -98,19 +92,21 @@ impl Tap {
             return Err(not_tap());
         }
         // It may be an interface of another network namespace.
-        Self::set_up(fd, mtu(&mut request).unwrap_or(None))
+        Self::set_up(vec![fd], mtu(&mut request).unwrap_or(None))
     }
 
-    fn set_up(fd: OwnedFd, mtu: Option<u16>) -> Result<Self, TapError> {
+    fn set_up(queues: Vec<OwnedFd>, mtu: Option<u16>) -> Result<Self, TapError> {
         // With num_buffers (virtio 1.2 § 5.1.6).
         let header_len: libc::c_int = 12;
-        int_ioctl(&fd, libc::TUNSETVNETHDRSZ, &raw const header_len as usize)
-            .map_err(|source| TapError::SetUp("TUNSETVNETHDRSZ", source))?;
         let all = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
-        let can_offload = int_ioctl(&fd, libc::TUNSETOFFLOAD, all as usize).is_ok();
+        let mut can_offload = true;
+        for fd in &queues {
+            int_ioctl(fd, libc::TUNSETVNETHDRSZ, &raw const header_len as usize)
+                .map_err(|source| TapError::SetUp("TUNSETVNETHDRSZ", source))?;
+            can_offload &= int_ioctl(fd, libc::TUNSETOFFLOAD, all as usize).is_ok();
+        }
         Ok(Self {
-            fd,
-            more: Vec::new(),
+            queues,
             mtu,
             set_offloads: can_offload.then_some(set_offloads),
         })
@@ -228,7 +224,7 @@ mod tests {
         let again = Tap::open("mvtap-unit", 1);
         let inherited = tap
             .as_ref()
-            .map(|tap| Tap::from_inherited(tap.fd.as_raw_fd()));
+            .map(|tap| Tap::from_inherited(tap.queues[0].as_raw_fd()));
         let deleted = ip("link delete mvtap-unit");
         assert!(mtu && deleted);
         let error = again.unwrap_err().to_string();
@@ -247,10 +243,10 @@ mod tests {
         if !ip("tuntap add mvtap-queues mode tap multi_queue") {
             return crate::skip::skip("TAP interfaces cannot be made here");
         }
-        let several = Tap::open("mvtap-queues", 8).map(|tap| tap.more.len());
+        let several = Tap::open("mvtap-queues", 8).map(|tap| tap.queues.len());
         let one = Tap::open("mvtap-queues", 1);
         assert!(ip("link delete mvtap-queues"));
-        assert_eq!(several.unwrap(), 7);
+        assert_eq!(several.unwrap(), 8);
         let error = one.unwrap_err().to_string();
         assert!(error.contains("multi_queue"), "{error}");
     }

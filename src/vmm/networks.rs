@@ -41,12 +41,8 @@ impl Networks {
         }
         let open = |(index, net): (usize, &NetConfig)| {
             let packets = |tap: Tap| {
-                let link = Link::packets(tap.fd, tap.set_offloads);
-                (
-                    link.and_then(|link| link.with_queues(tap.more)),
-                    tap.mtu,
-                    None,
-                )
+                let link = Link::packets(tap.queues, tap.set_offloads);
+                (link, tap.mtu, None)
             };
             let (link, mtu, passt) = match (&net.tap, net.fd) {
                 _ if net.passt => {

@@ -49,9 +49,8 @@ pub type SharedLink = Arc<Mutex<Link>>;
 
 /// The way to the network. It goes up when it is made and down, for good, when its other end is gone.
 pub struct Link {
-    fd: OwnedFd,
-    /// A packet device's further queues.
-    more: Vec<OwnedFd>,
+    /// A packet device's queues, or a stream.
+    fds: Vec<OwnedFd>,
     kind: Kind,
     status: Arc<LinkStatus>,
     iovecs: Iovecs,
@@ -109,37 +108,32 @@ pub(super) enum Sent {
 }
 
 impl Link {
-    /// A packet device: each read and write is one frame behind `struct virtio_net_hdr_v1`, as a TAP device has it with IFF_VNET_HDR.
-    /// Without `set_offloads`, it knows neither partial checksums nor segments.
-    pub fn packets(fd: OwnedFd, set_offloads: Option<SetOffloads>) -> io::Result<Self> {
-        Self::new(fd, Kind::Packets(set_offloads))
+    /// A packet device by the descriptors of its queues: each read and write is one frame behind `struct virtio_net_hdr_v1`, as a TAP
+    /// device has it with IFF_VNET_HDR. Without `set_offloads`, it knows neither partial checksums nor segments.
+    pub fn packets(queues: Vec<OwnedFd>, set_offloads: Option<SetOffloads>) -> io::Result<Self> {
+        Self::new(queues, Kind::Packets(set_offloads))
     }
 
     /// A stream socket: each frame follows its length, 32 bits with the most significant byte first, as passt and QEMU have it.
     pub fn stream(fd: OwnedFd) -> io::Result<Self> {
-        Self::new(fd, Kind::Stream(Stream::default()))
+        Self::new(vec![fd], Kind::Stream(Stream::default()))
     }
 
     /// No network: a link that is down for good. With offloads, a driver that has agreed on them may keep them: its frames go nowhere.
     pub fn unplugged(offloads: bool) -> io::Result<Self> {
         let set: SetOffloads = |_, _| Ok(());
-        let link = Self::packets(UnixDatagram::unbound()?.into(), offloads.then_some(set))?;
+        let socket = UnixDatagram::unbound()?.into();
+        let link = Self::packets(vec![socket], offloads.then_some(set))?;
         link.status.is_up.store(false, Ordering::Release);
         Ok(link)
     }
 
-    /// The same with further queues of the packet device.
-    pub fn with_queues(mut self, more: Vec<OwnedFd>) -> io::Result<Self> {
-        more.iter().try_for_each(set_nonblocking)?;
-        self.more = more;
-        Ok(self)
-    }
-
-    fn new(fd: OwnedFd, kind: Kind) -> io::Result<Self> {
-        set_nonblocking(&fd)?;
+    fn new(fds: Vec<OwnedFd>, kind: Kind) -> io::Result<Self> {
+        for fd in &fds {
+            fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?;
+        }
         Ok(Self {
-            fd,
-            more: Vec::new(),
+            fds,
             kind,
             status: Arc::new(LinkStatus {
                 is_up: AtomicBool::new(true),
@@ -150,13 +144,13 @@ impl Link {
     }
 
     /// The descriptor of this queue.
-    pub(super) fn fd(&self, queue: usize) -> RawFd {
-        of_queue(&self.fd, &self.more, queue).as_raw_fd()
+    pub(super) fn fd(&self, queue: usize) -> io::Result<RawFd> {
+        Ok(of_queue(&self.fds, queue)?.as_raw_fd())
     }
 
     /// Queues that it has.
     pub(super) fn queues(&self) -> usize {
-        1 + self.more.len()
+        self.fds.len()
     }
 
     /// See there.
@@ -175,7 +169,7 @@ impl Link {
     /// The driver has accepted these features.
     pub(super) fn set_offloads(&self, features: u64) -> io::Result<()> {
         match self.kind {
-            Kind::Packets(Some(set)) => set(self.fd.as_fd(), features),
+            Kind::Packets(Some(set)) => set(of_queue(&self.fds, 0)?.as_fd(), features),
             _ => Ok(()),
         }
     }
@@ -197,11 +191,12 @@ impl Link {
         let Kind::Stream(stream) = &mut self.kind else {
             return Ok(Some(longest));
         };
+        let fd = of_queue(&self.fds, 0)?;
         let mut waste = [0; 4096];
         while stream.skip > 0 {
             let len = stream.skip.min(waste.len());
             let part = VolatileSlice::from(waste.get_mut(..len).unwrap_or_default());
-            match self.iovecs.read(&self.fd, [part].into_iter())? {
+            match self.iovecs.read(fd, [part].into_iter())? {
                 Some(count) => stream.skip -= count,
                 None => return Ok(None),
             }
@@ -212,7 +207,7 @@ impl Link {
                 .get_mut(stream.word_len..)
                 .unwrap_or_default()
                 .into();
-            match self.iovecs.read(&self.fd, [rest].into_iter())? {
+            match self.iovecs.read(fd, [rest].into_iter())? {
                 Some(count) => stream.add_to_word(count)?,
                 None => return Ok(None),
             }
@@ -230,6 +225,7 @@ impl Link {
         buffers: impl Iterator<Item = VolatileSlice<'m>> + Clone,
         done: usize,
     ) -> io::Result<Option<usize>> {
+        let fd = of_queue(&self.fds, queue)?;
         match &mut self.kind {
             Kind::Packets(_) => {
                 let buffers = buffers.take(MAX_IOVECS - 1);
@@ -238,7 +234,6 @@ impl Link {
                 let mut too_much = [0];
                 let slices = window(buffers, 0, room);
                 let slices = slices.chain([VolatileSlice::from(&mut too_much[..])]);
-                let fd = of_queue(&self.fd, &self.more, queue);
                 let count = self.iovecs.read(fd, slices)?;
                 Ok(count.map(|count| {
                     if count > room {
@@ -253,7 +248,7 @@ impl Link {
                 let slices = window(buffers, HEADER_LEN + done, left);
                 // With the next frame's length.
                 let slices = slices.chain([VolatileSlice::from(&mut stream.word[..])]);
-                let Some(count) = self.iovecs.read(&self.fd, slices)? else {
+                let Some(count) = self.iovecs.read(fd, slices)? else {
                     return Ok(None);
                 };
                 let of_frame = count.min(left);
@@ -294,9 +289,9 @@ impl Link {
             return Ok(Sent::Done);
         }
         let slices = packet.slices().iter().copied();
+        let fd = of_queue(&self.fds, queue)?;
         let stream = match &mut self.kind {
             Kind::Packets(_) => {
-                let fd = of_queue(&self.fd, &self.more, queue);
                 return match self.iovecs.write(fd, slices) {
                     Ok(None) => Ok(Sent::Blocked),
                     Err(e) if is_gone(&e) => Err(e),
@@ -322,7 +317,7 @@ impl Link {
         let all = [VolatileSlice::from(&mut word[..])]
             .into_iter()
             .chain(slices);
-        let Some(count) = self.iovecs.write(&self.fd, all.clone())? else {
+        let Some(count) = self.iovecs.write(fd, all.clone())? else {
             return Ok(Sent::Blocked);
         };
         note(&self.status.first_sent);
@@ -338,9 +333,10 @@ impl Link {
         if !self.status.is_up() {
             stream.unsent.clear();
         }
+        let fd = of_queue(&self.fds, 0)?;
         while !stream.unsent.is_empty() {
             let rest = [VolatileSlice::from(&mut stream.unsent[..])];
-            match self.iovecs.write(&self.fd, rest.into_iter())? {
+            match self.iovecs.write(fd, rest.into_iter())? {
                 Some(count) => drop(stream.unsent.drain(..count)),
                 None => return Ok(false),
             }
@@ -349,13 +345,10 @@ impl Link {
     }
 }
 
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    Ok(fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?)
-}
-
-fn of_queue<'f>(first: &'f OwnedFd, more: &'f [OwnedFd], queue: usize) -> &'f OwnedFd {
-    let more = queue.checked_sub(1).and_then(|index| more.get(index));
-    more.unwrap_or(first)
+/// A stream carries the frames of all queues, and so does what is not plugged in.
+fn of_queue(fds: &[OwnedFd], queue: usize) -> io::Result<&OwnedFd> {
+    let fd = fds.get(queue).or(fds.first());
+    fd.ok_or_else(|| ErrorKind::NotConnected.into())
 }
 
 impl Stream {

@@ -116,7 +116,8 @@ impl Net {
             | multiqueue
             | link.features();
         let status = Arc::clone(link.status());
-        let descriptors: Vec<_> = (0..link.queues()).map(|queue| link.fd(queue)).collect();
+        let descriptors = (0..link.queues()).map(|queue| link.fd(queue));
+        let descriptors = descriptors.collect::<io::Result<Vec<_>>>()?;
         drop(link);
         let pairs = Arc::new(AtomicU16::new(1));
         let in_use = Arc::clone(&pairs);

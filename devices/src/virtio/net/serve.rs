@@ -358,8 +358,7 @@ impl<'m> Transmitter<'m> {
             }
             queue.complete(self.chain.head(), 0)?;
             if std::mem::take(&mut self.is_blocked) {
-                let fd = link.fd(self.pair);
-                queue.worker.watch(fd, EventSet::IN)?;
+                self.watch(link, queue, EventSet::IN)?;
             }
         }
         queue.report()?;
@@ -373,9 +372,18 @@ impl<'m> Transmitter<'m> {
     ) -> Result<bool, QueueError> {
         queue.report()?;
         if !std::mem::replace(&mut self.is_blocked, true) {
-            let events = EventSet::IN | EventSet::OUT;
-            queue.worker.watch(link.fd(self.pair), events)?;
+            self.watch(link, queue, EventSet::IN | EventSet::OUT)?;
         }
         Ok(true)
+    }
+
+    fn watch(
+        &self,
+        link: &Link,
+        queue: &QueueContext<'m>,
+        events: EventSet,
+    ) -> Result<(), QueueError> {
+        let fd = link.fd(self.pair).map_err(QueueError::Host)?;
+        queue.worker.watch(fd, events)
     }
 }

@@ -68,7 +68,10 @@ fn stream(without: u64) -> (Driver, UnixStream) {
 /// A packet device, as which a socket for datagrams will do.
 fn packets(without: u64) -> (Driver, UnixDatagram) {
     let (ours, peer) = UnixDatagram::pair().unwrap();
-    let mut driver = Driver::new(device(Link::packets(ours.into(), Some(note_offloads))));
+    let mut driver = Driver::new(device(Link::packets(
+        vec![ours.into()],
+        Some(note_offloads),
+    )));
     start(&mut driver, without);
     (driver, peer)
 }
@@ -384,7 +387,7 @@ fn frames_that_no_network_carries_are_dropped() {
 #[test]
 fn a_frame_that_the_host_refuses_is_lost() {
     let mut driver = Driver::new(device(Link::packets(
-        UnixDatagram::unbound().unwrap().into(),
+        vec![UnixDatagram::unbound().unwrap().into()],
         Some(note_offloads),
     )));
     start(&mut driver, 0);

@@ -10,8 +10,7 @@ const LONGEST: u32 = 0x1_0000;
 fn two_pairs() -> (Box<dyn VirtioDevice>, [UnixDatagram; 2]) {
     let (first, peer) = UnixDatagram::pair().unwrap();
     let (second, other) = UnixDatagram::pair().unwrap();
-    let link = Link::packets(first.into(), Some(note_offloads));
-    let link = link.and_then(|link| link.with_queues(vec![second.into()]));
+    let link = Link::packets(vec![first.into(), second.into()], Some(note_offloads));
     (with_pairs(link, 2), [peer, other])
 }
 
