@@ -236,6 +236,11 @@ fn sections_that_contradict_each_other_are_refused() {
             "\"nets\":[{\"fd\":1}]",
             "file descriptors from 3 on",
         ),
+        (
+            "\"mergeable\":false,\"disks\":[],\"nets\":[]",
+            "\"nets\":[{\"queues\":9}]",
+            "a network device has 1 to 8 pairs of queues",
+        ),
     ] {
         assert_refused(replace(META, from, to), true, why);
     }
