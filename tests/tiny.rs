@@ -155,11 +155,12 @@ fn restart_boots_again_in_the_same_process() {
         &["--on-reboot", "restart", "--deadline", "1s"],
     ));
     ended.assert_code(124);
-    let ended = run(&mut boot_tiny(
-        "ends",
-        "r",
-        &["--on-reboot", "restart", "--deadline", "1s", "-v"],
-    ));
+    // With a socket too, which is made anew.
+    let dir = tempfile::tempdir().unwrap();
+    let socket = format!("--vsock=path={}", dir.path().join("v.sock").display());
+    let args = ["--on-reboot", "restart", "--deadline", "1s", "-v", &socket];
+    let ended = run(&mut boot_tiny("ends", "r", &args));
+    ended.assert_code(124);
     let boots = ended.stderr.matches("booting again").count();
     assert!(boots >= 2, "{boots} restarts: {}", ended.stderr);
 }

@@ -21,7 +21,7 @@ use super::template;
 use crate::boot;
 use crate::config::{
     ConsoleKind, DEFAULT_CMDLINE, DiskConfig, DiskFormat, MAX_CPUS, MemorySize, PublishedPort,
-    SandboxMode, Span, VmConfig, VsockConfig, join_words,
+    Span, VmConfig, VsockConfig, join_words,
 };
 use crate::guest::{INIT, Orders, Setup};
 use crate::host::passt;
@@ -206,6 +206,7 @@ impl RunArgs {
             vsock: Some(VsockConfig {
                 path: Some(claim.socket()),
                 accept_only: true,
+                reserve: orders.is_init,
                 ..VsockConfig::default()
             }),
             console: match orders.is_init {
@@ -213,7 +214,6 @@ impl RunArgs {
                 false => ConsoleKind::Virtio,
             },
             deadline: self.deadline,
-            sandbox: SandboxMode::default(),
             ..VmConfig::default()
         };
         let (snapshot, initramfs) = match self.template(&config, &orders)? {

@@ -24,6 +24,9 @@ pub struct VsockConfig {
     /// Whether the guest can make no connections itself.
     #[serde(skip)]
     pub accept_only: bool,
+    /// Whether this process keeps a connection to the guest for itself.
+    #[serde(skip)]
+    pub reserve: bool,
 }
 
 impl Default for VsockConfig {
@@ -32,6 +35,7 @@ impl Default for VsockConfig {
             path: None,
             cid: *CIDS.start(),
             accept_only: false,
+            reserve: false,
         }
     }
 }

@@ -14,12 +14,12 @@ use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-    socketpair,
 };
+
+use crate::config::VsockConfig;
 
 /// Programs that may wait to be accepted, until a connect blocks.
 const BACKLOG: i32 = 128;
-const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
 
 /// Why a vsock device's socket cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +40,9 @@ pub enum VsockError {
 pub struct Socket {
     /// Its name, which is removed at its end.
     path: PathBuf,
-    /// A connection to it for this process, which may not make one later: by read(2) and write(2) alone.
-    pub reserved: File,
+    /// A connection to it for this process, which may not make one later: by read(2) and write(2) alone. Only if the configuration asks
+    /// for it.
+    pub reserved: Option<File>,
 }
 
 impl Drop for Socket {
@@ -52,9 +53,9 @@ impl Drop for Socket {
     }
 }
 
-/// Listens at `path`, for this user only, and where the guest `connects`, leads it to sockets beside that. A socket that a process has
+/// Listens at `path`, for this user only, and unless the guest only accepts, leads it to sockets beside that. A socket that a process has
 /// left there is replaced.
-pub fn open(path: &Path, connects: bool) -> Result<(HostSide, Socket), VsockError> {
+pub fn open(path: &Path, config: &VsockConfig) -> Result<(HostSide, Socket), VsockError> {
     let failed = |source: io::Error| VsockError::Bind(path.to_owned(), source);
     let listener = match listen_at(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
@@ -64,11 +65,16 @@ pub fn open(path: &Path, connects: bool) -> Result<(HostSide, Socket), VsockErro
         result => result,
     };
     let listener = listener.map_err(failed)?;
-    let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None);
-    let (reserved, theirs) = pair.map_err(|e| failed(e.into()))?;
+    let pair = || {
+        let (ours, theirs) = UnixStream::pair()?;
+        theirs.set_nonblocking(true)?;
+        Ok((File::from(OwnedFd::from(ours)), theirs))
+    };
+    let pair = config.reserve.then(pair).transpose().map_err(failed)?;
+    let (reserved, theirs) = pair.unzip();
     let socket = Socket {
         path: path.to_owned(),
-        reserved: reserved.into(),
+        reserved,
     };
     let base = path.as_os_str().to_owned();
     let connect = move |port: u32| {
@@ -78,17 +84,18 @@ pub fn open(path: &Path, connects: bool) -> Result<(HostSide, Socket), VsockErro
     };
     let host = HostSide {
         listener: listener.into(),
-        connect: connects.then(|| Box::new(connect) as Connect),
-        reserved: Some(theirs.into()),
+        connect: (!config.accept_only).then(|| Box::new(connect) as Connect),
+        reserved: theirs,
     };
     Ok((host, socket))
 }
 
 fn new_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     Ok(socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
-        FLAGS,
+        flags,
         None,
     )?)
 }
@@ -129,6 +136,7 @@ fn connect_to(path: &Path) -> io::Result<UnixStream> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener;
 
@@ -138,13 +146,16 @@ mod tests {
     fn the_socket_is_the_users_and_goes_with_its_vm() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
-        let (host, file) = open(&path, true).unwrap();
+        let (host, file) = open(&path, &VsockConfig::default()).unwrap();
         assert_eq!(
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o600
         );
         UnixStream::connect(&path).unwrap();
-        let error = open(&path, true).err().unwrap().to_string();
+        let error = open(&path, &VsockConfig::default())
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains("in use by another process"), "{error}");
         drop(file);
         assert!(!path.exists());
@@ -156,17 +167,41 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         drop(UnixListener::bind(&path).unwrap());
-        drop(open(&path, true).unwrap());
+        drop(open(&path, &VsockConfig::default()).unwrap());
         fs::write(&path, "text").unwrap();
-        let error = open(&path, true).err().unwrap().to_string();
+        let error = open(&path, &VsockConfig::default())
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.ends_with("exists and is not a socket"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"text");
         for bad in [
             dir.path().join("none/v.sock"),
             dir.path().join("x".repeat(108)),
         ] {
-            let error = open(&bad, true).err().unwrap();
+            let error = open(&bad, &VsockConfig::default()).err().unwrap();
             assert!(matches!(error, VsockError::Bind(..)), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_connection_is_reserved_where_it_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        for reserve in [false, true] {
+            let config = VsockConfig {
+                reserve,
+                ..VsockConfig::default()
+            };
+            let (host, file) = open(&dir.path().join("v.sock"), &config).unwrap();
+            assert_eq!(file.reserved.is_some(), reserve);
+            let Some(mut theirs) = host.reserved else {
+                assert!(!reserve);
+                continue;
+            };
+            let error = theirs.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+            file.reserved.as_ref().unwrap().write_all(b"x").unwrap();
+            assert_eq!(theirs.read(&mut [0; 2]).unwrap(), 1);
         }
     }
 
@@ -174,7 +209,7 @@ mod tests {
     fn the_guest_reaches_sockets_by_their_ports() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
-        let (host, _file) = open(&path, true).unwrap();
+        let (host, _file) = open(&path, &VsockConfig::default()).unwrap();
         let mut connect = host.connect.unwrap();
         let listener = UnixListener::bind(dir.path().join("v.sock_4294967294")).unwrap();
         drop(connect(u32::MAX - 1).unwrap());

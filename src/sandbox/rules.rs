@@ -319,7 +319,6 @@ pub(super) const TABLE: &[Rule] = &[
     any(libc::SYS_epoll_create1, RESTART),
     // The socket of a socket device, and its timer.
     only(libc::SYS_socket, RESTART, UNIX_SOCKET),
-    only(libc::SYS_socketpair, RESTART, UNIX_SOCKET),
     any(libc::SYS_bind, RESTART),
     any(libc::SYS_listen, RESTART),
     any(libc::SYS_timerfd_create, RESTART),

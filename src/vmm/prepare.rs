@@ -247,7 +247,7 @@ fn open_vsock(
     let Some(vsock) = &config.vsock else {
         return Ok((None, None));
     };
-    let open = |path| vsock::open(path, !vsock.accept_only);
+    let open = |path| vsock::open(path, vsock);
     let opened = vsock.path.as_deref().map(open).transpose()?;
     let (side, file) = opened.unzip();
     let device = Vsock::new(side, vsock.cid, threads).map_err(host("a socket device"))?;

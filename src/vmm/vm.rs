@@ -225,9 +225,9 @@ impl Vm {
         }
     }
 
-    /// A connection to the socket device for the owner of the VM.
+    /// The connection to the socket device that the configuration reserves for the owner of the VM.
     pub fn reserved_connection(&self) -> Option<&File> {
-        self.parts.socket.as_ref().map(|socket| &socket.reserved)
+        self.parts.socket.as_ref()?.reserved.as_ref()
     }
 
     /// What it was built of.
