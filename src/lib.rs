@@ -33,6 +33,7 @@ pub mod tools;
 pub mod vmm;
 
 pub use text::{Escaping, error_chain, escaped, printable};
+pub(crate) use text::{about, mib, size};
 
 /// The log's target for what the user has to know to go on, which is no warning.
 pub const NOTICE: &str = "minivmm::notice";

@@ -47,8 +47,10 @@ fn main() {
     let mut out = Escaping(io::stdout());
     let status = match cli.command {
         Some(Command::Doctor(args)) => run_doctor(&args),
-        Some(Command::Bench(args)) => tool_status(bench::run(&args.into(), &mut out)),
-        Some(Command::Compare(args)) => tool_status(compare::run(&args.into(), &mut out)),
+        Some(Command::Bench(args)) => {
+            tool_status(bench::run(args.guest(), &args.options, &mut out))
+        }
+        Some(Command::Compare(args)) => tool_status(compare::run(&args, &mut out)),
         Some(Command::Snapshot(args)) => done(snapshot::run(&args, &mut out)),
         Some(Command::Fork(args)) => {
             let forked = console::Signals::block()

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::error::Error;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io::{self, Write};
 
 /// An error and its causes on one line, escaped. A cause that the message ends with already, as some libraries make it, is not
@@ -19,6 +19,25 @@ pub fn error_chain(error: &dyn Error) -> String {
         cause = error.source();
     }
     escaped(&chain).into_owned()
+}
+
+/// Says of an error what it is about, as a file's path.
+pub(crate) fn about(what: impl fmt::Display) -> impl Fn(io::Error) -> io::Error {
+    move |e| io::Error::new(e.kind(), format!("{what}: {e}"))
+}
+
+/// A size with a unit that leaves few digits.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..0x400 => format!("{bytes} bytes"),
+        0x400..0x10_0000 => format!("{:.1} KiB", bytes as f64 / f64::from(1 << 10)),
+        _ => mib(bytes),
+    }
+}
+
+/// A size in MiB.
+pub(crate) fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// The text in `bytes` up to a NUL or the end of the line, if that is printable ASCII.

@@ -27,7 +27,7 @@ const LAYERS: &[&[&str]] = &[
 
 /// Crates that only these modules may name.
 const RESERVED_CRATES: &[(&str, &[&str])] = &[
-    ("clap", &["main", "cli"]),
+    ("clap", &["main", "cli", "tools"]),
     ("kvm_ioctls", &["vmm", "arch", "host", "tools"]),
 ];
 

@@ -4,9 +4,10 @@ use std::io::Write;
 
 use clap::Args;
 
-use super::images::{mib, print};
+use super::images::print;
 use super::run::RunError;
 use crate::boot;
+use crate::mib;
 use crate::run::Disks;
 use crate::vmm::error::host;
 

@@ -7,6 +7,7 @@ use clap::Args;
 use super::run::RunError;
 use crate::boot;
 use crate::image::{ImageError, Store, Stored};
+use crate::mib;
 use crate::vmm::error::host;
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
@@ -45,10 +46,6 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
         }
         Ok(())
     })
-}
-
-pub(super) fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// Prints a list. A reader that has seen enough is no error.

@@ -1,7 +1,6 @@
 //! The command line. It opens no file but the configuration and builds nothing.
 
 mod bench;
-mod compare;
 mod confine;
 pub mod disks;
 pub mod exec;
@@ -29,7 +28,6 @@ mod template;
 pub mod watch;
 
 pub use bench::BenchArgs;
-pub use compare::CompareArgs;
 pub use disks::DisksArgs;
 pub use exec::ExecArgs;
 pub use fork::ForkArgs;
@@ -56,6 +54,7 @@ use crate::config::{
     BootProtocol, ConfigError, ConsoleKind, ConsoleTarget, DiskConfig, NetConfig, OnReboot,
     SandboxMode, Span, VmConfig, VsockConfig,
 };
+use crate::tools::compare::CompareOptions;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -146,7 +145,7 @@ pub enum Command {
     /// List the disks on which runs have kept what they wrote, or remove some
     Disks(DisksArgs),
     /// Run one command on one root file system in container runtimes and in a virtual machine, and measure it
-    Compare(CompareArgs),
+    Compare(CompareOptions),
 }
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]

@@ -33,7 +33,10 @@ use layer::Merge;
 use limits::bad;
 #[cfg(feature = "registry")]
 use reference::Reference;
-use rootfs::{Listing, stamp};
+pub(crate) use rootfs::Listing;
+use rootfs::stamp;
+
+use crate::about;
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -161,8 +164,7 @@ fn load(
                 .read(parts, &progress, |content| merge.layer(content, true))
                 .map_err(|e| {
                     let (number, count) = (number + 1, image.layers.len());
-                    let shown = format!("layer {number} of {count} ({}): {e}", layer.name);
-                    io::Error::new(e.kind(), shown)
+                    about(format_args!("layer {number} of {count} ({})", layer.name))(e)
                 })?;
         }
         Ok((image.config, merge.finish()?))
@@ -214,10 +216,8 @@ fn load_missing(_: &Store, _: &str, _: &How<'_>) -> io::Result<Stored> {
 
 #[cfg(feature = "registry")]
 fn load_missing(store: &Store, name: &str, how: &How<'_>) -> io::Result<Stored> {
-    load_from_registry(store, name, how).map_err(|e| {
-        let text = format!("it is neither a file nor in the store, and from the registry: {e}");
-        io::Error::new(e.kind(), text)
-    })
+    let what = "it is neither a file nor in the store, and from the registry";
+    load_from_registry(store, name, how).map_err(about(what))
 }
 
 #[cfg(feature = "registry")]

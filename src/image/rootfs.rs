@@ -12,6 +12,7 @@ use super::digest::Digest;
 use super::layer::{Merge, keeps_xattr};
 use super::limits::{MAX_DEPTH, MAX_MEMBERS, MAX_XATTRS, bad};
 use super::tree::{Content, Id, Inode, ROOT};
+use crate::about;
 
 /// A file below the directory.
 struct Found {
@@ -22,7 +23,7 @@ struct Found {
 }
 
 /// All that is in a directory, but for what is mounted there.
-pub(super) struct Listing(Vec<Found>);
+pub(crate) struct Listing(Vec<Found>);
 
 /// What changes with a file's content.
 pub(super) fn stamp(m: &Metadata) -> String {
@@ -30,14 +31,10 @@ pub(super) fn stamp(m: &Metadata) -> String {
     format!("{} {} {} {times:?}", m.dev(), m.ino(), m.len())
 }
 
-fn at(path: &Path) -> impl Fn(io::Error) -> io::Error {
-    move |e| io::Error::new(e.kind(), format!("{}: {e}", path.display()))
-}
-
 impl Listing {
     /// Lists a directory.
-    pub(super) fn read(root: &Path) -> io::Result<Self> {
-        let metadata = fs::metadata(root)?;
+    pub(crate) fn read(root: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(root).map_err(about(root.display()))?;
         let device = metadata.dev();
         let mut list = vec![Found {
             path: root.to_owned(),
@@ -54,14 +51,14 @@ impl Listing {
             if depth > MAX_DEPTH {
                 return Err(bad(format!("more than {MAX_DEPTH} nested directories")));
             }
-            let entries = fs::read_dir(&path).map_err(at(&path))?;
+            let entries = fs::read_dir(&path).map_err(about(path.display()))?;
             let mut paths: Vec<PathBuf> = entries
                 .map(|entry| Ok(entry?.path()))
                 .collect::<io::Result<_>>()
-                .map_err(at(&path))?;
+                .map_err(about(path.display()))?;
             paths.sort();
             for path in paths {
-                let metadata = fs::symlink_metadata(&path).map_err(at(&path))?;
+                let metadata = fs::symlink_metadata(&path).map_err(about(path.display()))?;
                 list.push(Found {
                     path,
                     metadata,
@@ -73,6 +70,12 @@ impl Listing {
             }
         }
         Ok(Self(list))
+    }
+
+    /// All but the directory itself, each behind the directory that it is in.
+    pub(crate) fn below_root(&self) -> impl Iterator<Item = (&Path, &Metadata)> {
+        let below = self.0.iter().skip(1);
+        below.map(|found| (found.path.as_path(), &found.metadata))
     }
 
     /// Bytes of its files on disk. What has several names is left out.
@@ -113,8 +116,8 @@ impl Listing {
                 merge.tree.link(*parent, name.as_bytes(), *id, true)?;
                 continue;
             }
-            let content = content(merge, path, metadata).map_err(at(path))?;
-            let inode = inode(path, metadata, content).map_err(at(path))?;
+            let content = content(merge, path, metadata).map_err(about(path.display()))?;
+            let inode = inode(path, metadata, content).map_err(about(path.display()))?;
             let id = merge.tree.add(*parent, name.as_bytes(), inode)?;
             if metadata.is_dir() {
                 directories.insert(path, id);

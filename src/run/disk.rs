@@ -12,6 +12,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::running::{check_name, lock};
+use crate::about;
 use crate::host::limits::free_bytes;
 use crate::host::ownership::open_own_dir;
 use crate::image::Digest;
@@ -57,7 +58,7 @@ impl Disks {
     pub fn open(data: Option<&Path>) -> io::Result<Self> {
         let none = || io::Error::other("there is no place for them: set HOME or XDG_DATA_HOME");
         let dir = data.ok_or_else(none)?.join("disks");
-        open_own_dir(&dir).map_err(|e| about(&dir.display(), e))?;
+        open_own_dir(&dir).map_err(about(dir.display()))?;
         Ok(Self(dir))
     }
 
@@ -97,12 +98,12 @@ impl Disks {
                 "it belongs to another image, {}: take another name, or remove it",
                 disk.image
             );
-            return Err(about(&format_args!("'{name}'"), io::Error::other(why)));
+            return Err(about(format_args!("'{name}'"))(io::Error::other(why)));
         }
         match bytes {
             Some(bytes) if whole_blocks(bytes) != disk.bytes => {
                 let why = format!("it has {} bytes, and that stays", disk.bytes);
-                Err(about(&format_args!("'{name}'"), io::Error::other(why)))
+                Err(about(format_args!("'{name}'"))(io::Error::other(why)))
             }
             _ => Ok(path),
         }
@@ -128,10 +129,8 @@ impl Disks {
     pub fn remove(&self, name: &str) -> io::Result<()> {
         check_name(name)?;
         let _guard = lock(&self.0)?;
-        match File::open(self.path(name)) {
-            Ok(file) => check_unused(name, &file)?,
-            Err(e) => return Err(about(&format_args!("'{name}'"), e)),
-        }
+        let file = File::open(self.path(name)).map_err(about(format_args!("'{name}'")))?;
+        check_unused(name, &file)?;
         fs::remove_file(self.path(name))
     }
 
@@ -156,11 +155,8 @@ impl Disks {
             }
             Ok((file, label))
         };
-        let no_disk = |e| {
-            let what = format!("{} is no disk with ext4", path.display());
-            about(&what, e)
-        };
-        let (file, label) = read().map_err(no_disk)?;
+        let what = format_args!("{} is no disk with ext4", path.display());
+        let (file, label) = read().map_err(about(what))?;
         let metadata = file.metadata()?;
         let disk = Kept {
             name: name.to_owned(),
@@ -207,14 +203,10 @@ fn check_unused(name: &str, file: &File) -> io::Result<()> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => {
             let why = io::Error::other("a VM that runs has it");
-            Err(about(&format_args!("'{name}'"), why))
+            Err(about(format_args!("'{name}'"))(why))
         }
         locked => Ok(locked?),
     }
-}
-
-fn about(what: &dyn std::fmt::Display, error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
 #[cfg(test)]

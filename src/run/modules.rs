@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::about;
 use crate::boot::inspect;
 use crate::config::VmConfig;
 
@@ -48,9 +49,8 @@ pub(super) fn needed(config: &VmConfig) -> io::Result<[Vec<Module>; 2]> {
     let files = in_order(&list, wanted);
     let read = |file: &&str| -> io::Result<Module> {
         let path = tree.join(file);
-        let content = unpacked(&path).map_err(|e| {
-            io::Error::new(e.kind(), format!("cannot read {}: {e}", path.display()))
-        })?;
+        let content = unpacked(&path);
+        let content = content.map_err(about(format_args!("cannot read {}", path.display())))?;
         Ok((format!("{}.ko", module_name(file)), content))
     };
     let mut later = in_order(&list, LATER.iter());

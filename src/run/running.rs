@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use crate::about;
 use crate::guest::{EXEC_PORT, Exec};
 use crate::host::ownership::open_own_dir;
 
@@ -78,8 +79,7 @@ impl Running {
                 ));
             }
         };
-        open_own_dir(&dir)
-            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", dir.display())))?;
+        open_own_dir(&dir).map_err(about(dir.display()))?;
         Ok(Self(dir))
     }
 

@@ -12,6 +12,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 
 use super::{MAX_JSON, Reference};
+use crate::about;
 
 /// What the default registry is called there.
 const DEFAULT_KEY: &str = "index.docker.io";
@@ -64,8 +65,7 @@ fn files() -> Vec<PathBuf> {
 /// The login for an image's registry, if there is one.
 pub(super) fn find(reference: &Reference) -> io::Result<Option<Login>> {
     for path in files() {
-        let found = find_in(&path, reference)
-            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+        let found = find_in(&path, reference).map_err(about(path.display()))?;
         if found.is_some() {
             return Ok(found);
         }
@@ -121,18 +121,18 @@ fn host_of(key: &str) -> &str {
 /// Runs a credential helper, a program of the user's.
 fn ask_helper(name: &str, key: &str) -> io::Result<Option<Login>> {
     let program = format!("docker-credential-{name}");
-    let shown = |e: io::Error| io::Error::new(e.kind(), format!("{program}: {e}"));
+    let shown = about(&program);
     let mut child = Command::new(&program)
         .arg("get")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .map_err(shown)?;
+        .map_err(&shown)?;
     if let Some(mut stdin) = child.stdin.take() {
         // One that reads nothing says below what it wants.
         _ = stdin.write_all(key.as_bytes());
     }
-    let output = child.wait_with_output().map_err(shown)?;
+    let output = child.wait_with_output().map_err(&shown)?;
     // That is how it says that it has none.
     if !output.status.success() {
         return Ok(None);

@@ -1,18 +1,12 @@
 //! What a timeline records: events, boot marks, exits.
 
-use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
 
-use super::process_start::ProcessStart;
-use crate::boot::LoadedKernel;
 use crate::console::OUTPUT_MEMORY_BOUND;
-use crate::observe::memory::GuestShare;
 use crate::vmm::vcpu;
-use crate::vmm::vcpu::profile::{BusRegion, ExitProfile};
 use crate::vmm::vm::Vm;
 
 /// Boot marks that are kept; more are counted only.
@@ -89,44 +83,6 @@ impl BootMarks {
     pub(super) fn taken(&self) -> (Vec<(u8, Instant)>, u64) {
         let marks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         (marks.kept.clone(), marks.lost)
-    }
-}
-
-/// What a timeline has noted.
-#[derive(Debug)]
-pub(super) struct Record {
-    pub(super) start: ProcessStart,
-    /// Each point once, in no order.
-    pub(super) points: Vec<(Point, Instant)>,
-    pub(super) kernel: Option<LoadedKernel>,
-    pub(super) marks: BootMarks,
-    /// What happened on each network, with its number.
-    pub(super) nets: Vec<(Point, Instant, Option<u8>)>,
-    pub(super) exits: ExitProfile,
-    /// What the devices are called that exits went to.
-    pub(super) names: BTreeMap<BusRegion, String>,
-    pub(super) console_bytes: u64,
-    /// What the memory is to be measured with.
-    pub(super) memory_account: Option<File>,
-    pub(super) memory: Option<GuestShare>,
-    pub(super) memory_bounds: Vec<MemoryBound>,
-    pub(super) boots: u32,
-}
-
-impl Record {
-    /// Notes that `point` was reached then. Its first time counts.
-    pub(super) fn note(&mut self, point: Point, at: Instant) {
-        if self.points.iter().all(|(noted, _)| *noted != point) {
-            self.points.push((point, at));
-        }
-    }
-
-    /// The same for those of several that were reached.
-    pub(super) fn note_all<const N: usize>(&mut self, points: [(Point, Option<Instant>); N]) {
-        let reached = points
-            .into_iter()
-            .filter_map(|(point, at)| at.zip(Some(point)));
-        reached.for_each(|(at, point)| self.note(point, at));
     }
 }
 

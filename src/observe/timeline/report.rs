@@ -1,5 +1,6 @@
 //! The timeline as a table and as JSON.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -7,11 +8,12 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::process_start::{ProcessStart, Source};
-use super::record::{MemoryBound, Point, Record};
-use crate::boot::{KernelFormat, Loading};
+use super::record::{MemoryBound, Point};
+use crate::boot::{KernelFormat, LoadedKernel, Loading};
 use crate::observe::memory::GuestShare;
+use crate::size;
 use crate::vmm::machine::COM1;
-use crate::vmm::vcpu::profile::{Cost, KINDS};
+use crate::vmm::vcpu::profile::{BusRegion, Cost, ExitProfile, KINDS};
 
 /// Version of the JSON. It counts up when a field goes or changes its meaning; new ones may come at any time.
 const VERSION: u32 = 1;
@@ -22,30 +24,30 @@ const VERSION: u32 = 1;
 pub struct Report {
     version: u32,
     /// The process's exit status.
-    status: u8,
+    pub(super) status: u8,
     /// How often the guest was booted. All but `process_end` is about the first time.
-    boots: u32,
+    pub(super) boots: u32,
     /// What the times count from.
     process_start: ProcessStart,
     /// In the order in which they happened; what did not happen is not there.
-    events: Vec<Event>,
+    pub(super) events: Vec<Event>,
     /// Boot marks that were too many to be among the events.
-    boot_marks_lost: u64,
+    pub(super) boot_marks_lost: u64,
     kernel: Option<Kernel>,
     initrd: Option<Initrd>,
     exits: Exits,
     console: ConsoleCost,
     /// Of the process when the guest has ended; null if there was none, or no /proc.
-    memory: Option<GuestShare>,
+    pub(super) memory: Option<GuestShare>,
     /// What the guest can make minivmm take beside its RAM, by device.
-    memory_bounds: Vec<MemoryBound>,
+    pub(super) memory_bounds: Vec<MemoryBound>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-struct Event {
+pub(super) struct Event {
     name: Point,
     /// Since the start of the process.
-    at_ns: u64,
+    pub(super) at_ns: u64,
     /// A boot mark's byte, a network's number.
     #[serde(skip_serializing_if = "Option::is_none")]
     value: Option<u8>,
@@ -64,7 +66,7 @@ struct Initrd {
 }
 
 /// What took the vCPUs out of the guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 struct Exits {
     total: u64,
     /// The least time from an access being done to the next exit: about what the way into the guest and out of it takes on
@@ -85,7 +87,7 @@ struct DeviceExits {
 
 /// What the guest has said on its consoles, and what COM1 has cost. hvc0 is among the devices: it takes many bytes with one
 /// exit, and its own thread handles them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 struct ConsoleCost {
     bytes: u64,
     com1_exits: u64,
@@ -94,73 +96,79 @@ struct ConsoleCost {
 }
 
 impl Report {
-    pub(super) fn new(watch: &Record, status: u8) -> Self {
-        let (marks, boot_marks_lost) = watch.marks.taken();
-        let event = |name, at: Instant, value| Event {
-            name,
-            at_ns: nanoseconds(at.saturating_duration_since(watch.start.at)),
-            value,
-        };
-        let points = watch.points.iter();
-        let points = points.map(|(point, at)| event(*point, *at, None));
-        let marks = marks.iter();
-        let marks = marks.map(|(value, at)| event(Point::BootMark, *at, Some(*value)));
-        let nets = watch.nets.iter();
-        let nets = nets.map(|(point, at, net)| event(*point, *at, *net));
-        let mut events: Vec<Event> = points.chain(marks).chain(nets).collect();
-        events.sort_by_key(|event| event.at_ns);
-        let is_com1 = |name: &&String| *name == COM1;
-        let costs = watch.names.values().zip(watch.exits.places.values());
-        let com1 = costs.clone().find(|(name, _)| is_com1(name));
-        let com1 = com1.map(|(_, cost)| *cost).unwrap_or_default();
-        let round_trip = watch.exits.round_trip;
-        let com1_cost = com1.handling.as_nanos()
-            + round_trip.unwrap_or_default().as_nanos() * u128::from(com1.exits);
-        let kernel = watch.kernel.as_ref();
+    pub(super) fn new(process_start: ProcessStart) -> Self {
         Self {
             version: VERSION,
-            status,
-            boots: watch.boots,
-            process_start: watch.start,
-            events,
-            boot_marks_lost,
-            kernel: kernel.map(|kernel| Kernel {
-                format: kernel.format,
-                bytes: kernel.kernel_bytes,
-                loading: kernel.kernel_loading,
-            }),
-            initrd: kernel
-                .and_then(|kernel| kernel.initrd_range.as_ref())
-                .map(|range| Initrd {
-                    bytes: range.end - range.start,
-                }),
-            exits: Exits {
-                total: watch.exits.kinds.iter().sum(),
-                round_trip_ns: round_trip.map(nanoseconds),
-                kinds: KINDS.into_iter().zip(watch.exits.kinds).collect(),
-                devices: busiest_first(costs),
-            },
-            console: ConsoleCost {
-                bytes: watch.console_bytes,
-                com1_exits: com1.exits,
-                com1_cost_ns: com1_cost as u64,
-            },
-            memory: watch.memory,
-            memory_bounds: watch.memory_bounds.clone(),
+            status: 0,
+            boots: 0,
+            process_start,
+            events: Vec::new(),
+            boot_marks_lost: 0,
+            kernel: None,
+            initrd: None,
+            exits: Exits::default(),
+            console: ConsoleCost::default(),
+            memory: None,
+            memory_bounds: Vec::new(),
         }
     }
-}
 
-fn busiest_first<'a>(costs: impl Iterator<Item = (&'a String, &'a Cost)>) -> Vec<DeviceExits> {
-    let mut devices: Vec<DeviceExits> = costs
-        .map(|(name, cost)| DeviceExits {
-            name: name.clone(),
+    /// Adds what happened then.
+    pub(super) fn add(&mut self, name: Point, at: Instant, value: Option<u8>) {
+        let at_ns = nanoseconds(at.saturating_duration_since(self.process_start.at));
+        self.events.push(Event { name, at_ns, value });
+    }
+
+    /// The same for points that come once, as far as they have come. The first time counts.
+    pub(super) fn note(&mut self, points: impl IntoIterator<Item = (Point, Option<Instant>)>) {
+        for (point, at) in points {
+            let is_new = self.events.iter().all(|event| event.name != point);
+            if let Some(at) = at.filter(|_| is_new) {
+                self.add(point, at, None);
+            }
+        }
+    }
+
+    pub(super) fn set_kernel(&mut self, kernel: &LoadedKernel) {
+        self.kernel = Some(Kernel {
+            format: kernel.format,
+            bytes: kernel.kernel_bytes,
+            loading: kernel.kernel_loading,
+        });
+        self.initrd = kernel.initrd_range.as_ref().map(|range| Initrd {
+            bytes: range.end - range.start,
+        });
+    }
+
+    /// Takes over the exits of all vCPUs; `name_of` says what the devices are called that they went to.
+    pub(super) fn set_exits(
+        &mut self,
+        exits: &ExitProfile,
+        name_of: impl Fn(BusRegion) -> String,
+        console_bytes: u64,
+    ) {
+        let device = |(place, cost): (&BusRegion, &Cost)| DeviceExits {
+            name: name_of(*place),
             exits: cost.exits,
             handling_ns: nanoseconds(cost.handling),
-        })
-        .collect();
-    devices.sort_by_key(|device| std::cmp::Reverse(device.exits));
-    devices
+        };
+        let mut devices: Vec<_> = exits.places.iter().map(device).collect();
+        devices.sort_by_key(|device| Reverse(device.exits));
+        let round_trip_ns = exits.round_trip.map(nanoseconds);
+        let com1 = devices.iter().find(|device| device.name == COM1);
+        let (com1_exits, handling_ns) = com1.map_or((0, 0), |com1| (com1.exits, com1.handling_ns));
+        self.console = ConsoleCost {
+            bytes: console_bytes,
+            com1_exits,
+            com1_cost_ns: handling_ns + round_trip_ns.unwrap_or(0).saturating_mul(com1_exits),
+        };
+        self.exits = Exits {
+            total: exits.kinds.iter().sum(),
+            round_trip_ns,
+            kinds: KINDS.into_iter().zip(exits.kinds).collect(),
+            devices,
+        };
+    }
 }
 
 /// 2^64 ns are 584 years.
@@ -170,15 +178,6 @@ fn nanoseconds(time: Duration) -> u64 {
 
 fn milliseconds(ns: u64) -> f64 {
     ns as f64 / 1e6
-}
-
-/// Bytes with a unit that leaves few digits.
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..1024 => format!("{bytes} bytes"),
-        1024..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        _ => format!("{:.1} MiB", bytes as f64 / (1u64 << 20) as f64),
-    }
 }
 
 impl Report {

@@ -1,5 +1,6 @@
 //! `minivmm bench`: boots the same guest again and again, in minivmm and in the other VMMs that are installed, in turn.
 
+mod options;
 mod report;
 mod vmm;
 
@@ -8,46 +9,17 @@ use std::path::{Path, PathBuf};
 
 use super::error::{ToolError, cannot};
 use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
-use crate::config::{Span, VmConfig};
+use crate::config::VmConfig;
 use crate::console::Signals;
 use crate::error_chain;
 use crate::observe::memory::GuestShare;
 use crate::vmm::snapshot::load::Snapshot;
 
-pub use report::ANY_BYTE;
-use report::{Guest, MINIVMM, Report, VmmReport};
+pub use options::{BenchOptions, DEMO_MARKER};
+use report::{ANY_BYTE, Guest, MINIVMM, Report, VmmReport};
+pub use vmm::QEMU_MICROVM;
 use vmm::Vmm;
-pub use vmm::{OTHER_VMMS, OtherVmm, QEMU_MICROVM};
-
-/// What the demo initramfs prints when its first process runs.
-pub const DEMO_MARKER: &str = "minivmm-demo: userspace";
-
-/// What is measured, and how.
-#[derive(Debug)]
-pub struct BenchOptions {
-    /// What is booted.
-    pub guest: VmConfig,
-    /// A snapshot that is restored instead, in minivmm only.
-    pub restore: Option<PathBuf>,
-    /// Rounds that are measured.
-    pub runs: u32,
-    /// Rounds before them that are not, at least one.
-    pub warmup: u32,
-    /// Names of [`OTHER_VMMS`] to measure against; without it, all that are installed.
-    pub vs: Option<Vec<String>>,
-    /// The marker: text on the console up to which a boot is measured, or a restore; for that it may be [`ANY_BYTE`].
-    pub until: String,
-    /// Whether each VMM is killed when the marker appears.
-    pub stop_at_marker: bool,
-    /// Longest time of a boot; a VMM that takes longer is left out from then on.
-    pub timeout: Span,
-    /// Where JSON goes: a file, or `-` for the output in place of the table.
-    pub json: Option<PathBuf>,
-    /// JSON of an earlier run, to compare with.
-    pub baseline: Option<PathBuf>,
-    /// How many times the baseline's median is still acceptable.
-    pub max_ratio: f64,
-}
+use vmm::{OTHER_VMMS, OtherVmm};
 
 /// A VMM, and what was found.
 struct Row {
@@ -55,11 +27,15 @@ struct Row {
     report: VmmReport,
 }
 
-/// Measures, and writes a table or JSON to `out`. Returns whether minivmm is as fast as the baseline demands.
+/// Measures boots of `guest`, and writes a table or JSON to `out`. Returns whether minivmm is as fast as the baseline demands.
 ///
 /// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
-pub fn run(options: &BenchOptions, out: &mut dyn Write) -> Result<bool, ToolError> {
-    let guest = guest(options)?;
+pub fn run(
+    guest: VmConfig,
+    options: &BenchOptions,
+    out: &mut dyn Write,
+) -> Result<bool, ToolError> {
+    let guest = check(guest, options)?;
     let baseline = options.baseline.as_deref();
     let baseline = baseline
         .map(|path| Report::read(path).map(|report| (path, report)))
@@ -102,7 +78,7 @@ pub fn run(options: &BenchOptions, out: &mut dyn Write) -> Result<bool, ToolErro
             kernel: guest.kernel,
             initrd: guest.initrd,
         },
-        until: options.until.clone(),
+        until: options.marker().to_owned(),
         runs: options.runs,
         warmup: options.warmup,
         host,
@@ -114,16 +90,15 @@ pub fn run(options: &BenchOptions, out: &mut dyn Write) -> Result<bool, ToolErro
 }
 
 /// What is booted by all of them.
-fn guest(options: &BenchOptions) -> Result<VmConfig, ToolError> {
+fn check(mut guest: VmConfig, options: &BenchOptions) -> Result<VmConfig, ToolError> {
     let usage = |what: &str| Err(ToolError::Usage(what.into()));
     if let Some(path) = &options.restore {
         let snapshot = Snapshot::open(path).map_err(cannot("measure restores"))?;
         return Ok(snapshot.meta.config.clone());
     }
-    if options.until.is_empty() {
+    if options.marker().is_empty() {
         return usage("--until needs some text that the guest prints");
     }
-    let mut guest = options.guest.clone();
     guest
         .validate()
         .map_err(|e| ToolError::Usage(error_chain(&e)))?;
@@ -150,17 +125,15 @@ fn find(options: &BenchOptions, guest: &VmConfig, scratch: &Path) -> Result<Vec<
         return Ok(vec![vmm::restore(path, scratch).map_err(own_file)?]);
     }
     let mut vmms = vec![vmm::minivmm(guest).map_err(own_file)?];
-    let wanted = |vmm: &&OtherVmm| {
-        let vs = options.vs.as_ref();
-        vs.is_none_or(|vs| vs.iter().any(|name| name == vmm.name))
-    };
+    let vs = &options.vs;
+    let wanted = |vmm: &&OtherVmm| vs.is_empty() || vs.iter().any(|name| name == vmm.name);
     for other in OTHER_VMMS.iter().filter(wanted) {
         match other
             .find(guest, scratch)
             .map_err(cannot("write a configuration"))?
         {
             Some(vmm) => vmms.push(vmm),
-            None if options.vs.is_none() => {}
+            None if vs.is_empty() => {}
             None => {
                 return Err(ToolError::Usage(format!(
                     "{} is not on the PATH (looked for {}); install it, or leave it out of --vs",
@@ -200,7 +173,7 @@ impl Row {
         let mut memory = None;
         let mut sample = |pid| memory = GuestShare::read(pid, guest.memory.bytes);
         let watch = Watch {
-            marker: Some(&options.until),
+            marker: Some(options.marker()),
             limit: options.timeout.0,
             stop_at_marker: options.stop_at_marker,
             sample: (round == 0).then_some(&mut sample),
@@ -238,7 +211,7 @@ impl Row {
 
 /// What is wrong with a run, and what to do about it.
 fn trouble(run: &Run, options: &BenchOptions) -> Option<String> {
-    let BenchOptions { until, timeout, .. } = options;
+    let timeout = options.timeout;
     let said = |bytes: &[u8]| match measure::last_lines(bytes) {
         words if words.is_empty() => "nothing".to_owned(),
         words => format!("'{words}'"),
@@ -249,7 +222,7 @@ fn trouble(run: &Run, options: &BenchOptions) -> Option<String> {
             "name with --until what your guest prints; last on the console: {console}; on stderr: {stderr}"
         )
     };
-    let marker = match until.as_str() {
+    let marker = match options.marker() {
         ANY_BYTE => "anything".to_owned(),
         until => format!("'{until}'"),
     };

@@ -1,20 +1,19 @@
 //! The results as a table and as JSON, and their comparison with an earlier run.
 
 use std::fmt;
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::tools::error::{ToolError, cannot};
-use crate::tools::measure::{HostFacts, Summary, shown, write_times};
+use crate::tools::measure::{HostFacts, Summary, read_report, shown, write_times};
 
 /// minivmm's own name in the report.
 pub(super) const MINIVMM: &str = "minivmm";
 
 /// A marker that the first byte on the console completes.
-pub const ANY_BYTE: &str = "";
+pub(super) const ANY_BYTE: &str = "";
 
 /// The results, as `--json` writes them.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -91,10 +90,7 @@ impl Report {
     /// Reads the report of an earlier run.
     pub(super) fn read(path: &Path) -> Result<Self, ToolError> {
         let file = path.display();
-        let text = fs::read_to_string(path).map_err(cannot(format!("read the baseline {file}")))?;
-        let report: Self = serde_json::from_str(&text).map_err(cannot(format!(
-            "use the baseline {file}, which is not what minivmm bench --json writes"
-        )))?;
+        let report: Self = read_report("baseline", path, "bench")?;
         match report.minivmm() {
             Some(VmmReport {
                 marker: Some(_), ..

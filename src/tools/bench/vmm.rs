@@ -17,11 +17,11 @@ use crate::tools::measure::{self, Watch, find_program, first_line};
 
 /// A VMM besides minivmm.
 #[derive(Debug)]
-pub struct OtherVmm {
+pub(super) struct OtherVmm {
     /// As --vs calls it.
-    pub name: &'static str,
+    pub(super) name: &'static str,
     /// What it is.
-    pub about: &'static str,
+    pub(super) about: &'static str,
     /// The names that its program goes by.
     pub(super) programs: &'static [&'static str],
     /// What differs from the others, for the report.
@@ -45,7 +45,7 @@ macro_rules! qemu_microvm {
 pub const QEMU_MICROVM: &str = qemu_microvm!("");
 
 /// All that are known.
-pub const OTHER_VMMS: [OtherVmm; 5] = [
+pub(super) const OTHER_VMMS: [OtherVmm; 5] = [
     OtherVmm {
         name: "qemu",
         about: "QEMU's machine type microvm",

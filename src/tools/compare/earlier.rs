@@ -1,11 +1,7 @@
 //! An earlier report of the same comparison, to which this one adds.
 
-use std::fs;
-use std::path::Path;
-
 use super::report::{Report, RowReport};
 use super::row::Row;
-use crate::tools::error::{ToolError, cannot};
 
 /// Why an earlier report does not fit.
 #[derive(Debug, thiserror::Error)]
@@ -19,15 +15,6 @@ pub(super) enum MisfitError {
 }
 
 impl Report {
-    /// Reads the report of an earlier comparison.
-    pub(super) fn read(path: &Path) -> Result<Self, ToolError> {
-        let file = path.display();
-        let text = fs::read_to_string(path).map_err(cannot(format!("read the report {file}")))?;
-        serde_json::from_str(&text).map_err(cannot(format!(
-            "use the report {file}, which is not what minivmm compare --json writes"
-        )))
-    }
-
     /// Takes over the runs of an earlier report of the same.
     pub(super) fn add(&mut self, earlier: Self, rows: &mut [Row]) -> Result<(), MisfitError> {
         let vm = |report: &Self| (report.vm_memory_mib, report.vm_cpus);

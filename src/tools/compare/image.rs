@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use minivmm_devices::thread::ThreadStarter;
 
-use crate::config::{DEFAULT_CMDLINE, MemorySize, VmConfig};
+use super::options::CompareOptions;
+use crate::config::{DEFAULT_CMDLINE, MemorySize, VmConfig, join_words};
 use crate::image::{How, Source, Store, Stored};
 use crate::tools::cpio;
 use crate::tools::measure::call;
@@ -60,8 +61,8 @@ pub(super) struct Image {
 
 /// What the virtual machine boots.
 pub(super) struct VmImage {
-    pub(super) kernel: PathBuf,
-    pub(super) initramfs: PathBuf,
+    /// The VM, but for what comes behind its command line.
+    pub(super) config: VmConfig,
     pub(super) initramfs_bytes: u64,
     /// The same root as an image of its own.
     pub(super) stored: Stored,
@@ -70,35 +71,31 @@ pub(super) struct VmImage {
     pub(super) snapshot: PathBuf,
     /// Bytes of all files in it.
     pub(super) content_bytes: u64,
-    pub(super) cmdline: String,
-    pub(super) memory: MemorySize,
-    pub(super) cpus: u8,
 }
 
 impl Image {
     /// Copies the root file system: runs may write to it, and the original stays as it is.
     pub(super) fn new(
-        (rootfs, image): (&Path, Option<&str>),
-        command: &[String],
+        options: &CompareOptions,
         store: &Store,
         scratch: &Path,
     ) -> Result<Self, String> {
         let root = scratch.join("root");
         fs::create_dir(&root).map_err(|e| format!("cannot make {}: {e}", root.display()))?;
-        if let Some(image) = image {
+        if let Some(image) = &options.image {
             let stored = Source::parse(image).load(store, &How::default());
             let stored = stored.map_err(|e| error_chain(&e))?;
             let extract = PathBuf::from(format!("--extract={}", root.display()));
             call("fsck.erofs", &[extract, stored.root])
                 .map_err(|e| format!("{e} (package erofs-utils)"))?;
-        } else {
+        } else if let Some(rootfs) = &options.rootfs {
             let content = rootfs.join(".");
             call("cp", &["-ax".as_ref(), content.as_path(), &root])?;
         }
         let image = Self {
             id: format!("minivmm-compare-{}", std::process::id()),
             scratch: scratch.to_owned(),
-            command: command.to_vec(),
+            command: options.command.clone(),
             probe: vec![
                 format!("/{DIR}/guestctl"),
                 "probe".into(),
@@ -124,12 +121,10 @@ impl Image {
 impl VmImage {
     /// Packs the copy of the root, with what a container runtime would be told by its configuration.
     pub(super) fn new(
+        options: &CompareOptions,
         kernel: PathBuf,
         image: &Image,
         store: Store,
-        append: &str,
-        memory: Option<MemorySize>,
-        cpus: u8,
     ) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let files = image.scratch.join("vm");
         let initramfs = image.scratch.join("initramfs.cpio");
@@ -149,45 +144,55 @@ impl VmImage {
         cpio::pack(&files, &mut out)?;
         out.flush()?;
         let initramfs_bytes = initramfs.metadata()?.len();
-        let cmdline = [DEFAULT_CMDLINE, APPEND, append].join(" ");
+        let append = options.append.join(" ");
         Ok(Self {
-            kernel,
-            initramfs,
+            config: VmConfig {
+                kernel,
+                initrd: Some(initramfs),
+                cmdline: Some(join_words([DEFAULT_CMDLINE, APPEND, &append])),
+                memory: options.memory.unwrap_or(memory_for(initramfs_bytes)),
+                cpus: options.cpus,
+                ..VmConfig::default()
+            },
             initramfs_bytes,
             stored: Source::Root(image.root.clone()).load(&store, &How::default())?,
             store,
             snapshot: image.scratch.join("snapshot"),
             content_bytes,
-            cmdline: cmdline.trim().to_owned(),
-            memory: memory.unwrap_or(memory_for(initramfs_bytes)),
-            cpus,
         })
     }
 
     /// minivmm's arguments for a boot, with this behind the kernel command line.
     pub(super) fn boot(&self, append: &str) -> Vec<OsString> {
-        let cmdline = format!("{} {append}", self.cmdline);
-        vec![
-            "--kernel".into(),
-            self.kernel.clone().into(),
+        let config = &self.config;
+        let cmdline = config.cmdline.as_deref().unwrap_or_default();
+        let mut words = self.kernel_and_size();
+        words.extend([
             "--initrd".into(),
-            self.initramfs.clone().into(),
-            "--cmdline".into(),
-            cmdline.trim_end().into(),
-            "--memory".into(),
-            self.memory.to_string().into(),
-            "--cpus".into(),
-            self.cpus.to_string().into(),
-        ]
+            config.initrd.clone().unwrap_or_default().into(),
+        ]);
+        words.extend(["--cmdline".into(), join_words([cmdline, append]).into()]);
+        words
+    }
+
+    fn kernel_and_size(&self) -> Vec<OsString> {
+        let VmConfig {
+            kernel,
+            memory,
+            cpus,
+            ..
+        } = &self.config;
+        let size = [format!("--memory={memory}"), format!("--cpus={cpus}")];
+        let mut words: Vec<OsString> = vec!["--kernel".into(), kernel.into()];
+        words.extend(size.map(OsString::from));
+        words
     }
 
     /// minivmm's arguments to run the image, without its digest and the words.
     pub(super) fn run(&self) -> Vec<OsString> {
         let mut words: Vec<OsString> = vec!["run".into(), "--network=none".into()];
         words.extend(ENVIRONMENT.map(|variable| format!("--env={variable}").into()));
-        words.extend(["--kernel".into(), self.kernel.clone().into()]);
-        words.push(format!("--memory={}", self.memory).into());
-        words.push(format!("--cpus={}", self.cpus).into());
+        words.extend(self.kernel_and_size());
         words
     }
 
@@ -198,17 +203,9 @@ impl VmImage {
 
     /// Loads it into a VM that does not run, so that the first run finds the kernel unpacked, as the others do.
     pub(super) fn warm_up(&self) {
-        let config = VmConfig {
-            kernel: self.kernel.clone(),
-            initrd: Some(self.initramfs.clone()),
-            cmdline: Some(self.cmdline.clone()),
-            memory: self.memory,
-            cpus: self.cpus,
-            ..VmConfig::default()
-        };
         // If it fails, so does the first run, which is reported.
         let _ = Prepared::new(
-            &config,
+            &self.config,
             &Networks::default(),
             &ThreadStarter::default(),
             &mut BuildTimes::default(),

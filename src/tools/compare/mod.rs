@@ -3,6 +3,7 @@
 mod earlier;
 mod html;
 mod image;
+mod options;
 mod processes;
 mod report;
 mod row;
@@ -18,12 +19,12 @@ use rustix::process::{WaitOptions, getpid, set_child_subreaper};
 
 use super::error::{ToolError, cannot};
 use super::measure::{self, HostFacts, Output, Progress, Run, Summary, Watch};
-use crate::config::{MemorySize, Span};
 use crate::console::Signals;
 use crate::error_chain;
 use crate::host::report_file::ReportFile;
 
 use image::{Image, PROBE_STATUS, VmImage};
+pub use options::CompareOptions;
 use processes::{Seen, daemons_bytes};
 use report::Report;
 use row::Row;
@@ -33,37 +34,6 @@ use runtime::{Job, Runtime};
 const SAMPLE_EVERY: Duration = Duration::from_millis(5);
 
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
-
-/// What is compared, and how.
-#[derive(Debug)]
-pub struct CompareOptions {
-    /// Directory with the root file system.
-    pub rootfs: PathBuf,
-    /// Image in place of it.
-    pub image: Option<String>,
-    /// Kernel of the virtual machine; without it, the one that this host runs.
-    pub kernel: Option<PathBuf>,
-    /// Added to the kernel command line.
-    pub append: String,
-    /// vCPUs.
-    pub cpus: u8,
-    /// Memory of the virtual machine; without it, enough for the root.
-    pub memory: Option<MemorySize>,
-    /// Measured runs of each.
-    pub runs: u32,
-    /// Whether the page cache is dropped before a further run of each.
-    pub cold: bool,
-    /// Longest time of a run; a runtime that takes longer is left out from then on.
-    pub timeout: Span,
-    /// An earlier report of the same comparison, as JSON, whose runs are added.
-    pub add: Option<PathBuf>,
-    /// Where JSON goes: a file, or `-` for the output in place of the table.
-    pub json: Option<PathBuf>,
-    /// Where a report with plots goes.
-    pub html: Option<PathBuf>,
-    /// What to run, and its arguments.
-    pub command: Vec<String>,
-}
 
 /// All that a comparison needs while it runs.
 struct Comparison<'a> {
@@ -80,16 +50,19 @@ struct Comparison<'a> {
 ///
 /// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
 pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolError> {
-    let rootfs = options.rootfs.display();
-    let wrong = |why: String| Err(ToolError::Usage(format!("--rootfs {rootfs}: {why}")));
-    match fs::metadata(&options.rootfs) {
-        _ if options.image.is_some() => {}
-        Ok(meta) if meta.is_dir() => {}
-        Ok(_) => return wrong("not a directory".into()),
-        Err(error) => return wrong(error.to_string()),
+    if let Some(rootfs) = &options.rootfs {
+        let why = match fs::metadata(rootfs) {
+            Ok(meta) if meta.is_dir() => None,
+            Ok(_) => Some("not a directory".to_owned()),
+            Err(error) => Some(error.to_string()),
+        };
+        let wrong = |why| ToolError::Usage(format!("--rootfs {}: {why}", rootfs.display()));
+        why.map_or(Ok(()), |why| Err(wrong(why)))?;
     }
     let kernel = kernel(options)?;
-    let earlier = options.add.as_deref().map(Report::read).transpose()?;
+    let earlier = options.add.as_deref();
+    let earlier = earlier.map(|path| measure::read_report("report", path, "compare"));
+    let earlier = earlier.transpose()?;
     let output = Output::open(options.json.as_deref())?;
     let page = options.html.clone().map(ReportFile::open_html);
     let page = page
@@ -107,13 +80,9 @@ pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolEr
     let progress = Progress;
     progress.show("making the images");
     let store = image::store().map_err(cannot("open the store of images"))?;
-    let root = (options.rootfs.as_path(), options.image.as_deref());
-    let image = Image::new(root, &options.command, &store, scratch.path())
-        .map_err(cannot("make the images"))?;
+    let image = Image::new(options, &store, scratch.path()).map_err(cannot("make the images"))?;
     let packing = Instant::now();
-    let CompareOptions { append, memory, .. } = options;
-    let vm = VmImage::new(kernel, &image, store, append, *memory, options.cpus)
-        .map_err(cannot("make the images"))?;
+    let vm = VmImage::new(options, kernel, &image, store).map_err(cannot("make the images"))?;
     vm.warm_up();
     let packing = packing.elapsed();
     let mut rows: Vec<Row> = Runtime::ALL
@@ -350,15 +319,12 @@ impl Comparison<'_> {
         Report {
             format: 1,
             minivmm: env!("CARGO_PKG_VERSION").into(),
-            rootfs: match &self.options.image {
-                Some(image) => image.clone(),
-                None => self.options.rootfs.display().to_string(),
-            },
+            rootfs: self.options.root(),
             rootfs_bytes: self.vm.content_bytes,
             command: self.options.command.clone(),
-            kernel: self.vm.kernel.display().to_string(),
-            vm_memory_mib: self.vm.memory.bytes >> 20,
-            vm_cpus: self.vm.cpus,
+            kernel: self.vm.config.kernel.display().to_string(),
+            vm_memory_mib: self.vm.config.memory.bytes >> 20,
+            vm_cpus: self.vm.config.cpus,
             runs: self.options.runs,
             cold: match &self.cold {
                 Ok(()) => format!(

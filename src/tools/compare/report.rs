@@ -196,10 +196,10 @@ impl RowReport {
     }
 }
 
-/// A size in MiB, as people read it.
+/// A size in MiB, if there is any.
 fn mib(bytes: u64) -> String {
     match bytes {
         0 => "-".into(),
-        _ => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+        _ => crate::mib(bytes),
     }
 }

@@ -36,7 +36,7 @@ impl Row {
                 },
                 kernel_bytes: match runtime {
                     Runtime::Minivmm | Runtime::Run { .. } => {
-                        vm.kernel.metadata().map_or(0, |file| file.len())
+                        vm.config.kernel.metadata().map_or(0, |file| file.len())
                     }
                     // A snapshot has it in its memory.
                     _ => 0,

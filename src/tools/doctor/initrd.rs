@@ -8,7 +8,8 @@ use memchr::memmem;
 
 use super::check::Check;
 use super::config::{KernelConfig, Setting};
-use crate::boot::{self, BootError, Compression, MIB};
+use crate::boot::{self, BootError, Compression};
+use crate::size;
 use crate::tools::cpio;
 
 /// Most bytes that are read, and most that are decompressed.
@@ -135,14 +136,6 @@ fn check_compression(
             "give it uncompressed or in a format that the kernel knows, or build the kernel with CONFIG_{option}=y"
         )),
         None => Check::info(subject, format!("{compression}; the kernel needs CONFIG_{option}=y")),
-    }
-}
-
-fn size(bytes: u64) -> String {
-    if bytes < MIB {
-        format!("{bytes} bytes")
-    } else {
-        format!("{:.1} MiB", bytes as f64 / MIB as f64)
     }
 }
 

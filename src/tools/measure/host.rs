@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 
-use procfs::{Current, Meminfo};
+use procfs::{Current, LoadAverage, Meminfo};
 use rustix::system::uname;
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +35,6 @@ impl HostFacts {
     /// Reads this host's; what cannot be read is empty or 0.
     pub fn read() -> Self {
         let cpu = Cpu::read();
-        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let governor =
             fs::read_to_string("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").ok();
         Self {
@@ -46,11 +45,7 @@ impl HostFacts {
             kvm: Modules::read().names(),
             virtual_machine: cpu.hypervisor,
             governor: governor.map(|text| text.trim().to_owned()),
-            load: load
-                .split(' ')
-                .next()
-                .and_then(|word| word.parse().ok())
-                .unwrap_or_default(),
+            load: LoadAverage::current().map_or(0.0, |load| load.one.into()),
         }
     }
 

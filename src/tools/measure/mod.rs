@@ -15,4 +15,4 @@ pub(crate) use process::note_status;
 pub use process::{Run, Watch, run};
 pub use progress::Progress;
 pub use stats::Summary;
-pub(crate) use table::{Output, TimesRow, write_times};
+pub(crate) use table::{Output, TimesRow, read_report, write_times};

@@ -1,13 +1,28 @@
 //! The results of a measurement, as a table or as JSON.
 
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::stats::Summary;
 use crate::host::report_file::ReportFile;
 use crate::tools::error::{ToolError, cannot};
+
+/// Reads the report that a subcommand has written earlier; `what` it is for this run.
+pub(crate) fn read_report<R: DeserializeOwned>(
+    what: &str,
+    path: &Path,
+    tool: &str,
+) -> Result<R, ToolError> {
+    let file = path.display();
+    let text = fs::read_to_string(path).map_err(cannot(format!("read the {what} {file}")))?;
+    serde_json::from_str(&text).map_err(cannot(format!(
+        "use the {what} {file}, which is not what minivmm {tool} --json writes"
+    )))
+}
 
 /// Where results go: a table or JSON to the output, JSON to a file.
 pub(crate) struct Output {
