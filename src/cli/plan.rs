@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use minivmm_devices::thread::ThreadStarter;
+use vm_memory::GuestMemoryMmap;
 
 use super::run_error::RunError;
 use super::snapshot_at::SnapshotAt;
@@ -17,6 +18,7 @@ use crate::vmm::error::{VmError, host};
 use crate::vmm::networks::Networks;
 use crate::vmm::prepare::{BuildTimes, Identity, Prepared};
 use crate::vmm::snapshot::load::Snapshot;
+use crate::vmm::working_set::{Recorder, WorkingSet};
 
 /// What is to be run.
 #[derive(Default)]
@@ -67,6 +69,17 @@ impl Plan {
         }
         let (input, _) = ConsoleInput::framed(streams.interactive).map_err(host("an eventfd"))?;
         Ok((console, Some(Console::stderr(threads)?), input))
+    }
+
+    /// What notes the pages that the VM with this RAM touches, if that is wanted.
+    pub(super) fn recorder(&self, mem: &GuestMemoryMmap) -> Option<Recorder<'_>> {
+        let (snapshot, _) = self.snapshot.as_ref()?;
+        let WorkingSet::Wanted(file) = &snapshot.working_set else {
+            return None;
+        };
+        Recorder::open(file, mem)
+            .inspect_err(|e| log::info!("the pages that the VM touches are not noted: {e}"))
+            .ok()
     }
 
     /// Opens files and loads the kernel, or the snapshot.

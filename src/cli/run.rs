@@ -202,6 +202,7 @@ impl Run<'_> {
             })),
             profile_exits: watched,
         };
+        let recorder = self.plan.recorder(prepared.mem());
         let mut times = BuildTimes::default();
         let mut vm = Vm::build(prepared, ends, observers, &mut times)
             .inspect_err(|_| self.plan.forget_template())?;
@@ -226,6 +227,9 @@ impl Run<'_> {
         let (phases, bytes) = (transcript.get().phases(), self.log().bytes_out());
         let nets = self.networks;
         self.timeline.end_of_boot(&vm, nets, phases, bytes);
+        if let (Some(recorder), false) = (recorder, end.outcome.is_external()) {
+            recorder.record(vm.mem());
+        }
         let summary = summary(&vm);
         let interrupted = self.stop_devices(&mut vm, &end.outcome);
         started?;

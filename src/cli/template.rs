@@ -3,9 +3,9 @@
 //! A template is found by a digest of all that it was made from, and used on the host and in the boot of the host in which it was made.
 //! It need not outlive that boot, and so is not synced; what was written to later has another modification time, and is not used.
 
-use std::fs::FileTimes;
+use std::fs::{File, FileTimes};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -31,10 +31,14 @@ use crate::vmm::prepare::{BuildTimes, Prepared};
 use crate::vmm::snapshot::load::Snapshot;
 use crate::vmm::snapshot::save::Target;
 use crate::vmm::vm::{ConsoleEnds, Observers, Vm};
+use crate::vmm::working_set::WorkingSet;
 
-/// Limits of the cache: number of templates, and bytes on disk. Those that were not used for longest go first.
-const MAX_FILES: usize = 8;
+/// Limits of the cache: number of files, of which each template has two, and bytes on disk. Those that were not used for longest go
+/// first.
+const MAX_FILES: usize = 16;
 const MAX_BYTES: u64 = 1 << 30;
+/// What follows a template's name in that of the file that says which pages its VMs touch.
+const PAGES: &str = "pages";
 /// When a template was last written to, as its modification time says.
 const UNTOUCHED: SystemTime = UNIX_EPOCH;
 
@@ -120,12 +124,13 @@ fn name(config: &VmConfig) -> io::Result<String> {
 
 /// Whether a file is a template, or one that was not completed.
 fn is_own_name(name: &[u8]) -> bool {
+    let stem = name.strip_suffix(b".pages").unwrap_or(name);
     name.starts_with(b".") && name.len() > 2
-        || name.len() == 64 && name.iter().all(u8::is_ascii_hexdigit)
+        || stem.len() == 64 && stem.iter().all(u8::is_ascii_hexdigit)
 }
 
 fn open(path: &Path) -> Result<Snapshot, RunError> {
-    let template = Snapshot::open(path).map_err(VmError::from)?;
+    let mut template = Snapshot::open(path).map_err(VmError::from)?;
     let usable = || {
         let metadata = template.file.metadata()?;
         if !template.is_from_this_host {
@@ -142,10 +147,25 @@ fn open(path: &Path) -> Result<Snapshot, RunError> {
             .file
             .set_times(FileTimes::new().set_accessed(SystemTime::now()))
     };
-    match usable() {
-        Ok(()) => Ok(template),
-        Err(e) => Err(RunError::File(path.display().to_string(), e)),
+    usable().map_err(|e| RunError::File(path.display().to_string(), e))?;
+    match working_set(path) {
+        Ok(set) => template.working_set = set,
+        Err(e) => log::info!("the VM's pages come one by one: {e}"),
     }
+    Ok(template)
+}
+
+/// What is known of the pages that VMs of the template at `path` touch.
+fn working_set(path: &Path) -> io::Result<WorkingSet> {
+    let mut options = File::options();
+    let options = options.read(true).write(true).create(true).mode(0o600);
+    let options = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = options.open(path.with_extension(PAGES))?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || !is_ours(&metadata) {
+        return Err(io::Error::other("the file of pages is another user's"));
+    }
+    WorkingSet::open(file)
 }
 
 /// Boots a VM of minivmm's own first process and saves it when that waits for its orders. Nothing of an image runs in it.
@@ -205,6 +225,11 @@ fn make(config: VmConfig, path: &Path) -> Result<(), RunError> {
         .write(&vm, TEMPLATE_MARK, &|| false)
         .map_err(VmError::from)?;
     vm.control().end(Outcome::Saved);
+    // It would say nothing of this one.
+    match std::fs::remove_file(path.with_extension(PAGES)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(host("the cache")(e).into()),
+        _ => {}
+    }
     let named = target.publish(|file| file.set_modified(UNTOUCHED));
     named.map_err(VmError::from)?;
     Ok(())

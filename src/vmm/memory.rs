@@ -1,6 +1,7 @@
 //! Guest RAM: regions around the MMIO gap, and the memslots that show them to KVM.
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -73,7 +74,7 @@ pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
             let first = if start.0 == 0 { HUGE_PAGE } else { 0 };
             for (offset, advice) in [(0, Advice::LinuxDontDump), (first, Advice::LinuxHugepage)] {
                 // A host that does not know it makes no difference to the guest.
-                if let Err(e) = advise(&region, offset, advice) {
+                if let Err(e) = advise(&region, offset..len, advice) {
                     log::debug!("the host does not take advice on guest memory ({advice:?}): {e}");
                 }
             }
@@ -97,7 +98,7 @@ pub fn map_file(size: u64, file: &Arc<File>, offset: u64) -> Result<GuestMemoryM
         let mapping = MmapRegion::build(Some(place), len, protection, flags)?;
         let region =
             GuestRegionMmap::new(mapping, start).ok_or(FromRangesError::InvalidGuestRegion)?;
-        if let Err(e) = advise(&region, 0, Advice::LinuxDontDump) {
+        if let Err(e) = advise(&region, 0..len, Advice::LinuxDontDump) {
             log::debug!("guest memory will be in core dumps: {e}");
         }
         Ok(region)
@@ -126,7 +127,7 @@ fn map_aligned(len: usize) -> Result<MmapRegion, MmapRegionError> {
 /// merge.
 pub fn enable_ksm(mem: &GuestMemoryMmap) -> Result<(), MemoryError> {
     mem.iter().try_for_each(|region| {
-        advise(region, 0, Advice::LinuxMergeable).map_err(MemoryError::Merge)
+        advise(region, 0..region.len() as usize, Advice::LinuxMergeable).map_err(MemoryError::Merge)
     })
 }
 
@@ -144,24 +145,29 @@ pub fn warn_without_ksm() {
 pub fn keep_from_children(mem: &GuestMemoryMmap) {
     for region in mem.iter() {
         // Without it a child just takes longer to make.
-        if let Err(e) = advise(region, 0, Advice::LinuxDontFork) {
+        if let Err(e) = advise(region, 0..region.len() as usize, Advice::LinuxDontFork) {
             log::debug!("guest memory will be copied to a child: {e}");
         }
     }
 }
 
-/// Advises the kernel on a region from `offset` on.
-fn advise(region: &GuestRegionMmap, offset: usize, advice: Advice) -> Result<(), Errno> {
-    let Some(len) = (region.len() as usize)
-        .checked_sub(offset)
-        .filter(|len| *len != 0)
-    else {
+/// Advises the kernel on these bytes of a region.
+pub(super) fn advise(
+    region: &GuestRegionMmap,
+    bytes: Range<usize>,
+    advice: Advice,
+) -> Result<(), Errno> {
+    if bytes.is_empty() || bytes.end > region.len() as usize {
         return Ok(());
-    };
+    }
     #[allow(unsafe_code, reason = "the kernel is handed addresses of this process")]
-    // SAFETY: the addresses are those of a live mapping; the advice does not change what is in it.
+    // SAFETY: the addresses are within a live mapping; the advice does not change what is in it.
     unsafe {
-        madvise(region.as_ptr().wrapping_add(offset).cast(), len, advice)
+        madvise(
+            region.as_ptr().wrapping_add(bytes.start).cast(),
+            bytes.len(),
+            advice,
+        )
     }
 }
 

@@ -13,3 +13,4 @@ pub mod prepare;
 pub mod snapshot;
 pub mod vcpu;
 pub mod vm;
+pub mod working_set;

@@ -77,6 +77,11 @@ pub struct Identity {
 }
 
 impl Prepared {
+    /// Guest RAM.
+    pub fn mem(&self) -> &GuestMemoryMmap {
+        &self.mem
+    }
+
     /// Makes a VM of a snapshot, with its memory. `config` is the snapshot's, but for what was changed in it; `networks` are open.
     /// The VM's threads are started by `threads`.
     pub fn restore(

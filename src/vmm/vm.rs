@@ -127,6 +127,12 @@ impl Vm {
                 set.map_err(refused("KVM_SET_CLOCK"))?;
                 let restored_devices = machine.state.restore(&snapshot.devices);
                 restored_devices.map_err(VmError::Devices)?;
+                if let Some(boot_vcpu) = vcpus.first() {
+                    snapshot.working_set.bring_in(&parts.mem, &boot_vcpu.fd);
+                }
+                if let Some(boot_vcpu) = vcpus.first() {
+                    snapshot.working_set.bring_in(&parts.mem, &boot_vcpu.fd);
+                }
                 if let Some(restored) = restored.take() {
                     let mark = machine.boot_mark.lock();
                     let mut mark = mark.unwrap_or_else(PoisonError::into_inner);

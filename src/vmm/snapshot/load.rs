@@ -21,6 +21,7 @@ use crate::arch::cpuid;
 use crate::arch::state::VcpuState;
 use crate::config::NetConfig;
 use crate::vmm::memory::end_of_ram;
+use crate::vmm::working_set::WorkingSet;
 
 /// A snapshot, ready for any number of VMs.
 pub struct Snapshot {
@@ -46,6 +47,8 @@ pub struct Snapshot {
     pub minor: u16,
     /// Where the RAM is in the file.
     pub ram: Bulk,
+    /// What is known of the RAM that its VMs touch.
+    pub working_set: WorkingSet,
     overlays: Vec<Bulk>,
 }
 
@@ -136,6 +139,7 @@ impl Snapshot {
             disks,
             minor: sections.minor,
             ram: sections.ram,
+            working_set: WorkingSet::default(),
             overlays: sections.overlays,
             meta,
         })

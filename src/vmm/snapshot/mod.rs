@@ -10,7 +10,7 @@ pub mod host;
 pub mod load;
 pub mod record;
 pub mod save;
-mod sparse;
+pub(super) mod sparse;
 
 pub use disks::SavedDisk;
 pub use error::SnapshotError;

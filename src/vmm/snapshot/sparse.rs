@@ -63,7 +63,11 @@ pub(super) fn checksum(file: &File, bulk: Bulk) -> io::Result<u32> {
 
 /// The first run of pages at `at` or behind it that is no hole, as offsets into the section. Where the file system knows no holes, all
 /// is data.
-pub(super) fn next_data(file: &File, bulk: Bulk, at: u64) -> io::Result<Option<Range<u64>>> {
+pub(in crate::vmm) fn next_data(
+    file: &File,
+    bulk: Bulk,
+    at: u64,
+) -> io::Result<Option<Range<u64>>> {
     if at >= bulk.len {
         return Ok(None);
     }
