@@ -59,8 +59,9 @@ pub struct Passt {
     /// To close the connection, whatever else has the socket open.
     socket: UnixStream,
     started: Receiver<io::Result<()>>,
-    /// Disconnected at its end.
-    ended: Receiver<()>,
+    /// Disconnected at its end, for which is waited where it has published ports. Otherwise nobody needs it to be gone: a VM that ends at
+    /// once would wait for it to start.
+    ended: Option<Receiver<()>>,
 }
 
 impl Passt {
@@ -92,7 +93,7 @@ impl Passt {
         let passt = Self {
             socket,
             started,
-            ended,
+            ended: (!net.publish.is_empty()).then_some(ended),
         };
         Ok((ours.into(), passt))
     }
@@ -112,7 +113,9 @@ impl Drop for Passt {
     fn drop(&mut self) {
         // It fails where passt has closed it already.
         let _ = self.socket.shutdown(Shutdown::Both);
-        let _ = self.ended.recv_timeout(EXIT_TIMEOUT);
+        if let Some(ended) = &self.ended {
+            let _ = ended.recv_timeout(EXIT_TIMEOUT);
+        }
     }
 }
 
@@ -378,7 +381,7 @@ mod tests {
             Passt {
                 socket: ours,
                 started,
-                ended,
+                ended: Some(ended),
             }
         };
         let missing = start("minivmm-has-no-such-program").check_start();
@@ -387,7 +390,11 @@ mod tests {
         let other = start("cat");
         other.check_start().unwrap();
         other.check_start().unwrap();
-        let ended = other.ended.recv_timeout(Duration::from_secs(60));
+        let ended = other
+            .ended
+            .as_ref()
+            .unwrap()
+            .recv_timeout(Duration::from_secs(60));
         assert_eq!(ended, Err(RecvTimeoutError::Disconnected));
     }
 }
