@@ -7,6 +7,9 @@ use std::path::Path;
 use std::process::exit;
 use std::sync::OnceLock;
 
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::exit_status::VMM_FAILED;
 use super::log::TimedStderr;
 use crate::sandbox::Call;
@@ -62,8 +65,8 @@ pub fn install_fault_handlers() {
         );
         exit(VMM_FAILED.into())
     }));
-    handle(libc::SIGABRT, on_abort);
-    handle(libc::SIGSYS, on_refused_call);
+    handle(Signal::SIGABRT, on_abort);
+    handle(Signal::SIGSYS, on_refused_call);
 }
 
 /// Has all threads share one heap. glibc's further ones ask /proc/sys/vm/overcommit_memory before they shrink, and a confined
@@ -80,37 +83,41 @@ pub fn share_one_heap() {
 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
 #[allow(unsafe_code, reason = "no safe handler may end the process")]
-fn handle(signal: libc::c_int, handler: Handler) {
-    // SAFETY: an all-zero sigaction is a valid value: no flags, an empty mask.
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = handler as usize;
+fn handle(signal: Signal, handler: Handler) {
     // On the alternate stack where there is one, as a stack overflow needs.
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: `action` has a handler of the signature that SA_SIGINFO asks for, which does only what is
-    // async-signal-safe.
-    unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
+    let flags = SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK;
+    let action = SigAction::new(SigHandler::SigAction(handler), flags, SigSet::empty());
+    // SAFETY: the handlers do only what is async-signal-safe.
+    let _ = unsafe { sigaction(signal, &action) };
+}
+
+/// Ends the process, from a signal handler, with a last message, if stderr takes it soon: nobody may read it.
+#[allow(unsafe_code, reason = "no destructor may run in a signal handler")]
+fn end_with(message: &[u8]) -> ! {
+    let patience = Timespec {
+        tv_sec: 0,
+        tv_nsec: 200_000_000,
+    };
+    let stderr = rustix::stdio::stderr();
+    if poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&patience)) != Ok(0) {
+        let _ = rustix::io::write(stderr, message);
+    }
+    // SAFETY: it is async-signal-safe.
+    unsafe { libc::_exit(VMM_FAILED.into()) }
 }
 
 #[allow(unsafe_code, reason = "it runs as a signal handler")]
-extern "C" fn on_abort(
-    signal: libc::c_int,
-    info: *mut libc::siginfo_t,
-    _context: *mut libc::c_void,
-) {
-    const MESSAGE: &[u8] = b"minivmm: error: aborted for the reason above; if that is memory, raise its limit (ulimit -v)\n";
-
+extern "C" fn on_abort(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     console::restore_terminal();
-    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo; getpid, write, _exit, signal and raise are
-    // async-signal-safe, and the pointer and length are those of MESSAGE.
-    unsafe {
-        // abort(3) sends it with tgkill; whoever sends it from outside wants a core dump.
-        if (*info).si_code == libc::SI_TKILL && (*info).si_pid() == libc::getpid() {
-            libc::write(2, MESSAGE.as_ptr().cast(), MESSAGE.len());
-            libc::_exit(VMM_FAILED.into());
-        }
-        libc::signal(signal, libc::SIG_DFL);
-        libc::raise(signal);
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo; getpid is async-signal-safe.
+    let is_own = unsafe { (*info).si_code == libc::SI_TKILL && (*info).si_pid() == libc::getpid() };
+    // abort(3) sends it with tgkill; whoever sends it from outside wants a core dump.
+    if is_own {
+        end_with(
+            b"minivmm: error: aborted for the reason above; if that is memory, raise its limit (ulimit -v)\n",
+        );
     }
+    console::raise_by_default(signal);
 }
 
 /// What [`on_bus_error`] writes.
@@ -124,25 +131,13 @@ pub fn name_file_on_bus_error(path: &Path) {
         escaped(&path.to_string_lossy())
     );
     if BUS_ERROR.set(message).is_ok() {
-        handle(libc::SIGBUS, on_bus_error);
+        handle(Signal::SIGBUS, on_bus_error);
     }
 }
 
-#[allow(unsafe_code, reason = "it runs as a signal handler")]
-extern "C" fn on_bus_error(
-    _signal: libc::c_int,
-    _info: *mut libc::siginfo_t,
-    _context: *mut libc::c_void,
-) {
+extern "C" fn on_bus_error(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     console::restore_terminal();
-    let message = BUS_ERROR
-        .get()
-        .map_or(&[][..], |message| message.as_bytes());
-    // SAFETY: write and _exit are async-signal-safe, and the pointer and length are those of the message.
-    unsafe {
-        libc::write(2, message.as_ptr().cast(), message.len());
-        libc::_exit(VMM_FAILED.into());
-    }
+    end_with(BUS_ERROR.get().map_or(&[], |message| message.as_bytes()));
 }
 
 /// A call that the sandbox refuses ends the process: something has gone wrong with its thread, or a guest has taken it over.
@@ -158,44 +153,32 @@ extern "C" fn on_refused_call(
     const LINE: usize = 160;
 
     console::restore_terminal();
-    let mut line = [0u8; LINE];
-    let mut name = [0u8; 16];
-    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo and context; PR_GET_NAME writes 16 bytes at most; prctl, poll, write,
-    // _exit, signal and raise are async-signal-safe; to format a call allocates nothing.
-    unsafe {
-        if (*info).si_code != SYS_SECCOMP {
-            libc::signal(signal, libc::SIG_DFL);
-            libc::raise(signal);
-            return;
-        }
-        libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr());
-        let registers = &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
-        let register = |index| registers.get(index as usize).copied().unwrap_or(-1);
-        let call = Call {
-            number: register(libc::REG_RAX),
-            request: register(libc::REG_RSI) as u32,
-            thread: CStr::from_bytes_until_nul(&name)
-                .ok()
-                .and_then(|name| name.to_str().ok())
-                .unwrap_or("?"),
-        };
-        let mut rest = line.as_mut_slice();
-        let _ = writeln!(
-            rest,
-            "minivmm: error: the sandbox refused a system call: {call}"
-        );
-        let len = LINE - rest.len();
-        let mut stderr = libc::pollfd {
-            fd: 2,
-            events: libc::POLLOUT,
-            revents: 0,
-        };
-        // Nobody may read it.
-        if libc::poll(&raw mut stderr, 1, 200) != 0 {
-            libc::write(2, line.as_ptr().cast(), len);
-        }
-        libc::_exit(VMM_FAILED.into());
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo.
+    if unsafe { (*info).si_code } != SYS_SECCOMP {
+        return console::raise_by_default(signal);
     }
+    let mut name = [0u8; 16];
+    // SAFETY: PR_GET_NAME, which is async-signal-safe, writes 16 bytes at most; with SA_SIGINFO the kernel passes a valid context.
+    let registers = unsafe {
+        libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr());
+        &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs
+    };
+    let register = |index| registers.get(index as usize).copied().unwrap_or(-1);
+    let name = CStr::from_bytes_until_nul(&name).ok();
+    let call = Call {
+        number: register(libc::REG_RAX),
+        request: register(libc::REG_RSI) as u32,
+        thread: name.and_then(|name| name.to_str().ok()).unwrap_or("?"),
+    };
+    let mut line = [0u8; LINE];
+    let mut rest = line.as_mut_slice();
+    // To format a call allocates nothing.
+    let _ = writeln!(
+        rest,
+        "minivmm: error: the sandbox refused a system call: {call}"
+    );
+    let len = LINE - rest.len();
+    end_with(line.get(..len).unwrap_or_default());
 }
 
 #[cfg(test)]

@@ -31,7 +31,9 @@ use thiserror::Error;
 pub use frames::{Credit, FrameSink};
 pub use input::{ConsoleInput, InputOutcome, MAX_FORWARDED};
 pub use signals::Signals;
-pub use terminal::{RawTerminal, is_raw, lend_terminal, reenter_raw, restore_terminal};
+pub use terminal::{
+    RawTerminal, is_raw, lend_terminal, raise_by_default, reenter_raw, restore_terminal,
+};
 
 use crate::config::ConsoleTarget;
 use destination::Destination;

@@ -185,12 +185,16 @@ extern "C" fn on_fatal_signal(
             unsafe { libc::sigaction(signal, previous, ptr::null_mut()) };
         }
         // What was sent has to be sent again, past any handler that waits for a fault; it is blocked until we return.
-        _ => {
-            // SAFETY: both are async-signal-safe, and SIG_DFL is an action for any signal.
-            unsafe {
-                libc::signal(signal, libc::SIG_DFL);
-                libc::raise(signal);
-            }
-        }
+        _ => raise_by_default(signal),
+    }
+}
+
+/// From a signal's handler: has it do what it does by default.
+#[allow(unsafe_code, reason = "it is called in signal handlers")]
+pub fn raise_by_default(signal: libc::c_int) {
+    // SAFETY: both are async-signal-safe, and SIG_DFL is an action for any signal.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
     }
 }
