@@ -167,9 +167,7 @@ fn vm_failure(error: &RunError) -> u8 {
         failure(error);
     }
     match error {
-        RunError::Vm(VmError::Config(
-            ConfigError::Read(..) | ConfigError::TooLarge(..) | ConfigError::Parse(..),
-        )) => VMM_FAILED,
+        RunError::Vm(VmError::Config(ConfigError::File(..))) => VMM_FAILED,
         RunError::Vm(VmError::Config(_) | VmError::TooManyDevices(_)) | RunError::Usage(_) => USAGE,
         _ => VMM_FAILED,
     }

@@ -1,14 +1,16 @@
 //! `snapshot info` and `snapshot verify`: what a snapshot holds, and whether it is whole.
 
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 
+use super::images::print;
+use super::run::RunError;
 use crate::host::kvm;
-use crate::vmm::snapshot::error::SnapshotError;
+use crate::vmm::error::{VmError, host};
 use crate::vmm::snapshot::file::MAJOR;
 use crate::vmm::snapshot::host::HostFingerprint;
 use crate::vmm::snapshot::load::Snapshot;
@@ -37,32 +39,23 @@ enum SnapshotCommand {
     },
 }
 
-/// Why there is no answer.
-#[derive(Debug, thiserror::Error)]
-pub enum SnapshotCommandError {
-    /// The snapshot.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// Nobody takes the answer.
-    #[error("cannot write the answer")]
-    Output(#[from] io::Error),
-}
-
 /// Does what the arguments say.
-pub fn run(args: &SnapshotArgs, out: &mut dyn Write) -> Result<(), SnapshotCommandError> {
+pub fn run(args: &SnapshotArgs, out: &mut dyn Write) -> Result<(), RunError> {
     match &args.command {
-        SnapshotCommand::Info { file } => info(file, out),
+        SnapshotCommand::Info { file } => {
+            let snapshot = Snapshot::open(file).map_err(VmError::from)?;
+            print(out, |out| info(&snapshot, out))
+        }
         SnapshotCommand::Verify { file } => {
-            let snapshot = Snapshot::open(file)?;
-            snapshot.verify()?;
-            writeln!(out, "{}: all checksums are right", file.display())?;
-            Ok(())
+            let snapshot = Snapshot::open(file).map_err(VmError::from)?;
+            snapshot.verify().map_err(VmError::from)?;
+            let written = writeln!(out, "{}: all checksums are right", file.display());
+            Ok(written.map_err(host("stdout"))?)
         }
     }
 }
 
-fn info(file: &Path, out: &mut dyn Write) -> Result<(), SnapshotCommandError> {
-    let snapshot = Snapshot::open(file)?;
+fn info(snapshot: &Snapshot, out: &mut dyn Write) -> io::Result<()> {
     let meta = &snapshot.meta;
     let (size, on_disk) = snapshot.size();
     let kib = |bytes: u64| format!("{} KiB", bytes.div_ceil(1024));

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::list::for_each_key;
+use super::list::{for_each_key, number};
 use minivmm_devices::block::Engine;
 use minivmm_devices::virtio::blk::{MAX_ID_LEN, MAX_QUEUES};
 use serde::{Deserialize, Serialize};
@@ -100,15 +100,9 @@ impl FromStr for DiskConfig {
                         "'{part}': disks are raw; convert others (qemu-img convert -O raw), or write format=raw"
                     ));
                 }
-                ("sector", Some(value)) => {
-                    let sector = value.parse().map_err(|e| format!("'{part}': {e}"))?;
-                    config.sector = Some(sector);
-                }
+                ("sector", Some(value)) => config.sector = Some(number(part, value)?),
                 ("id", Some(value)) => config.id = Some(value.into()),
-                ("queues", Some(value)) => {
-                    let queues = value.parse().map_err(|e| format!("'{part}': {e}"))?;
-                    config.queues = Some(queues);
-                }
+                ("queues", Some(value)) => config.queues = Some(number(part, value)?),
                 ("engine", Some("io_uring")) => config.engine = Some(Engine::IoUring),
                 ("engine", Some("sync")) => config.engine = Some(Engine::Sync),
                 ("engine", _) => {

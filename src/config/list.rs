@@ -1,5 +1,8 @@
 //! Lists of keys and values, as options of devices have them.
 
+use std::num::ParseIntError;
+use std::str::FromStr;
+
 /// Goes through `text`, KEY=VALUE or KEY between commas. `set` takes each part, its key, and its value if it has one. A key comes once,
 /// unless it is `repeatable`.
 pub(super) fn for_each_key(
@@ -20,4 +23,12 @@ pub(super) fn for_each_key(
         seen.push(key);
     }
     Ok(())
+}
+
+/// The number in `part`, which says what is wrong.
+pub(super) fn number<T: FromStr<Err = ParseIntError>>(
+    part: &str,
+    value: &str,
+) -> Result<T, String> {
+    value.parse().map_err(|e| format!("'{part}': {e}"))
 }

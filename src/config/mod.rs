@@ -9,7 +9,7 @@ mod units;
 mod vsock;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -85,15 +85,9 @@ const MAX_CONFIG_FILE: u64 = 1 << 20;
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read the configuration {}", .0.display())]
-    Read(PathBuf, #[source] std::io::Error),
-    /// The file is larger than any configuration.
-    #[error("{} is larger than 1 MiB: not a configuration of a VM", .0.display())]
-    TooLarge(PathBuf),
-    /// The file is not what it should be.
+    /// The file cannot be read, or is not what it should be.
     #[error("cannot use the configuration {}", .0.display())]
-    Parse(PathBuf, #[source] serde_json::Error),
+    File(PathBuf, #[source] io::Error),
     /// No kernel was named.
     #[error("no kernel is named")]
     NoKernel,
@@ -238,16 +232,17 @@ impl Default for VmConfig {
 impl VmConfig {
     /// Reads a JSON file. Fields that it lacks have their defaults; fields that are not known are errors.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let read = |source| ConfigError::Read(path.to_owned(), source);
-        let file = File::open(path).map_err(read)?;
-        let mut text = String::new();
-        file.take(MAX_CONFIG_FILE + 1)
-            .read_to_string(&mut text)
-            .map_err(read)?;
-        if text.len() as u64 > MAX_CONFIG_FILE {
-            return Err(ConfigError::TooLarge(path.to_owned()));
-        }
-        parse(&text).map_err(|source| ConfigError::Parse(path.to_owned(), source))
+        let read = || {
+            let mut text = String::new();
+            let file = File::open(path)?;
+            file.take(MAX_CONFIG_FILE + 1).read_to_string(&mut text)?;
+            if text.len() as u64 > MAX_CONFIG_FILE {
+                let why = "it is larger than 1 MiB: not a configuration of a VM";
+                return Err(io::Error::other(why));
+            }
+            Ok(parse(&text)?)
+        };
+        read().map_err(|source| ConfigError::File(path.to_owned(), source))
     }
 
     /// Checks what can be checked without access to files and devices.

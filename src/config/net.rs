@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
-use super::list::for_each_key;
+use super::list::{for_each_key, number};
 use minivmm_devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
@@ -99,14 +99,8 @@ impl FromStr for NetConfig {
             let value = value.unwrap_or_default();
             match key {
                 "tap" => config.tap = Some(value.into()),
-                "fd" => {
-                    let fd = value.parse().map_err(|e| format!("'{part}': {e}"))?;
-                    config.fd = Some(fd);
-                }
-                "queues" => {
-                    let queues = value.parse().map_err(|e| format!("'{part}': {e}"))?;
-                    config.queues = Some(queues);
-                }
+                "fd" => config.fd = Some(number(part, value)?),
+                "queues" => config.queues = Some(number(part, value)?),
                 "mac" => config.mac = Some(value.parse()?),
                 "passt" if part == key => config.passt = true,
                 "host-loopback" if part == key => config.host_loopback = true,

@@ -39,7 +39,7 @@ fn what_is_wrong_is_named() {
     assert!(chain(r#"{"kernel": "k", "disks": [{"path": "a"}, ["b"]]}"#).contains("a disk is"));
     assert!(matches!(
         parse(&" ".repeat(1 << 21)),
-        Err(ConfigError::TooLarge(..))
+        Err(ConfigError::File(..))
     ));
 }
 
@@ -148,7 +148,7 @@ fn a_disk_is_written_as_its_help_says() {
         r#""queues": -1"#,
     ] {
         let json = format!(r#"{{"disks": [{{"path": "a", {field}}}]}}"#);
-        assert!(matches!(parse(&json), Err(ConfigError::Parse(..))));
+        assert!(matches!(parse(&json), Err(ConfigError::File(..))));
     }
 }
 

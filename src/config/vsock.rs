@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::list::for_each_key;
+use super::list::{for_each_key, number};
 use minivmm_devices::virtio::vsock::CIDS;
 use serde::{Deserialize, Serialize};
 
@@ -71,7 +71,7 @@ impl FromStr for VsockConfig {
             let value = value.unwrap_or_default();
             match key {
                 "path" => config.path = Some(value.into()),
-                "cid" => config.cid = value.parse().map_err(|e| format!("'{part}': {e}"))?,
+                "cid" => config.cid = number(part, value)?,
                 _ => return Err(format!("'{part}' is not known; write {VSOCK_SYNTAX}")),
             }
             Ok(())

@@ -16,22 +16,13 @@ const API_VERSION: i32 = 12;
 
 /// Why KVM cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The device does not open.
-    #[error("cannot open {DEVICE}: {0}")]
-    Device(String),
-    /// The device is not KVM's, or has another API version.
-    #[error(
-        "{DEVICE} has API version {0}, not {API_VERSION}: it is not KVM's device; make it again (rm {DEVICE}; mknod {DEVICE} c \
-         10 232)"
-    )]
-    ApiVersion(i32),
-}
+#[error("cannot open {DEVICE}: {0}")]
+pub struct OpenError(String);
 
 /// Opens KVM. Errors include a hint.
 pub fn open() -> Result<Kvm, OpenError> {
     let kvm = Kvm::new().map_err(|error| {
-        OpenError::Device(match error.errno() {
+        OpenError(match error.errno() {
             libc::ENOENT => "it is not there; load KVM (modprobe kvm_intel or kvm_amd), turn VT-x or AMD-V on in the \
                              firmware, turn nested virtualization on for this VM, or pass the device into this container"
                 .into(),
@@ -42,7 +33,9 @@ pub fn open() -> Result<Kvm, OpenError> {
     })?;
     match kvm.get_api_version() {
         API_VERSION => Ok(kvm),
-        other => Err(OpenError::ApiVersion(other)),
+        other => Err(OpenError(format!(
+            "it has API version {other}, not {API_VERSION}, so it is not KVM's; make it again (rm {DEVICE}; mknod {DEVICE} c 10 232)"
+        ))),
     }
 }
 

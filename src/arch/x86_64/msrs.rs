@@ -1,7 +1,8 @@
 //! Model-specific registers: those that differ from KVM's reset values when a kernel is entered without firmware, and those
 //! that are part of a vCPU's state.
 
-use kvm_bindings::kvm_msr_entry;
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{Error, VcpuFd};
 
 /// IA32_TIME_STAMP_COUNTER.
 pub const IA32_TSC: u32 = 0x10;
@@ -31,11 +32,35 @@ pub fn boot_msrs() -> [kvm_msr_entry; 2] {
         (IA32_MISC_ENABLE, FAST_STRINGS),
         (IA32_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK),
     ]
-    .map(|(index, data)| kvm_msr_entry {
+    .map(|(index, data)| msr(index, data))
+}
+
+/// An MSR with its value.
+pub(super) fn msr(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry {
         index,
         data,
         ..Default::default()
-    })
+    }
+}
+
+/// Reads those of the MSRs that this vCPU has.
+pub(super) fn get_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> {
+    let mut wanted: Vec<kvm_msr_entry> = indices.iter().map(|index| msr(*index, 0)).collect();
+    let mut read = Vec::with_capacity(wanted.len());
+    while !wanted.is_empty() {
+        let mut msrs = Msrs::from_entries(&wanted).map_err(|_| Error::new(libc::E2BIG))?;
+        let count = fd.get_msrs(&mut msrs)?;
+        read.extend(msrs.as_slice().iter().take(count));
+        // KVM stops at the first that the vCPU does not have.
+        wanted.drain(..wanted.len().min(count + 1));
+    }
+    Ok(read)
+}
+
+/// Reads one, which is 0 if the vCPU does not have it.
+pub(super) fn get_msr(fd: &VcpuFd, index: u32) -> Result<u64, Error> {
+    Ok(get_msrs(fd, &[index])?.first().map_or(0, |msr| msr.data))
 }
 
 /// The MSRs of a vCPU's state in the order in which they are set, but for [`IA32_TSC_DEADLINE`], which comes after them:

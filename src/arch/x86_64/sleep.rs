@@ -1,9 +1,9 @@
 //! Tells a vCPU that has halted for good from one that idles, by what can wake it.
 
-use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry};
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_UNINITIALIZED};
 use kvm_ioctls::{Error, VcpuFd};
 
-use super::msrs::IA32_TSC_DEADLINE;
+use super::msrs::{IA32_TSC_DEADLINE, get_msr};
 
 /// RFLAGS, bit 9: interrupts are taken.
 const RFLAGS_IF: u64 = 1 << 9;
@@ -60,18 +60,6 @@ fn is_timer_armed(vcpu: &VcpuFd) -> Result<bool, Error> {
         && match lvt >> 17 & 3 {
             0 => register(CURRENT_COUNT) != 0,
             1 => register(INITIAL_COUNT) != 0,
-            _ => tsc_deadline(vcpu)? != 0,
+            _ => get_msr(vcpu, IA32_TSC_DEADLINE)? != 0,
         })
-}
-
-fn tsc_deadline(vcpu: &VcpuFd) -> Result<u64, Error> {
-    let entry = kvm_msr_entry {
-        index: IA32_TSC_DEADLINE,
-        ..Default::default()
-    };
-    let Ok(mut msrs) = Msrs::from_entries(&[entry]) else {
-        return Ok(0);
-    };
-    vcpu.get_msrs(&mut msrs)?;
-    Ok(msrs.as_slice().first().map_or(0, |entry| entry.data))
 }

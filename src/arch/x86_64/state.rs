@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::msrs::{IA32_TSC, IA32_TSC_DEADLINE, saved_msrs};
+use super::msrs::{IA32_TSC, IA32_TSC_DEADLINE, get_msrs, msr, saved_msrs};
 use super::vcpu::{StateError, refused};
 use crate::host::cpu;
 
@@ -98,7 +98,7 @@ impl VcpuState {
         let xcrs = fd.get_xcrs().map_err(refused("KVM_GET_XCRS"))?;
         let debugregs = fd.get_debug_regs().map_err(refused("KVM_GET_DEBUGREGS"))?;
         // A timer that goes off between these two is in both; the other way round it would be in neither.
-        let deadline = get_msrs(fd, &[IA32_TSC_DEADLINE])?;
+        let deadline = read_msrs(fd, &[IA32_TSC_DEADLINE])?;
         let lapic = fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
         let tsc_khz = fd.get_tsc_khz().map_err(refused("KVM_GET_TSC_KHZ"))?;
         let cpuid = fd
@@ -107,7 +107,7 @@ impl VcpuState {
         let known = kvm
             .get_msr_index_list()
             .map_err(refused("KVM_GET_MSR_INDEX_LIST"))?;
-        let mut msrs = get_msrs(fd, &saved_msrs(known.as_slice()))?;
+        let mut msrs = read_msrs(fd, &saved_msrs(known.as_slice()))?;
         msrs.extend(deadline);
         let events = fd
             .get_vcpu_events()
@@ -304,19 +304,8 @@ fn new_area(len: usize) -> Result<Xsave, StateError> {
     Xsave::new(words).map_err(|_| StateError::Nonsense("XSAVE"))
 }
 
-/// Reads those of the MSRs that this vCPU has.
-fn get_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, StateError> {
-    let mut wanted: Vec<kvm_msr_entry> = indices.iter().map(|index| msr(*index, 0)).collect();
-    let mut read = Vec::with_capacity(wanted.len());
-    while !wanted.is_empty() {
-        let mut msrs =
-            Msrs::from_entries(&wanted).map_err(|_| StateError::Nonsense("list of MSRs"))?;
-        let count = fd.get_msrs(&mut msrs).map_err(refused("KVM_GET_MSRS"))?;
-        read.extend(msrs.as_slice().iter().take(count));
-        // KVM stops at the first that the vCPU does not have.
-        wanted.drain(..wanted.len().min(count + 1));
-    }
-    Ok(read)
+fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, StateError> {
+    get_msrs(fd, indices).map_err(refused("KVM_GET_MSRS"))
 }
 
 /// Sets MSRs in their order. One that KVM does not set is an error unless it has the value.
@@ -327,7 +316,7 @@ fn set_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), StateError> {
         let count = fd.set_msrs(&msrs).map_err(refused("KVM_SET_MSRS"))?;
         rest = rest.get(count..).unwrap_or_default();
         if let Some((refused, behind)) = rest.split_first() {
-            let now = get_msrs(fd, &[refused.index])?;
+            let now = read_msrs(fd, &[refused.index])?;
             if now.first().is_none_or(|now| now.data != refused.data) {
                 return Err(StateError::Msr(refused.index));
             }
@@ -335,14 +324,6 @@ fn set_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), StateError> {
         }
     }
     Ok(())
-}
-
-fn msr(index: u32, data: u64) -> kvm_msr_entry {
-    kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    }
 }
 
 #[cfg(test)]

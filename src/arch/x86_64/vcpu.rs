@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{CpuId, Msrs, kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use super::regs::Entry;
@@ -85,14 +85,7 @@ pub fn may_have_reset_by_triple_fault(fd: &VcpuFd) -> bool {
 pub fn has_kvm_clock_on(fd: &VcpuFd) -> bool {
     const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
     const ENABLED: u64 = 1;
-    let entry = kvm_msr_entry {
-        index: MSR_KVM_SYSTEM_TIME_NEW,
-        ..Default::default()
-    };
-    Msrs::from_entries(&[entry]).is_ok_and(|mut msrs| {
-        let known = fd.get_msrs(&mut msrs) == Ok(1);
-        known && msrs.as_slice().iter().any(|msr| msr.data & ENABLED != 0)
-    })
+    msrs::get_msr(fd, MSR_KVM_SYSTEM_TIME_NEW).is_ok_and(|msr| msr & ENABLED != 0)
 }
 
 /// Registers for a post-mortem; they are shown as a few lines.

@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde_json::Value;
 use ureq::http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE};
 use ureq::http::{HeaderMap, HeaderName, Response, StatusCode};
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
@@ -52,20 +52,6 @@ pub(super) struct Manifest {
     pub(super) digest: Digest,
     pub(super) media_type: String,
     pub(super) bytes: Vec<u8>,
-}
-
-/// What registries say about errors.
-#[derive(Deserialize)]
-struct Errors {
-    errors: Vec<ErrorEntry>,
-}
-
-#[derive(Deserialize)]
-struct ErrorEntry {
-    #[serde(default)]
-    code: String,
-    #[serde(default)]
-    message: String,
 }
 
 impl Repository {
@@ -164,9 +150,10 @@ impl Repository {
             return Ok(response);
         }
         let said = read_limited(response, MAX_ERROR).unwrap_or_default();
-        let said = serde_json::from_slice(&said).map_or(String::new(), |said: Errors| {
-            let first = said.errors.into_iter().next();
-            first.map_or(String::new(), |e| format!(" ({}: {})", e.code, e.message))
+        let said: Value = serde_json::from_slice(&said).unwrap_or_default();
+        let said = said.pointer("/errors/0").map_or(String::new(), |error| {
+            let part = |name| error.get(name).and_then(Value::as_str).unwrap_or_default();
+            format!(" ({}: {})", part("code"), part("message"))
         });
         let host = &self.reference.host;
         let text = match status {

@@ -3,20 +3,9 @@
 use super::report::{Report, RowReport};
 use super::row::Row;
 
-/// Why an earlier report does not fit.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum MisfitError {
-    /// Figures of different things would be mixed.
-    #[error("it is of another {0}")]
-    Other(&'static str),
-    /// Figures would be missing on one side.
-    #[error("it is of other runtimes, or other versions of them")]
-    Runtimes,
-}
-
 impl Report {
     /// Takes over the runs of an earlier report of the same.
-    pub(super) fn add(&mut self, earlier: Self, rows: &mut [Row]) -> Result<(), MisfitError> {
+    pub(super) fn add(&mut self, earlier: Self, rows: &mut [Row]) -> Result<(), String> {
         let vm = |report: &Self| (report.vm_memory_mib, report.vm_cpus);
         let root = |report: &Self| (report.rootfs.clone(), report.rootfs_bytes);
         for (what, same) in [
@@ -30,13 +19,13 @@ impl Report {
             ("host", self.host.is_like(&earlier.host)),
         ] {
             if !same {
-                return Err(MisfitError::Other(what));
+                return Err(format!("it is of another {what}"));
             }
         }
         let names = |row: &RowReport| (row.name.clone(), row.version.clone());
         let now = rows.iter().map(|row| names(&row.report));
         if !now.eq(earlier.rows.iter().map(names)) {
-            return Err(MisfitError::Runtimes);
+            return Err("it is of other runtimes, or other versions of them".into());
         }
         self.runs = self.runs.saturating_add(earlier.runs);
         for (row, earlier) in rows.iter_mut().zip(earlier.rows) {
