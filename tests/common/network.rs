@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use sha2::{Digest, Sha256};
@@ -128,6 +129,34 @@ pub(crate) fn endless(address: &str) {
     });
 }
 
+/// Prints how far a long transfer has come.
+struct Progress {
+    direction: &'static str,
+    start: Instant,
+    bytes: u64,
+}
+
+impl Progress {
+    fn of(direction: &'static str) -> Self {
+        let start = Instant::now();
+        Self {
+            direction,
+            start,
+            bytes: 0,
+        }
+    }
+
+    fn add(&mut self, len: usize) {
+        const STEP: u64 = 64 << 20;
+        let steps = self.bytes / STEP;
+        self.bytes += len as u64;
+        if self.bytes / STEP > steps {
+            let (mib, time) = (self.bytes >> 20, self.start.elapsed());
+            println!("{}: {mib} MiB after {time:.0?}", self.direction);
+        }
+    }
+}
+
 /// Sends the page again and again, for the last time when this is so, given how often it has been; then gives the sum of all.
 pub(crate) fn pages_until(
     address: &str,
@@ -138,10 +167,12 @@ pub(crate) fn pages_until(
     listen(address, move |mut stream| {
         answer(&mut stream);
         let mut sent = Sha256::new();
+        let mut progress = Progress::of("to the guest");
         for pages in 0.. {
             let is_last = is_last(pages);
             stream.write_all(&page).unwrap();
             sent.update(&page);
+            progress.add(page.len());
             if is_last {
                 break;
             }
@@ -155,9 +186,13 @@ pub(crate) fn pages_until(
 pub(crate) fn sum_of(address: &str, bytes: u64) -> Receiver<String> {
     let (sender, sum) = mpsc::channel();
     let (mut received, mut left, mut part) = (Sha256::new(), bytes, vec![0; 64 << 10]);
+    let mut progress = None;
     listen(address, move |mut stream| {
         while let Ok(len @ 1..) = stream.read(&mut part) {
             received.update(&part[..len]);
+            progress
+                .get_or_insert_with(|| Progress::of("from the guest"))
+                .add(len);
             left = left.saturating_sub(len as u64);
         }
         if left == 0 {

@@ -86,6 +86,22 @@ static int many(const char *host, const char *port, int count)
 	return 0;
 }
 
+/* Sends all of the standard input, in large blocks: busybox's nc writes 1 KiB at a time. */
+static int send_all(const char *host, const char *port)
+{
+	int fd = open_socket(host, port, SOCK_STREAM);
+	static char block[65536];
+	ssize_t len;
+
+	while ((len = read(0, block, sizeof(block))) > 0)
+		for (ssize_t done = 0, sent; done < len; done += sent) {
+			sent = write(fd, block + done, len - done);
+			if (sent < 0)
+				return fail("write");
+		}
+	return len ? fail("read") : 0;
+}
+
 int main(int argc, char **argv)
 {
 	if (argc == 5 && !strcmp(argv[1], "udp"))
@@ -94,5 +110,7 @@ int main(int argc, char **argv)
 		return udp_server(argv[2]);
 	if (argc == 5 && !strcmp(argv[1], "many"))
 		return many(argv[2], argv[3], atoi(argv[4]));
+	if (argc == 4 && !strcmp(argv[1], "send"))
+		return send_all(argv[2], argv[3]);
 	return 2;
 }
