@@ -213,7 +213,7 @@ fn tap_carries_all_for_debians_kernel() {
 #[test]
 fn tap_carries_all_for_the_small_kernel() {
     if has_kernel("small") {
-        tap_carries_all(&kernel("small", "bzImage"), 9000, 1, 1);
+        tap_carries_all(&kernel("small", "bzImage"), 9000, 1, gibibyte());
     }
 }
 
@@ -264,7 +264,7 @@ fn passt_carries_all_for_debians_kernel() {
 #[test]
 fn passt_carries_all_for_the_small_kernel() {
     if has_kernel("small") {
-        passt_carries_all(&kernel("small", "bzImage"), "passt", "", 1);
+        passt_carries_all(&kernel("small", "bzImage"), "passt", "", gibibyte());
     }
 }
 
