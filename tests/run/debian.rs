@@ -53,7 +53,7 @@ fn compile_and_serve(image: &Image) {
                 "Server Software:        nginx",
             ]);
             assert!(!ended.out().contains("Non-2xx"));
-            // Twice in some 18,000, in a lab short of CPU time, one of the first connections was reset; why is not known. passt of 2023 does
+            // Twice in some 38,000, in labs short of CPU time, one of the first connections was reset; why is not known. passt of 2023 does
             // that when the guest has not answered for 10 s, but with a TAP interface in place of a VM it reset none of 57,400. Each counts
             // up to four times.
             assert!(failures(&ended) <= 8, "{}", ended.out());
