@@ -122,7 +122,7 @@ fn name(config: &VmConfig) -> io::Result<String> {
     Ok(digest.hex().to_owned())
 }
 
-/// Whether a file is a template, or one that was not completed.
+/// Whether a file is a template, what it has beside it, or one that was not completed.
 fn is_own_name(name: &[u8]) -> bool {
     let stem = name.strip_suffix(b".pages").unwrap_or(name);
     name.starts_with(b".") && name.len() > 2
