@@ -105,6 +105,8 @@ lint: deps
 	$(CARGO) clippy --workspace --features attack-port --lib --bins --test attack -- -D warnings
 	$(CARGO) clippy --no-default-features --lib --bins -- -D warnings
 	$(CARGO) clippy --test linux --test kernels --test direct --test disk --test net --test vsock --test restore --test run --test small -- -D warnings
+	@# Fuzz targets need nightly to run, but not to be checked; nothing is linked with libFuzzer then.
+	CUSTOM_LIBFUZZER_PATH=/none $(CARGO) clippy --manifest-path fuzz/Cargo.toml --bins -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --workspace
 	shellcheck -x $$(git ls-files | xargs grep -lE '^#(!/bin/(ba)?sh| shellcheck shell=)')
 

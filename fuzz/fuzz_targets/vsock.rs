@@ -74,9 +74,14 @@ fuzz_target!(|acts: Vec<Act>| {
         accepted.lock().unwrap().push_back(theirs);
         Ok(ours)
     });
+    // As that of minivmm run to the image's first process.
+    let (reserved, mut waiting) = UnixStream::pair().unwrap();
+    reserved.set_nonblocking(true).unwrap();
+    waiting.write_all(b"CONNECT 5\n").unwrap();
     let host = HostSide {
         listener,
         connect: Some(connect),
+        reserved: Some(reserved),
     };
     let device = Vsock::new(Some(host), 3, &ThreadStarter::default()).unwrap();
     let mut driver = Driver::new(Box::new(device));
