@@ -212,7 +212,6 @@ fn debian_boots_to_a_login_and_leaves_its_disk_clean() {
     );
 }
 
-/// Its DHCP client is systemd's.
 #[test]
 fn debian_gives_a_login_on_hvc0_and_installs_a_package_from_the_network() {
     own_network(1500);
@@ -226,7 +225,12 @@ fn debian_gives_a_login_on_hvc0_and_installs_a_package_from_the_network() {
     let debian = Debian::boot(&disk, &args);
     debian.log_in();
     debian.run("tty", "/dev/hvc0\r\n");
-    // It takes ip=dhcp, which minivmm adds with passt, from the kernel's command line.
+    // Debian's own DHCP client, and then systemd's, which takes ip=dhcp, which minivmm adds with passt, from the kernel's command line.
+    debian.run("dhclient -v eth0", "bound to 192.0.2.2 -- renewal in");
+    debian.run(
+        "dhclient -r eth0; [ -z \"$(ip -4 -oneline address show eth0)\" ] && echo released-$((6*7))",
+        "released-42",
+    );
     debian.run(
         "systemctl start systemd-network-generator systemd-networkd; \
         /lib/systemd/systemd-networkd-wait-online --ipv4; networkctl status --no-pager eth0",
