@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -64,22 +64,24 @@ fn expect_echoes(kernel: &str, connections: usize, size: usize) {
         println!("{connections} x {size} bytes: {:?}", start.elapsed());
         (client, output)
     });
-    end(&path);
+    let asked = end(&path);
     let output = common::wait(child, PATIENCE);
     for ((_, connections, size), client) in clients {
         let wanted = format!("{connections} of {connections} echoed {size} bytes\n");
         let out = String::from_utf8_lossy(&client.stdout);
         assert_eq!(out, wanted, "{client:?}\n{output:?}");
     }
+    assert!(asked.is_ok(), "{asked:?}\n{output:?}");
     assert_eq!(output.status.code(), Some(7), "{output:?}");
     assert!(!path.exists());
 }
 
 /// A connection to this port ends the guest with status 7.
-fn end(path: &Path) {
-    let mut stream = UnixStream::connect(path).unwrap();
-    stream.write_all(b"CONNECT 5001\n").unwrap();
+fn end(path: &Path) -> io::Result<()> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.write_all(b"CONNECT 5001\n")?;
     _ = stream.read(&mut [0; 32]);
+    Ok(())
 }
 
 #[test]
