@@ -124,7 +124,9 @@ fn name(config: &VmConfig) -> io::Result<String> {
 
 /// Whether a file is a template, what it has beside it, or one that was not completed.
 fn is_own_name(name: &[u8]) -> bool {
-    let stem = name.strip_suffix(b".pages").unwrap_or(name);
+    let stem = name.strip_suffix(PAGES.as_bytes());
+    let stem = stem.and_then(|stem| stem.strip_suffix(b"."));
+    let stem = stem.unwrap_or(name);
     name.starts_with(b".") && name.len() > 2
         || stem.len() == 64 && stem.iter().all(u8::is_ascii_hexdigit)
 }

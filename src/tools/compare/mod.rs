@@ -51,13 +51,12 @@ struct Comparison<'a> {
 /// To be called from a process's first thread, before it has others: signals are blocked for all that follow.
 pub fn run(options: &CompareOptions, out: &mut dyn Write) -> Result<bool, ToolError> {
     if let Some(rootfs) = &options.rootfs {
-        let why = match fs::metadata(rootfs) {
-            Ok(meta) if meta.is_dir() => None,
-            Ok(_) => Some("not a directory".to_owned()),
-            Err(error) => Some(error.to_string()),
-        };
         let wrong = |why| ToolError::Usage(format!("--rootfs {}: {why}", rootfs.display()));
-        why.map_or(Ok(()), |why| Err(wrong(why)))?;
+        match fs::metadata(rootfs) {
+            Ok(meta) if meta.is_dir() => {}
+            Ok(_) => return Err(wrong("not a directory".to_owned())),
+            Err(error) => return Err(wrong(error.to_string())),
+        }
     }
     let kernel = kernel(options)?;
     let earlier = options.add.as_deref();
