@@ -130,9 +130,6 @@ impl Vm {
                 if let Some(boot_vcpu) = vcpus.first() {
                     snapshot.working_set.bring_in(&parts.mem, &boot_vcpu.fd);
                 }
-                if let Some(boot_vcpu) = vcpus.first() {
-                    snapshot.working_set.bring_in(&parts.mem, &boot_vcpu.fd);
-                }
                 if let Some(restored) = restored.take() {
                     let mark = machine.boot_mark.lock();
                     let mut mark = mark.unwrap_or_else(PoisonError::into_inner);
