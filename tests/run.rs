@@ -33,7 +33,7 @@ fn printed(ended: &Ended, wanted: &str) {
 #[test]
 fn the_image_says_what_is_run_and_arguments_go_over_it() {
     both_ways(|image| {
-        let script = "pwd; echo $FROM_IMAGE $A $B $PATH; busybox hostname; cat /etc/hostname; id -u; echo $HOME; id -g";
+        let script = "pwd; echo $FROM_IMAGE $A $B $PATH; busybox hostname; cat /etc/hostname; id -u; echo $HOME; id -g; ulimit -n; ulimit -Hn";
         printed(&image.run(&cloud(), &[], &[]), "default\n");
         let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
         let options = [
@@ -50,7 +50,7 @@ fn the_image_says_what_is_run_and_arguments_go_over_it() {
         ];
         let script = format!("{script}; id -G; busybox pwd");
         let wanted = format!(
-            "/made/here\n1 b c d {path}\nbox\nbox\n1000\n/home/ann\n1001\n1001 10\n/made/here\n"
+            "/made/here\n1 b c d {path}\nbox\nbox\n1000\n/home/ann\n1001\n1024\n1048576\n1001 10\n/made/here\n"
         );
         printed(&image.sh(&cloud(), &options, &script), &wanted);
         let ended = image.run(
@@ -266,7 +266,8 @@ fn signals_go_to_the_program() {
 #[test]
 fn other_programs_run_beside_the_first_and_stop_ends_them_all() {
     both_ways(|image| {
-        let script = "trap 'echo told; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
+        // The image's stop signal.
+        let script = "trap 'echo told; exit 5' QUIT; echo ready; while :; do sleep 0.1; done";
         let options = ["--name", "first", "--network", "none"];
         let mut child = image
             .command(&cloud(), &options, &["sh", "-c", script])

@@ -65,16 +65,15 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
     let program = args.program;
     program.check_terminal()?;
     let vm = find(&args.vm)?;
+    let mut environment: Vec<String> = program.term().into_iter().collect();
+    program.set_variables(&mut environment);
     let exec = Exec {
         command: args.command,
-        environment: program
-            .term()
-            .into_iter()
-            .chain(program.variables())
-            .collect(),
+        environment,
         user: args.user,
         directory: args.workdir,
         terminal: program.tty,
+        signal: None,
     };
     let signals = Signals::block().map_err(host("signal handling"))?;
     let guest = vm.start(&exec, PATIENCE).map_err(|e| match e.kind() {

@@ -33,9 +33,14 @@ impl ProgramArgs {
         self.tty.then(|| "TERM=xterm".to_owned())
     }
 
-    /// The variables that were given.
-    pub(super) fn variables(&self) -> impl Iterator<Item = String> {
-        self.env.iter().filter_map(|text| variable(text))
+    /// Adds the variables that were given. A name that has no value here takes away the one that it has in the list.
+    pub(super) fn set_variables(&self, list: &mut Vec<String>) {
+        for text in &self.env {
+            match variable(text) {
+                Some(set) => list.push(set),
+                None => list.retain(|other| other.split('=').next() != Some(text)),
+            }
+        }
     }
 }
 

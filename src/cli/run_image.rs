@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use minivmm_devices::platform::control::MAX_ARGUMENT;
+use nix::sys::signal::Signal;
 use rustix::process::getpid;
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -180,7 +182,7 @@ impl RunArgs {
             nets.push(device);
             orders.network = Some(network);
         }
-        let claim = self.claim(&orders)?;
+        let claim = self.claim(&orders, &stored.meta.config)?;
         let (disk, disk_file) = self.disk(&stored, &mut orders)?.unzip();
         let mut config = VmConfig {
             kernel,
@@ -335,7 +337,7 @@ impl RunArgs {
     }
 
     /// Takes the VM's name.
-    fn claim(&self, orders: &Orders) -> Result<Claim, RunError> {
+    fn claim(&self, orders: &Orders, config: &ImageConfig) -> Result<Claim, RunError> {
         let name = match &self.name {
             Some(name) => name.clone(),
             None => {
@@ -349,6 +351,7 @@ impl RunArgs {
             image: self.image.clone(),
             command: orders.command.join(" "),
             is_init: orders.is_init,
+            stop_signal: config.stop_signal.as_deref().and_then(signal_number),
             pid: getpid().as_raw_pid(),
         };
         let claim = running()?.claim(&name, &info);
@@ -377,14 +380,21 @@ impl RunArgs {
         list.extend(config.env.iter().flatten().cloned());
         for path in &self.env_file {
             let text = read_text(path).map_err(file(&path.display().to_string()))?;
-            let lines = text.lines().map(str::trim_start);
-            list.extend(
-                lines
-                    .filter(|l| !l.is_empty() && !l.starts_with('#'))
-                    .filter_map(variable),
-            );
+            // Windows begins a file of UTF-8 so.
+            let text = text.trim_start_matches('\u{feff}');
+            for line in text.lines().map(str::trim_start) {
+                if line.is_empty() || line.starts_with('#') {
+                    continue;
+                }
+                let name = line.split('=').next().unwrap_or_default();
+                if name.is_empty() || name.contains(char::is_whitespace) {
+                    let why = format!("{}: '{name}' is no name of a variable", path.display());
+                    return Err(RunError::Usage(why));
+                }
+                list.extend(variable(line));
+            }
         }
-        list.extend(self.program.variables());
+        self.program.set_variables(&mut list);
         Ok(list)
     }
 }
@@ -406,8 +416,22 @@ fn read_text(path: &Path) -> std::io::Result<String> {
     use std::io::Read;
     let mut text = String::new();
     let file = File::open(path)?;
-    file.take(MAX_ENV_FILE).read_to_string(&mut text)?;
+    file.take(MAX_ENV_FILE + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_ENV_FILE {
+        let why = format!("it is longer than {MAX_ENV_FILE} bytes");
+        return Err(std::io::Error::other(why));
+    }
     Ok(text)
+}
+
+/// The number of a signal that has this name, with or without SIG, or number; SIGTERM stays with who sends it, and so does one for real
+/// time, which the guest's first process cannot send.
+fn signal_number(text: &str) -> Option<u8> {
+    let name = text.to_ascii_uppercase();
+    let named = || Signal::from_str(&format!("SIG{}", name.trim_start_matches("SIG"))).ok();
+    let numbered = || Signal::try_from(name.parse::<i32>().ok()?).ok();
+    let signal = named().or_else(numbered)?;
+    (signal != Signal::SIGTERM).then_some(signal as u8)
 }
 
 /// Arguments replace the image's own; an entrypoint that is given takes those of the image away.
@@ -430,7 +454,10 @@ fn command(config: &ImageConfig, entrypoint: Option<&str>, arguments: &[String])
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::cli::{Cli, Command};
 
     #[test]
     fn arguments_replace_the_command_and_keep_the_entrypoint() {
@@ -453,18 +480,16 @@ mod tests {
 
     #[test]
     fn options_end_at_the_image() {
-        use clap::Parser;
-        let parsed = |words: &str| super::super::Cli::try_parse_from(words.split(' '));
+        let parsed = |words: &str| Cli::try_parse_from(words.split(' '));
         let cli = parsed("minivmm run -it -e A=b -m 1g ./i sh -c -x --rm").unwrap();
-        let Some(super::super::Command::Run(args)) = cli.command else {
+        let Some(Command::Run(args)) = cli.command else {
             panic!("no run");
         };
         assert_eq!(args.command, ["sh", "-c", "-x", "--rm"]);
-        assert!(
-            args.program.tty
-                && args.program.interactive
-                && args.program.variables().collect::<Vec<_>>() == ["A=b"]
-        );
+        assert!(args.program.tty && args.program.interactive);
+        let mut given = Vec::new();
+        args.program.set_variables(&mut given);
+        assert_eq!(given, ["A=b"]);
         assert_eq!(args.memory.bytes, 1 << 30);
         for unknown in [
             "-d",
@@ -477,6 +502,52 @@ mod tests {
                 parsed(&format!("minivmm run {unknown} ./i")).is_err(),
                 "{unknown}"
             );
+        }
+    }
+
+    fn environment(options: &[&str], file: &str) -> Result<Vec<String>, String> {
+        let given = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(given.path(), file).unwrap();
+        let path = given.path().to_str().unwrap();
+        let words = [&["minivmm", "run", "--env-file", path], options, &["image"]].concat();
+        let Some(Command::Run(args)) = Cli::parse_from(words).command else {
+            panic!("no run");
+        };
+        let config = ImageConfig {
+            env: Some(vec!["A=image".into(), "B=image".into()]),
+            ..ImageConfig::default()
+        };
+        let list = args
+            .environment(&config, "box")
+            .map_err(|e| e.to_string())?;
+        Ok(list[2..].to_vec())
+    }
+
+    #[test]
+    fn variables_are_those_of_docker() {
+        let file = "\u{feff}C=1\n\n  # no D=1\nE=a b\nNOT_SET_HERE\n";
+        let options = ["-e", "A", "-e", "B=2", "-e", "F="];
+        let wanted = ["B=image", "C=1", "E=a b", "B=2", "F="];
+        assert_eq!(environment(&options, file).unwrap(), wanted);
+        let long = format!("A={}", "x".repeat(MAX_ENV_FILE as usize));
+        for (file, said) in [("=x", "''"), ("A B=1", "'A B'"), (&long, "")] {
+            let error = environment(&[], file).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_stop_signal_has_a_name_or_a_number() {
+        for (text, wanted) in [
+            ("SIGQUIT", Some(3)),
+            ("quit", Some(3)),
+            ("28", Some(28)),
+            ("SIGTERM", None),
+            ("SIGRTMIN+3", None),
+            ("0", None),
+            ("x", None),
+        ] {
+            assert_eq!(signal_number(text), wanted, "{text}");
         }
     }
 }

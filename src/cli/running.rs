@@ -25,7 +25,7 @@ const COMMAND_WIDTH: usize = 40;
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
 pub struct StopArgs {
-    /// Seconds that the program has to end by itself, after a SIGTERM, or with --init image, the VM after its poweroff
+    /// Seconds that the program has to end by itself, after the image's stop signal, or with --init image, the VM after its poweroff
     #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
     time: u32,
     /// Name of a VM, as minivmm ps lists it
@@ -71,16 +71,20 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
     })
 }
 
-/// Ends VMs: by a signal to the program, or the poweroff of an image with an init of its own, then by signals that the VMM takes for
+/// Ends VMs: by the image's signal to the program, or the poweroff of an image with an init of its own, then by signals that the VMM takes for
 /// itself, then by SIGKILL.
 pub fn stop(args: &StopArgs, out: &mut dyn Write) -> Result<(), RunError> {
     for name in &args.vms {
         let vm = find(name)?;
         let send = |signal| vm.signal(signal).map_err(host("the VM's process"));
         let limit = Duration::from_secs(args.time.into());
-        let ended = if vm.info.is_init {
-            power_off(&vm, limit).unwrap_or_else(|e| {
-                log::warn!("cannot have '{name}' power off: {}", error_chain(&e));
+        let request = match vm.info.stop_signal {
+            _ if vm.info.is_init => Some(Exec::poweroff()),
+            signal => signal.map(Exec::signal),
+        };
+        let ended = if let Some(request) = request {
+            ask(&vm, &request, limit).unwrap_or_else(|e| {
+                log::warn!("cannot have '{name}' end itself: {}", error_chain(&e));
                 false
             })
         } else {
@@ -104,10 +108,10 @@ pub fn stop(args: &StopArgs, out: &mut dyn Write) -> Result<(), RunError> {
     Ok(())
 }
 
-/// Has a VM with an init of the image's own end itself, and waits for that; whether it has come.
-fn power_off(vm: &Vm, limit: Duration) -> Result<bool, RunError> {
+/// Has the VM's first process do what ends the VM, and waits for that; whether it has come.
+fn ask(vm: &Vm, request: &Exec, limit: Duration) -> Result<bool, RunError> {
     let begin = Instant::now();
-    let connection = vm.start(&Exec::poweroff(), limit);
+    let connection = vm.start(request, limit);
     let _connection = connection.map_err(host("the VM's socket"))?;
     wait(vm, limit.saturating_sub(begin.elapsed()))
 }

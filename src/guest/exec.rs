@@ -5,9 +5,11 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, socket};
 use rustix::net::{SocketFlags, accept_with};
+use rustix::process::Pid;
 
 use super::children::Children;
 use super::failure::{Failure, cannot};
@@ -19,27 +21,47 @@ use super::streams::Channel;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
+/// What is waited for descriptors or memory before one is accepted again.
+const PAUSE: Duration = Duration::from_millis(10);
 
-/// Serves the host from now on, if the kernel can, on a thread: the image's program does not wait for the drivers.
-pub(super) fn serve(drivers: Vec<File>, orders: Arc<Orders>, children: Children) {
+/// Serves the host from now on, if the kernel can, on a thread: the image's program, which has this process ID unless it is process 1, does
+/// not wait for the drivers.
+pub(super) fn serve(
+    drivers: Vec<File>,
+    orders: Arc<Orders>,
+    program: Option<Pid>,
+    children: Children,
+) {
     thread::spawn(move || {
         for module in &drivers {
             // What is missing shows at the socket.
             let _ = modules::load(module);
         }
         let Ok(listener) = listen() else { return };
-        while let Ok(connection) = accept_with(&listener, SocketFlags::CLOEXEC) {
+        loop {
+            let Ok(connection) = accept_with(&listener, SocketFlags::CLOEXEC) else {
+                thread::sleep(PAUSE);
+                continue;
+            };
             let (orders, children) = (Arc::clone(&orders), children.clone());
-            thread::spawn(move || run(connection.into(), &orders, &children));
+            let serve = move || run(connection.into(), &orders, program, &children);
+            // Without a thread for it, the connection is closed.
+            let _ = thread::Builder::new().spawn(serve);
         }
     });
 }
 
-/// Runs one program to its end.
-fn run(mut connection: File, orders: &Orders, children: &Children) {
+/// Runs one program to its end, or sends the image's a signal.
+fn run(mut connection: File, orders: &Orders, program: Option<Pid>, children: &Children) {
     let Ok(request) = receive(&mut connection) else {
         return;
     };
+    if let Some(number) = request.signal {
+        if let Some(program) = program {
+            process::send_signal(program, number);
+        }
+        return;
+    }
     let Ok(channel) = Channel::stream(connection) else {
         return;
     };

@@ -50,6 +50,8 @@ pub fn main() -> ! {
 }
 
 fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
+    process::set_file_limit(process::MAX_FILES)
+        .map_err(cannot("raise the limit of descriptors"))?;
     mount_system()?;
     let setup = fs::read(SETUP).map_err(cannot("read the orders"))?;
     let mut setup: Setup = serde_json::from_slice(&setup).map_err(cannot("read the orders"))?;
@@ -84,7 +86,7 @@ fn run(channel: &mut Option<Channel>) -> Result<u8, Failure> {
     let channel = channel.insert(opened);
     prepare(&orders)?;
     let program = process::start(&orders, channel, &children)?;
-    exec::serve(later, Arc::new(orders), children);
+    exec::serve(later, Arc::new(orders), Some(program.pid), children);
     Ok(program.wait(process::kill_all))
 }
 
@@ -103,7 +105,7 @@ fn become_init(orders: Orders, drivers: Vec<File>) -> Result<u8, Failure> {
     prepare(&orders)?;
     // SAFETY: this process has no other thread.
     if unsafe { fork() }.map_err(cannot("fork"))?.is_child() {
-        exec::serve(drivers, Arc::new(orders), Children::reap());
+        exec::serve(drivers, Arc::new(orders), None, Children::reap());
         loop {
             thread::park();
         }
@@ -111,6 +113,7 @@ fn become_init(orders: Orders, drivers: Vec<File>) -> Result<u8, Failure> {
     let mut words = orders.command.iter();
     let name = words.next().map_or("", String::as_str);
     let environment = orders.environment.iter().filter_map(|v| v.split_once('='));
+    let _ = process::set_file_limit(process::FILES);
     let mut init = Command::new(name);
     init.args(words).env_clear().envs(environment);
     Err(cannot_run(name)(init.exec()))

@@ -79,9 +79,19 @@ pub struct Exec {
     pub directory: Option<String>,
     /// Whether it has a terminal.
     pub terminal: bool,
+    /// In place of a program: a signal for the image's.
+    pub signal: Option<u8>,
 }
 
 impl Exec {
+    /// Sends the image's program this signal.
+    pub fn signal(number: u8) -> Self {
+        Self {
+            signal: Some(number),
+            ..Self::default()
+        }
+    }
+
     /// Powers the machine off, in an image with an init of its own.
     pub fn poweroff() -> Self {
         let command = vec!["poweroff".to_owned()];

@@ -31,6 +31,8 @@ struct Streams {
 
 /// A program that runs.
 pub(super) struct Started {
+    /// Its process ID, which is that of its process group, too.
+    pub(super) pid: rustix::process::Pid,
     status: Receiver<u8>,
     outputs: Vec<JoinHandle<()>>,
 }
@@ -107,7 +109,11 @@ pub(super) fn start(
         })
         .collect();
 
-    Ok(Started { status, outputs })
+    Ok(Started {
+        pid,
+        status,
+        outputs,
+    })
 }
 
 impl Streams {
@@ -141,6 +147,22 @@ impl Streams {
     }
 }
 
+/// Descriptors that a program can have, unless it asks for up to [`MAX_FILES`]: what it may expect, and what Linux allows.
+pub(super) const FILES: u64 = 1024;
+pub(super) const MAX_FILES: u64 = 1 << 20;
+
+/// Sets how many descriptors this process can have, and what it starts.
+pub(super) fn set_file_limit(files: u64) -> io::Result<()> {
+    let limit = rustix::process::Rlimit {
+        current: Some(files),
+        maximum: Some(MAX_FILES),
+    };
+    Ok(rustix::process::setrlimit(
+        rustix::process::Resource::Nofile,
+        limit,
+    )?)
+}
+
 /// What the program's process does before it becomes the program.
 #[allow(unsafe_code, reason = "it runs between fork and exec")]
 fn before_program(command: &mut Command, user: User, terminal: bool) {
@@ -148,6 +170,7 @@ fn before_program(command: &mut Command, user: User, terminal: bool) {
     let prepare = move || -> io::Result<()> {
         // A session and a process group of its own, for signals and job control.
         rustix::process::setsid()?;
+        set_file_limit(FILES)?;
         if terminal {
             rustix::process::ioctl_tiocsctty(io::stdin().as_fd())?;
             rustix::fs::fchown(io::stdin(), Some(Uid::from_raw(user.uid)), None)?;
@@ -159,6 +182,13 @@ fn before_program(command: &mut Command, user: User, terminal: bool) {
     };
     // SAFETY: it makes system calls only, and allocates nothing.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// Sends a program's process group the signal with this number, if there is one.
+pub(super) fn send_signal(group: rustix::process::Pid, number: u8) {
+    if let Some(signal) = rustix::process::Signal::from_named_raw(number.into()) {
+        let _ = rustix::process::kill_process_group(group, signal);
+    }
 }
 
 /// Kills all processes but this one: what the image's program has left behind goes with it, so that its streams end.

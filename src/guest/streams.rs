@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::termios::{OptionalActions, Winsize, tcdrain, tcgetattr, tcsetattr, tcsetwinsize};
 
 use super::frames::{ERROR, INPUT, OUTPUT, RESIZE, SIGNAL, TAKEN, frame};
+use super::process;
 
 /// Bytes that are sent in one frame.
 const PIECE: usize = 4096 - super::frames::HEADER;
@@ -137,12 +138,7 @@ impl Channel {
                         let _ = tcsetwinsize(terminal, size);
                     }
                 }
-                (SIGNAL, [number]) => {
-                    if let Some(signal) = rustix::process::Signal::from_named_raw((*number).into())
-                    {
-                        let _ = rustix::process::kill_process_group(group, signal);
-                    }
-                }
+                (SIGNAL, [number]) => process::send_signal(group, *number),
                 _ => {}
             }
         }

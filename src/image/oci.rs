@@ -98,6 +98,8 @@ pub struct ImageConfig {
     pub cmd: Option<Vec<String>>,
     /// Work directory.
     pub working_dir: Option<String>,
+    /// The signal that asks it to end, by name or number.
+    pub stop_signal: Option<String>,
 }
 
 /// A layer: where it is, and what it has to be.

@@ -3,7 +3,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -37,6 +37,8 @@ pub struct Info {
     pub command: String,
     /// Whether that is process 1, to which signals do not go.
     pub is_init: bool,
+    /// The signal that asks it to end, if that is not SIGTERM.
+    pub stop_signal: Option<u8>,
     /// The process that is its VMM.
     pub pid: i32,
 }
@@ -94,17 +96,22 @@ impl Running {
         }
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false).mode(0o600);
-        let mut file = options
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(dir.join(INFO))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => {
-                return Err(io::Error::other(format!(
-                    "a VM with the name '{name}' is running"
-                )));
+        options.custom_flags(libc::O_NOFOLLOW);
+        let path = dir.join(INFO);
+        let mut file = loop {
+            let file = options.open(&path)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => {
+                    let why = format!("a VM with the name '{name}' is running");
+                    return Err(io::Error::other(why));
+                }
+                locked => locked?,
             }
-            locked => locked?,
-        }
+            // A VM that ends removes its file: a lock on that would keep nobody out.
+            if is_at(&file, &path)? {
+                break file;
+            }
+        };
         file.set_len(0)?;
         file.write_all(&serde_json::to_vec(info)?)?;
         Ok(Claim { dir, _lock: file })
@@ -129,15 +136,21 @@ impl Running {
         if !is_name(name) || is_over(&dir)? {
             return Ok(None);
         }
-        let path = dir.join(INFO);
+        let mut file = match File::open(dir.join(INFO)) {
+            // It has just ended.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        let mut json = Vec::new();
+        file.read_to_end(&mut json)?;
         // A VM that has just taken its name has not written it yet.
-        let Ok(info) = serde_json::from_slice(&fs::read(&path)?) else {
+        let Ok(info) = serde_json::from_slice(&json) else {
             return Ok(None);
         };
         Ok(Some(Vm {
             name: name.to_owned(),
             info,
-            started: fs::metadata(&path)?.modified()?,
+            started: file.metadata()?.modified()?,
             dir,
         }))
     }
@@ -215,6 +228,15 @@ impl Vm {
     }
 }
 
+/// Whether the file is the one at this path.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let open = file.metadata()?;
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        there => there.map(|there| (there.dev(), there.ino()) == (open.dev(), open.ino())),
+    }
+}
+
 /// Keeps other processes from taking names in this directory, and from removing what has been left, as long as it lives.
 pub(super) fn lock(runtime: &Path) -> io::Result<File> {
     let file = File::open(runtime)?;
@@ -273,6 +295,7 @@ mod tests {
             image: "busybox".into(),
             command: "sh".into(),
             is_init: false,
+            stop_signal: None,
             pid: 1,
         };
         let claim = running.claim("a", &info).unwrap();
@@ -294,6 +317,11 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         drop(claim);
         assert!(vm.has_ended().unwrap() && running.find("a").unwrap().is_none());
+        // One that ends while another takes its name removes its file, and not the new one's lock.
+        let file = File::create(dir.path().join("old")).unwrap();
+        assert!(is_at(&file, &dir.path().join("old")).unwrap());
+        fs::remove_file(dir.path().join("old")).unwrap();
+        assert!(!is_at(&file, &dir.path().join("old")).unwrap());
         for bad in ["", "../x", ".x", "a/b", &"x".repeat(33)] {
             assert!(running.claim(bad, &info).is_err(), "{bad}");
             assert!(running.find(bad).unwrap().is_none());

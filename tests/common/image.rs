@@ -35,7 +35,7 @@ pub(crate) fn both_ways(test: impl Fn(&Image)) {
 }
 
 fn write(dir: &Path) {
-    let config = r#"{"Env":["FROM_IMAGE=1","A=image"],"Cmd":["sh","-c","echo default"],"WorkingDir":"/etc"}"#;
+    let config = r#"{"Env":["FROM_IMAGE=1","A=image"],"Cmd":["sh","-c","echo default"],"WorkingDir":"/etc","StopSignal":"SIGQUIT"}"#;
     layout(&dir.join("oci"), &layers(), config);
 }
 
