@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Seek};
+use std::ops::Range;
 
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
@@ -100,9 +101,23 @@ impl<R: Read> Archive<R> {
                     | EntryType::GNULongName
                     | EntryType::GNULongLink
             );
+            // Go's archive/tar, and so docker, reads no content behind these, whatever size they claim (isHeaderOnlyType): the
+            // next member begins at once.
+            let is_header_only = matches!(
+                kind,
+                EntryType::Link
+                    | EntryType::Symlink
+                    | EntryType::Char
+                    | EntryType::Block
+                    | EntryType::Directory
+                    | EntryType::Fifo
+            );
             // Where both headers have a size, pax's counts, here and where the next member begins (CVE-2025-62518).
-            let size = (extended.size.filter(|_| !is_extension))
-                .map_or_else(|| header.entry_size(), Ok)?;
+            let size = match extended.size {
+                _ if is_header_only => 0,
+                Some(size) if !is_extension => size,
+                _ => header.entry_size()?,
+            };
             if size > MAX_IMAGE_BYTES {
                 return Err(bad(format!("a member of {size} bytes is too large")));
             }
@@ -244,9 +259,12 @@ impl<R: Read> Archive<R> {
             pieces: vec![(0, stored)],
             path,
         };
-        if matches!(member.kind, Kind::Special(_)) {
-            let (major, minor) = (header.device_major()?, header.device_minor()?);
-            member.device = (major.unwrap_or(0), minor.unwrap_or(0));
+        // Readers do not agree: to Go, type '0' is a file and NUL a header without content; GNU tar skips the content of both.
+        if member.kind == Kind::Directory && stored > 0 {
+            return Err(wrong("a directory with content"));
+        }
+        if matches!(kind, EntryType::Char | EntryType::Block) {
+            member.device = device(header)?;
         }
         let sparse = extended.sparse;
         if kind == EntryType::GNUSparse || (sparse.size.is_some() && member.kind == Kind::File) {
@@ -357,6 +375,20 @@ impl<R: Read + Seek> Archive<R> {
             ..Self::new(reader)
         }
     }
+}
+
+/// Major and minor number of a device. A field that is empty is 0, as in Go: some writers leave it so.
+fn device(header: &Header) -> io::Result<(u32, u32)> {
+    let number = |at: Range<usize>, read: fn(&Header) -> io::Result<Option<u32>>| {
+        let field = header.as_bytes().get(at).unwrap_or_default();
+        let is_empty = field.iter().all(|byte| matches!(byte, 0 | b' '));
+        let number = if is_empty { None } else { read(header)? };
+        io::Result::Ok(number.unwrap_or(0))
+    };
+    Ok((
+        number(329..337, Header::device_major)?,
+        number(337..345, Header::device_minor)?,
+    ))
 }
 
 fn id(number: u64) -> Option<u32> {

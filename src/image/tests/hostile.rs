@@ -10,6 +10,7 @@ use super::{
     Entry, Made, compressed, entry, file, gzip, header, layer, layout, make, names, store,
 };
 use crate::image::digest::Digest;
+use crate::image::tar::Archive;
 use crate::image::{How, Source};
 
 #[test]
@@ -249,4 +250,77 @@ fn names_in_an_images_json_stay_in_its_directory() {
         assert!(error.contains("is not in it"), "{error}");
     }
     load("layer.tar").unwrap();
+}
+
+/// A header and its content, in whole blocks.
+fn member(mut header: Header, content: &[u8]) -> Vec<u8> {
+    header.set_cksum();
+    let mut bytes = [header.as_bytes(), content].concat();
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes
+}
+
+#[test]
+fn device_numbers_are_read_of_devices_only_and_may_be_empty() {
+    let numbers = |kind: EntryType, field: &[u8; 8]| {
+        let mut header = header(Header::new_ustar(), kind, 0);
+        header.set_path("x").unwrap();
+        header.as_ustar_mut().unwrap().dev_major = *field;
+        header.as_ustar_mut().unwrap().dev_minor = *field;
+        let archive = member(header, b"");
+        let member = Archive::new(&archive[..]).next();
+        member.map(|member| member.unwrap().device)
+    };
+    for field in [b"\0\0\0\0\0\0\0\0", b"        ", b"garbage\0"] {
+        assert_eq!(numbers(EntryType::Fifo, field).unwrap(), (0, 0));
+    }
+    for kind in [EntryType::Char, EntryType::Block] {
+        assert_eq!(numbers(kind, &[0; 8]).unwrap(), (0, 0));
+        assert_eq!(numbers(kind, b"       \0").unwrap(), (0, 0));
+        assert_eq!(numbers(kind, b"0000012\0").unwrap(), (10, 10));
+        assert!(numbers(kind, b"garbage\0").is_err());
+    }
+}
+
+/// Where another reader goes on, it sees other members.
+#[test]
+fn only_files_have_content() {
+    let inner = member(header(Header::new_ustar(), EntryType::Regular, 0), b"");
+    let names = |outer: Header, extension: &[u8]| {
+        let archive = [extension, &member(outer, b""), &inner].concat();
+        let mut archive = Archive::new(&archive[..]);
+        let mut count = 0;
+        while let Some(member) = archive.next()? {
+            assert_eq!(member.size, 0);
+            count += 1;
+        }
+        std::io::Result::Ok(count)
+    };
+    let pax = b"12 size=512\n";
+    let pax = member(
+        header(Header::new_ustar(), EntryType::XHeader, pax.len()),
+        pax,
+    );
+    for kind in [
+        EntryType::Link,
+        EntryType::Symlink,
+        EntryType::Char,
+        EntryType::Block,
+        EntryType::Directory,
+        EntryType::Fifo,
+    ] {
+        assert_eq!(
+            names(header(Header::new_ustar(), kind, 512), b"").unwrap(),
+            2
+        );
+        assert_eq!(
+            names(header(Header::new_ustar(), kind, 0), &pax).unwrap(),
+            2
+        );
+    }
+    // Before POSIX, a directory was a file whose name ends so; readers do not agree on its content.
+    let mut old = header(Header::new_old(), EntryType::Regular, 512);
+    old.as_old_mut().name[..2].copy_from_slice(b"d/");
+    let error = names(old, b"").unwrap_err().to_string();
+    assert!(error.contains("a directory with content"), "{error}");
 }
