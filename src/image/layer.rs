@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use super::erofs::Data;
 use super::limits::{MAX_IMAGE_BYTES, MAX_MEMBERS, MAX_XATTRS, bad};
 use super::tar::{Archive, Kind, Member};
-use super::tree::{Content, Id, Inode, ROOT, Tree, components};
+use super::tree::{Content, ENTRY_BYTES, Id, Inode, ROOT, Tree, components};
 
 /// What a name in a layer begins with that removes the name behind it from lower layers.
 const WHITEOUT: &[u8] = b".wh.";
@@ -138,6 +138,7 @@ impl Merge {
                 match self.target(&target)? {
                     Some(id) => self.tree.link(directory, name, id, true),
                     None => {
+                        self.tree.weigh(ENTRY_BYTES + name.len() + target.len())?;
                         pending.push(Pending {
                             directory,
                             name: name.to_vec(),

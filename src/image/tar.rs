@@ -259,6 +259,9 @@ impl<R: Read> Archive<R> {
             pieces: vec![(0, stored)],
             path,
         };
+        if member.link.len() > MAX_PATH {
+            return Err(wrong(&format!("a link of {} bytes", member.link.len())));
+        }
         // Readers do not agree: to Go, type '0' is a file and NUL a header without content; GNU tar skips the content of both.
         if member.kind == Kind::Directory && stored > 0 {
             return Err(wrong("a directory with content"));

@@ -5,12 +5,17 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use super::limits::{MAX_DEPTH, MAX_METADATA, MAX_NAME, MAX_SYMLINKS, bad};
+use super::limits::{MAX_DEPTH, MAX_MEMBERS, MAX_METADATA, MAX_NAME, MAX_SYMLINKS, bad};
 
 /// Index of an inode in its tree.
 pub(super) type Id = usize;
 /// The root directory.
 pub(super) const ROOT: Id = 0;
+
+/// Bytes that a name or an extended attribute takes in memory beside its own: its place in a map, and its allocation.
+pub(super) const ENTRY_BYTES: usize = 64;
+/// Bytes that a map takes from its first entry on: a node has room for eleven.
+const NODE_BYTES: usize = 512;
 
 /// What an inode is.
 #[derive(Debug, Clone)]
@@ -65,14 +70,20 @@ impl Inode {
         Self::new(libc::S_IFDIR | 0o755, Content::Directory(BTreeMap::new()))
     }
 
-    /// Bytes of its variable parts.
+    /// Bytes of its link and extended attributes in memory.
     fn weight(&self) -> usize {
         let link = match &self.content {
             Content::Symlink(target) => target.len(),
             _ => 0,
         };
+        let node = if self.xattrs.is_empty() {
+            0
+        } else {
+            NODE_BYTES
+        };
         let xattrs = self.xattrs.iter();
-        link + xattrs.map(|(k, v)| k.len() + v.len()).sum::<usize>()
+        let xattrs = xattrs.map(|(k, v)| ENTRY_BYTES + k.len() + v.len());
+        link + node + xattrs.sum::<usize>()
     }
 }
 
@@ -80,8 +91,10 @@ impl Inode {
 pub(super) struct Tree {
     inodes: Vec<Inode>,
     layer: usize,
-    /// Bytes of all names, links and extended attributes that were ever in it.
-    weight: usize,
+    /// How many more inodes it can take; those that lost their names count, too.
+    pub(super) inodes_left: usize,
+    /// Likewise, bytes of names, links and extended attributes.
+    pub(super) metadata_left: usize,
 }
 
 /// The components of a path; `None` if it leaves the root by `..`, or has a name that no file can have.
@@ -98,7 +111,8 @@ impl Tree {
         Self {
             inodes: vec![Inode::directory()],
             layer: 0,
-            weight: 0,
+            inodes_left: MAX_MEMBERS,
+            metadata_left: MAX_METADATA,
         }
     }
 
@@ -217,7 +231,7 @@ impl Tree {
     /// Puts an inode into a directory. A directory that is there keeps its content if the new one is a directory; anything else
     /// that is there loses this name.
     pub(super) fn add(&mut self, directory: Id, name: &[u8], inode: Inode) -> io::Result<Id> {
-        self.weigh(name.len() + inode.weight())?;
+        self.weigh(ENTRY_BYTES + name.len() + inode.weight())?;
         let layer = self.layer;
         let there = self.child(directory, name);
         if let (Some(entry), Content::Directory(_)) = (there, &inode.content)
@@ -228,6 +242,13 @@ impl Tree {
                 .insert(name.to_vec(), Entry { layer, ..entry });
             return Ok(entry.id);
         }
+        if matches!(inode.content, Content::Directory(_)) {
+            self.weigh(NODE_BYTES)?;
+        }
+        // Directories that only a name deeper down implies are no members of an archive: they count here.
+        let left = self.inodes_left.checked_sub(1);
+        self.inodes_left =
+            left.ok_or_else(|| bad(format!("it has more than {MAX_MEMBERS} files")))?;
         let id = self.inodes.len();
         self.inodes.push(Inode { layer, ..inode });
         self.children_mut(directory)?
@@ -258,7 +279,7 @@ impl Tree {
         if self.children(id).is_some() {
             return Err(bad("a hard link to a directory"));
         }
-        self.weigh(name.len())?;
+        self.weigh(ENTRY_BYTES + name.len())?;
         let layer = self.layer;
         let children = self.children_mut(directory)?;
         if over || children.get(name).is_none_or(|entry| entry.layer != layer) {
@@ -290,11 +311,11 @@ impl Tree {
         names.iter().try_for_each(|name| self.hide(directory, name))
     }
 
-    fn weigh(&mut self, bytes: usize) -> io::Result<()> {
-        self.weight = self.weight.saturating_add(bytes);
-        if self.weight > MAX_METADATA {
-            return Err(bad("its names and attributes take more than 256 MiB"));
-        }
+    /// Takes bytes of memory from what the tree can have.
+    pub(super) fn weigh(&mut self, bytes: usize) -> io::Result<()> {
+        let left = self.metadata_left.checked_sub(bytes);
+        self.metadata_left =
+            left.ok_or_else(|| bad("its names and attributes take more than 256 MiB"))?;
         Ok(())
     }
 }

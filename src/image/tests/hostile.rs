@@ -10,6 +10,7 @@ use super::{
     Entry, Made, compressed, entry, file, gzip, header, layer, layout, make, names, store,
 };
 use crate::image::digest::Digest;
+use crate::image::layer::Merge;
 use crate::image::tar::Archive;
 use crate::image::{How, Source};
 
@@ -252,12 +253,80 @@ fn names_in_an_images_json_stay_in_its_directory() {
     load("layer.tar").unwrap();
 }
 
+/// Applies an archive as a layer; what was wrong with it.
+#[track_caller]
+fn refused_layer(merge: &mut Merge, archive: &[u8], wanted: &str) {
+    let error = merge.layer(archive, true).unwrap_err().to_string();
+    assert!(error.contains(wanted), "{wanted}: {error}");
+}
+
+fn merge() -> Merge {
+    Merge::new(tempfile::tempfile().unwrap())
+}
+
 /// A header and its content, in whole blocks.
 fn member(mut header: Header, content: &[u8]) -> Vec<u8> {
     header.set_cksum();
     let mut bytes = [header.as_bytes(), content].concat();
     bytes.resize(bytes.len().next_multiple_of(512), 0);
     bytes
+}
+
+#[test]
+fn directories_that_only_names_imply_count() {
+    let mut merge = merge();
+    merge.tree.inodes_left = 8;
+    let archive = layer(&[file("a/b/c/f", ""), file("a/b/c/g", "")]);
+    merge.layer(&archive[..], true).unwrap();
+    let archive = layer(&[file("x/d/d/d/f", "")]);
+    refused_layer(&mut merge, &archive, "more than 1000000 files");
+}
+
+#[test]
+fn names_and_attributes_weigh_what_they_take_in_memory() {
+    let mut one = merge();
+    one.tree.metadata_left = 100;
+    let archive = layer(&[file("a", ""), file("b", "")]);
+    refused_layer(&mut one, &archive, "more than 256 MiB");
+    let mut two = merge();
+    two.tree.metadata_left = 600;
+    let attribute = Entry {
+        xattr: Some(("user.a".to_owned(), b"x".to_vec())),
+        ..file("a", "")
+    };
+    refused_layer(&mut two, &layer(&[attribute]), "more than 256 MiB");
+    // A directory again is the one that is there.
+    let mut three = merge();
+    three.tree.metadata_left = 800;
+    let directory = entry("d", EntryType::Directory, "");
+    let archive = layer(&[directory.clone(), directory]);
+    three.layer(&archive[..], true).unwrap();
+    refused_layer(
+        &mut three,
+        &layer(&[entry("e", EntryType::Directory, "")]),
+        "more than 256 MiB",
+    );
+}
+
+#[test]
+fn targets_of_links_are_bounded() {
+    let target = "t".repeat(4097);
+    let pax = format!("4112 linkpath={target}\n");
+    for kind in [EntryType::Link, EntryType::Symlink] {
+        for (extension, content) in [
+            (EntryType::GNULongLink, target.as_bytes()),
+            (EntryType::XHeader, pax.as_bytes()),
+        ] {
+            let long = member(header(Header::new_gnu(), extension, content.len()), content);
+            let archive = [long, layer(&[entry("link", kind, "t")])].concat();
+            refused(&archive, &archive, "a link of 4097 bytes");
+        }
+    }
+    // Links that wait for their targets are in memory as well.
+    let mut merge = merge();
+    merge.tree.metadata_left = 150;
+    let links = ["a", "b", "c"].map(|name| entry(name, EntryType::Link, "none"));
+    refused_layer(&mut merge, &layer(&links), "more than 256 MiB");
 }
 
 #[test]
