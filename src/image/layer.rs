@@ -28,6 +28,25 @@ pub(super) struct Merge {
     data: Data,
     members: usize,
     bytes: u64,
+    /// Bytes of archives that may yet be read: headers, padding and what follows an archive's end take time, too.
+    pub(super) unread: u64,
+}
+
+/// Fails where it has read more than it may: an archive that is too long is not to look like a whole one.
+struct Limited<R> {
+    reader: R,
+    left: u64,
+}
+
+impl<R: Read> Read for Limited<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buf)?;
+        self.left = self.left.checked_sub(count as u64).ok_or_else(|| {
+            let limit = MAX_IMAGE_BYTES >> 30;
+            bad(format!("its archives have more than {limit} GiB, unpacked"))
+        })?;
+        Ok(count)
+    }
 }
 
 /// A hard link whose target is not there yet.
@@ -45,13 +64,17 @@ impl Merge {
             data: Data::new(file),
             members: 0,
             bytes: 0,
+            unread: MAX_IMAGE_BYTES,
         }
     }
 
     /// Applies a layer; reads the whole of `reader`. `whiteouts` is whether names can remove what lower layers have.
     pub(super) fn layer(&mut self, reader: impl Read, whiteouts: bool) -> io::Result<()> {
         self.tree.next_layer();
-        let mut archive = Archive::new(reader);
+        let mut archive = Archive::new(Limited {
+            reader,
+            left: self.unread,
+        });
         let mut pending = Vec::new();
         while let Some(member) = archive.next()? {
             self.count(member.size)?;
@@ -73,7 +96,7 @@ impl Merge {
             })?;
             self.tree.link(link.directory, &link.name, target, false)?;
         }
-        archive.finish()?;
+        self.unread = archive.finish()?.left;
         Ok(())
     }
 

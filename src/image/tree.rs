@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use super::limits::{MAX_DEPTH, MAX_MEMBERS, MAX_METADATA, MAX_NAME, MAX_SYMLINKS, bad};
+use super::limits::{MAX_DEPTH, MAX_MEMBERS, MAX_METADATA, MAX_NAME, MAX_PATH, MAX_SYMLINKS, bad};
 
 /// Index of an inode in its tree.
 pub(super) type Id = usize;
@@ -51,6 +51,8 @@ pub(super) struct Inode {
     pub(super) content: Content,
     /// Of a directory in the tree: the last layer that had it, or something in it.
     pub(super) layer: usize,
+    /// Of a directory: the last layer that removed all that lower layers have in it; 0 if none did.
+    pub(super) hidden: usize,
 }
 
 impl Inode {
@@ -63,6 +65,7 @@ impl Inode {
             xattrs: BTreeMap::new(),
             content,
             layer: 0,
+            hidden: 0,
         }
     }
 
@@ -160,6 +163,8 @@ impl Tree {
         // Components to come, the next one last.
         let mut todo: Vec<Vec<u8>> = path.iter().rev().map(|part| part.to_vec()).collect();
         let mut symlinks = 0;
+        // Bytes of their targets, and so a limit of the components that one path can lead through.
+        let mut followed = 0;
         while let Some(part) = todo.pop() {
             let here = stack.last().copied().unwrap_or(ROOT);
             if part == b".." {
@@ -187,6 +192,12 @@ impl Tree {
                     symlinks += 1;
                     if symlinks > MAX_SYMLINKS {
                         return Err(bad("a loop of symbolic links"));
+                    }
+                    followed += target.len();
+                    if followed > MAX_PATH {
+                        return Err(bad(format!(
+                            "symbolic links of more than {MAX_PATH} bytes on the way to it"
+                        )));
                     }
                     let parts = target.split(|byte| *byte == b'/');
                     let parts = parts.filter(|part| !part.is_empty() && *part != b".");
@@ -263,6 +274,7 @@ impl Tree {
         *inode = Inode {
             content: std::mem::replace(&mut inode.content, Content::Special(0)),
             layer,
+            hidden: inode.hidden,
             ..new
         };
         Ok(())
@@ -307,6 +319,13 @@ impl Tree {
 
     /// The same for all names in a directory. Directories are nested up to a limit, and so are these calls.
     pub(super) fn hide_all(&mut self, directory: Id) -> io::Result<()> {
+        let layer = self.layer;
+        let hidden = &mut self.inode_mut(directory)?.hidden;
+        // A second time there is nothing to remove, since a layer only adds names of its own; and a layer with many files and
+        // many whiteouts is not to take their product in time.
+        if std::mem::replace(hidden, layer) == layer {
+            return Ok(());
+        }
         let names: Vec<Vec<u8>> = self.children_mut(directory)?.keys().cloned().collect();
         names.iter().try_for_each(|name| self.hide(directory, name))
     }

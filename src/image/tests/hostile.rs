@@ -12,6 +12,7 @@ use super::{
 use crate::image::digest::Digest;
 use crate::image::layer::Merge;
 use crate::image::tar::Archive;
+use crate::image::tree::{Content, Inode, ROOT, Tree};
 use crate::image::{How, Source};
 
 #[test]
@@ -327,6 +328,79 @@ fn targets_of_links_are_bounded() {
     merge.tree.metadata_left = 150;
     let links = ["a", "b", "c"].map(|name| entry(name, EntryType::Link, "none"));
     refused_layer(&mut merge, &layer(&links), "more than 256 MiB");
+}
+
+#[test]
+fn whiteouts_take_no_more_time_where_there_are_many() {
+    let many = 10_000;
+    let directory = || {
+        Inode::new(
+            libc::S_IFDIR | 0o755,
+            Content::Directory(Default::default()),
+        )
+    };
+    let special = || Inode::new(libc::S_IFIFO, Content::Special(0));
+    let mut tree = Tree::new();
+    for layer in 0..2 {
+        tree.next_layer();
+        let d = tree.directory(&[b"d"], true).unwrap().unwrap();
+        for number in 0..many {
+            let name = format!("{layer} {number}");
+            tree.add(d, name.as_bytes(), special()).unwrap();
+        }
+        let start = std::time::Instant::now();
+        for _ in 0..many {
+            tree.hide_all(d).unwrap();
+            tree.hide(ROOT, b"d").unwrap();
+            // Its attributes may come in between.
+            assert_eq!(tree.add(ROOT, b"d", directory()).unwrap(), d);
+        }
+        // Milliseconds; it would be minutes if each whiteout looked at all names.
+        assert!(start.elapsed().as_secs() < 5);
+        // Those of this layer, and none of those below.
+        let names: Vec<&Vec<u8>> = tree.children(d).unwrap().keys().collect();
+        let prefix = format!("{layer} ").into_bytes();
+        assert_eq!(names.len(), many);
+        assert!(names.iter().all(|name| name.starts_with(&prefix)));
+    }
+}
+
+#[test]
+fn symbolic_links_lead_through_a_bounded_number_of_names() {
+    let mut tree = Tree::new();
+    let target = b"a/../".repeat(4095 / 5);
+    let link = |target: &[u8]| Inode::new(libc::S_IFLNK | 0o777, Content::Symlink(target.into()));
+    tree.add(ROOT, b"s", link(&target)).unwrap();
+    tree.add(ROOT, b"slashes", link(&[b'/'; 4095])).unwrap();
+    for name in [&b"s"[..], b"slashes"] {
+        assert_eq!(tree.directory(&[name], true).unwrap(), Some(ROOT));
+        let error = tree.directory(&[name, name], true).unwrap_err().to_string();
+        assert!(
+            error.contains("symbolic links of more than 4096 bytes"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn all_bytes_of_archives_count() {
+    let good = layer(&[file("a", "x")]);
+    let after_the_end = [&good[..], &[0; 9000]].concat();
+    let global = header(Header::new_ustar(), EntryType::XGlobalHeader, 0);
+    let extensions = [member(global, b"").repeat(20), good.clone()].concat();
+    for archive in [after_the_end, extensions] {
+        let mut enough = merge();
+        enough.unread = archive.len() as u64;
+        enough.layer(&archive[..], true).unwrap();
+        let mut less = merge();
+        less.unread = archive.len() as u64 - 1;
+        refused_layer(&mut less, &archive, "more than 32 GiB, unpacked");
+    }
+    // Those of all layers.
+    let mut merge = merge();
+    merge.unread = good.len() as u64 * 2 - 1;
+    merge.layer(&good[..], true).unwrap();
+    refused_layer(&mut merge, &good, "more than 32 GiB, unpacked");
 }
 
 #[test]
