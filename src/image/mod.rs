@@ -51,7 +51,8 @@ pub struct ImageError {
 /// Where an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// An OCI layout, a directory or an archive, or an archive of `docker save`; and the name of the image, if there are several.
+    /// An OCI layout, a directory or an archive, or an archive of `docker save`; and the name of the image, if there are several. What
+    /// could be an image in the store as well is refused, unless it begins with `/` or `.`.
     File(PathBuf, Option<String>),
     /// Such an archive on stdin.
     Stdin,
@@ -87,17 +88,19 @@ pub struct Progress {
 }
 
 impl Source {
-    /// What `text` means: `-` is stdin; what has a slash in front or is there is a file, perhaps with `:NAME`; the rest
-    /// is a name.
+    /// What `text` means: `-` is stdin; what has a slash in front or is there is a file, perhaps with `:NAME`, which may have colons
+    /// as well; the rest is a name.
     pub fn parse(text: &str) -> Self {
         if text == "-" {
             return Self::Stdin;
         }
         let path = Path::new(text);
-        let with_name = text.rsplit_once(':');
+        let mut colons = text.match_indices(':').map(|(at, _)| text.split_at(at));
+        let with_name = colons.find(|(file, _)| Path::new(file).exists());
         match with_name {
             _ if path.exists() => Self::File(path.to_owned(), None),
-            Some((file, name)) if Path::new(file).exists() => {
+            Some((file, name)) => {
+                let name = name.strip_prefix(':').unwrap_or(name);
                 Self::File(file.into(), Some(name.to_owned()))
             }
             _ if text.starts_with(['/', '.']) => Self::File(path.to_owned(), None),
@@ -121,8 +124,9 @@ impl Source {
         let loaded = match self {
             Self::Stdin => Parts::stream(&mut io::stdin().lock())
                 .and_then(|parts| load(store, &parts, None, self.shown(), how)),
-            Self::File(path, name) => Parts::open(path)
-                .and_then(|parts| load(store, &parts, name.as_deref(), self.shown(), how)),
+            Self::File(path, name) => check_not_stored(store, &self.shown())
+                .and_then(|()| Parts::open(path))
+                .and_then(|parts| load(store, &parts, name.as_deref(), absolute(path)?, how)),
             Self::Root(path) => load_root(store, path),
             Self::Named(name) => load_named(store, name, how),
             #[cfg(feature = "registry")]
@@ -135,15 +139,30 @@ impl Source {
     }
 }
 
+/// Refuses what means a file here and would mean an image elsewhere: which one is run must not depend on the current directory.
+fn check_not_stored(store: &Store, text: &str) -> io::Result<()> {
+    if text.starts_with(['/', '.']) || store.called(text)?.is_empty() {
+        return Ok(());
+    }
+    Err(bad(format!(
+        "it is both a file here and an image in the store: write ./{text} for the file, or the beginning of the image's digest"
+    )))
+}
+
+/// How a file without a name of its own is called in the store: no other file is, and no image in a registry.
+fn absolute(path: &Path) -> io::Result<String> {
+    Ok(std::path::absolute(path)?.display().to_string())
+}
+
 fn load(
     store: &Store,
     parts: &Parts,
     name: Option<&str>,
-    shown: String,
+    default_name: String,
     how: &How<'_>,
 ) -> io::Result<Stored> {
     let image = oci::Image::find(parts, name)?;
-    let name = image.name.unwrap_or(shown);
+    let name = image.name.unwrap_or(default_name);
     // Compressed, as far as they are.
     let layers = image.layers.iter().flat_map(|layer| &layer.blob);
     let bytes = layers.map(|(_, size)| *size).fold(0, u64::saturating_add);
@@ -175,7 +194,7 @@ fn load(
 /// A root file system is known by what changes with it, so that its content is read once.
 fn load_root(store: &Store, path: &Path) -> io::Result<Stored> {
     let metadata = fs::metadata(path)?;
-    let name = path.display().to_string();
+    let name = absolute(path)?;
     if metadata.is_dir() {
         let listing = Listing::read(path)?;
         let digest = listing.digest();

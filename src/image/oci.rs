@@ -1,7 +1,7 @@
 //! What the JSON of an image says: OCI image specification 1.1 (image-layout.md, image-index.md, manifest.md, config.md) and the
 //! archives of `docker save`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 
 use serde::de::DeserializeOwned;
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::blob::{Hashing, Parts};
 use super::digest::Digest;
 use super::limits::{MAX_INDEXES, MAX_JSON, MAX_LAYERS, bad};
+use super::reference::same_image;
 
 /// Media types of an index.
 const INDEXES: &[&str] = &[
@@ -27,7 +28,7 @@ const LAYERS: &[&str] = &[
     "application/vnd.docker.image.rootfs.",
 ];
 const ARCHIVES: &[&str] = &["tar", "tar+gzip", "tar.gzip", "tar+zstd", "tar.zstd"];
-/// The annotation of an index that gives an image a name.
+/// The annotation of an index that gives an image a name; docker's has only the tag in it.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The same by containerd, with the repository.
 const IMAGE_NAME: &str = "io.containerd.image.name";
@@ -132,6 +133,29 @@ impl Descriptor {
         (name, (self.digest.clone(), self.size))
     }
 
+    /// What an index calls it, the full name first.
+    fn names(&self) -> impl Iterator<Item = &String> {
+        let names = [IMAGE_NAME, REF_NAME].map(|key| self.annotations.get(key));
+        names.into_iter().flatten()
+    }
+
+    fn platform(&self) -> Option<String> {
+        let platform = self.platform.as_ref()?;
+        let variant = platform.variant.iter().map(|variant| format!("/{variant}"));
+        let variant: String = variant.collect();
+        Some(format!(
+            "{}/{}{variant}",
+            platform.os, platform.architecture
+        ))
+    }
+
+    /// Whether it is for this machine; `None` if it does not say. Variants ask for processors that not everyone has; attestations are
+    /// for "unknown/unknown".
+    fn fits(&self) -> Option<bool> {
+        let platform = self.platform()?;
+        Some(["linux/amd64", "linux/amd64/v1"].contains(&platform.as_str()))
+    }
+
     fn is_config(&self) -> bool {
         CONFIGS.contains(&self.media_type.as_str())
     }
@@ -192,16 +216,26 @@ impl Image {
     fn from_layout(parts: &Parts, name: Option<&str>) -> io::Result<Self> {
         let index: Document = parse("index.json", &parts.read_all("index.json", None)?)?;
         let mut all = index.manifests.unwrap_or_default();
-        let calls = |blob: &Descriptor, name: &str| {
-            let names = [REF_NAME, IMAGE_NAME].map(|key| blob.annotations.get(key));
-            names.into_iter().flatten().any(|n| n == name)
-        };
         if let Some(name) = name {
-            all.retain(|blob| calls(blob, name));
+            all.retain(|blob| blob.names().any(|other| same_image(other, name)));
+            if all.is_empty() {
+                return Err(no_such_image());
+            }
+        }
+        // An image with several names is there several times.
+        let mut digests = BTreeSet::new();
+        let fitting = all.iter().filter(|blob| blob.fits() != Some(false));
+        let images = fitting.filter(|blob| digests.insert(&blob.digest));
+        let names = images.map(|blob| match blob.names().next() {
+            Some(name) => name.clone(),
+            None => blob.digest.to_string(),
+        });
+        let names: Vec<String> = names.collect();
+        if names.len() > 1 {
+            return Err(several(&names));
         }
         let chosen = choose(&all)?.clone();
-        let called = [IMAGE_NAME, REF_NAME].map(|key| chosen.annotations.get(key).cloned());
-        let called = called.into_iter().flatten().next();
+        let called = chosen.names().next().cloned();
         let bytes = read(parts, &chosen)?;
         Self::of_manifest(parts, chosen, bytes, called)
     }
@@ -260,11 +294,9 @@ impl Image {
             parse("manifest.json", &parts.read_all("manifest.json", None)?)?;
         let tags = |image: &SavedImage| image.repo_tags.clone().unwrap_or_default();
         if let Some(name) = name {
-            images.retain(|image| tags(image).iter().any(|tag| tag == name));
+            images.retain(|image| tags(image).iter().any(|tag| same_image(tag, name)));
         }
-        let (image, others) = images
-            .split_first()
-            .ok_or_else(|| bad("no such image is in it"))?;
+        let (image, others) = images.split_first().ok_or_else(no_such_image)?;
         if !others.is_empty() {
             let names: Vec<String> = images.iter().flat_map(tags).collect();
             return Err(several(&names));
@@ -329,39 +361,20 @@ fn several(names: &[String]) -> io::Error {
     ))
 }
 
-/// The image for this machine.
+fn no_such_image() -> io::Error {
+    bad("no such image is in it")
+}
+
+/// The image for this machine: the first that says so, or else the first that says nothing (image-index.md, "manifests").
 fn choose(manifests: &[Descriptor]) -> io::Result<&Descriptor> {
-    let platforms = |blob: &Descriptor| {
-        let platform = blob.platform.as_ref()?;
-        let variant = platform.variant.iter().map(|variant| format!("/{variant}"));
-        let variant: String = variant.collect();
-        Some(format!(
-            "{}/{}{variant}",
-            platform.os, platform.architecture
+    let first = |fits| manifests.iter().find(|blob| blob.fits() == fits);
+    first(Some(true)).or_else(|| first(None)).ok_or_else(|| {
+        let there: Vec<String> = manifests.iter().filter_map(Descriptor::platform).collect();
+        bad(format!(
+            "it has no image for linux/amd64, only for: {}",
+            there.join(", ")
         ))
-    };
-    // Variants ask for processors that not everyone has; attestations are for "unknown/unknown".
-    let fits = |blob: &&Descriptor| {
-        platforms(blob).is_none_or(|p| p == "linux/amd64" || p == "linux/amd64/v1")
-    };
-    let mut fitting = manifests.iter().filter(fits);
-    match (fitting.next(), fitting.next()) {
-        (Some(first), None) => Ok(first),
-        (Some(_), Some(_)) => {
-            let names = manifests.iter().map(|blob| {
-                let name = blob.annotations.get(REF_NAME);
-                name.cloned().unwrap_or_else(|| blob.digest.to_string())
-            });
-            Err(several(&names.collect::<Vec<_>>()))
-        }
-        (None, _) => {
-            let there: Vec<String> = manifests.iter().filter_map(platforms).collect();
-            Err(bad(format!(
-                "it has no image for linux/amd64, only for: {}",
-                there.join(", ")
-            )))
-        }
-    }
+    })
 }
 
 impl Layer {

@@ -94,6 +94,12 @@ impl FromStr for Reference {
     }
 }
 
+/// Whether two texts name the same image: they are equal, or differ in what may be left out of a name.
+pub(super) fn same_image(one: &str, other: &str) -> bool {
+    let reference = |text: &str| text.parse::<Reference>();
+    one == other || reference(one).is_ok_and(|one| reference(other).as_ref() == Ok(&one))
+}
+
 /// As people write it: without what is the default.
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

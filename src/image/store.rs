@@ -7,7 +7,6 @@ use std::fs::{self, DirBuilder, File, FileTimes, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
@@ -15,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use super::oci::ImageConfig;
-use super::reference::Reference;
+use super::reference::same_image;
 use crate::host::limits::free_bytes;
 use crate::host::ownership::open_own_dir;
 
@@ -184,11 +183,7 @@ impl Store {
     pub fn called(&self, name: &str) -> io::Result<Vec<Stored>> {
         let digest = name.strip_prefix("sha256:").unwrap_or(name);
         let is_digest = digest.len() >= 4 && digest.bytes().all(|b| b.is_ascii_hexdigit());
-        let reference = Reference::from_str(name);
-        let is_it = |other: &String| {
-            other == name
-                || (reference.is_ok() && Reference::from_str(other).as_ref() == reference.as_ref())
-        };
+        let is_it = |other: &String| same_image(other, name);
         let mut found = self.list()?;
         found.retain(|stored| {
             stored.meta.names.iter().any(is_it)

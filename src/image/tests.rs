@@ -1,6 +1,7 @@
 //! Images that umoci and tar unpack, and hostile ones.
 
 mod hostile;
+mod names;
 mod store;
 
 use std::fs;
@@ -164,6 +165,32 @@ fn layout(dir: &Path, layers: &[(Vec<u8>, Vec<u8>)]) {
         r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"{kind}.manifest.v1+json",{manifest},"annotations":{{"org.opencontainers.image.ref.name":"it"}}}}]}}"#
     );
     fs::write(dir.join("index.json"), index).unwrap();
+}
+
+/// An archive of `docker save`, with an image of this layer for each tag.
+fn docker_archive(path: &Path, plain: &[u8], tags: &[&str]) {
+    let config = format!(
+        r#"{{"architecture":"amd64","os":"linux","config":{{}},"rootfs":{{"diff_ids":["{}"]}}}}"#,
+        Digest::of(plain)
+    );
+    let name = format!("{}.json", Digest::of(config.as_bytes()).hex());
+    let images: Vec<String> = tags
+        .iter()
+        .map(|tag| {
+            format!(r#"{{"Config":"{name}","RepoTags":["{tag}"],"Layers":["l/layer.tar"]}}"#)
+        })
+        .collect();
+    let manifest = format!("[{}]", images.join(","));
+    let mut builder = Builder::new(fs::File::create(path).unwrap());
+    for (name, content) in [
+        (name.as_str(), config.as_bytes()),
+        ("l/layer.tar", plain),
+        ("manifest.json", manifest.as_bytes()),
+    ] {
+        let mut header = header(Header::new_ustar(), EntryType::Regular, content.len());
+        builder.append_data(&mut header, name, content).unwrap();
+    }
+    builder.finish().unwrap();
 }
 
 fn compressed(layers: &[Vec<u8>]) -> Vec<(Vec<u8>, Vec<u8>)> {

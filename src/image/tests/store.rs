@@ -8,8 +8,9 @@ use std::process::Command;
 use ::tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
 
-use super::{Made, describe, entry, file, gzip, header, layer, layout, make, output, store};
-use crate::image::digest::Digest;
+use super::{
+    Made, describe, docker_archive, entry, file, gzip, header, layer, layout, make, output, store,
+};
 use crate::image::{How, Source};
 
 #[test]
@@ -102,24 +103,8 @@ fn archives_of_every_kind_hold_the_same_image() {
         trees.push(tree(Source::File(oci, None), dir));
     }
     let docker = TempDir::new().unwrap();
-    let config = format!(
-        r#"{{"architecture":"amd64","os":"linux","config":{{}},"rootfs":{{"diff_ids":["{}"]}}}}"#,
-        Digest::of(&plain)
-    );
-    let name = format!("{}.json", Digest::of(config.as_bytes()).hex());
-    let manifest =
-        format!(r#"[{{"Config":"{name}","RepoTags":["it:1"],"Layers":["l/layer.tar"]}}]"#);
-    let mut builder = Builder::new(fs::File::create(docker.path().join("saved.tar")).unwrap());
-    for (name, content) in [
-        (name.as_str(), config.as_bytes()),
-        ("l/layer.tar", &plain),
-        ("manifest.json", manifest.as_bytes()),
-    ] {
-        let mut header = header(Header::new_ustar(), EntryType::Regular, content.len());
-        builder.append_data(&mut header, name, content).unwrap();
-    }
-    builder.finish().unwrap();
     let saved = docker.path().join("saved.tar");
+    docker_archive(&saved, &plain, &["it:1"]);
     trees.push(tree(Source::File(saved, Some("it:1".into())), docker));
     let root = TempDir::new().unwrap();
     fs::write(root.path().join("root.tar"), &plain).unwrap();
