@@ -31,7 +31,8 @@ pub struct Plan {
     pub snapshot_at: Option<SnapshotAt>,
     /// The streams of the container's program that it runs, if that is what it does.
     pub streams: Option<Streams>,
-    /// The files without a name that the configuration has by their descriptors.
+    /// The files without a name that the configuration has by their descriptors, and one that keeps the image in the store until the
+    /// VM's disk does.
     pub files: Vec<File>,
     /// The name by which other processes know it, if it has one.
     pub claim: Option<Claim>,

@@ -238,7 +238,9 @@ impl RunArgs {
                 terminal: self.program.tty,
                 interactive: self.program.interactive,
             }),
-            files: disk_file.flatten().into_iter().chain(initramfs).collect(),
+            files: (disk_file.flatten().into_iter().chain(initramfs))
+                .chain(stored.lock)
+                .collect(),
             claim: Some(claim),
             ..Plan::default()
         })

@@ -203,7 +203,7 @@ fn load_root(store: &Store, path: &Path) -> io::Result<Stored> {
             listing.add_to(&mut merge)?;
             Ok((ImageConfig::default(), merge.finish()?))
         })?;
-        return store.name(stored, &name);
+        return store.replace(stored, &name);
     }
     let archive = open_regular(path)?;
     let metadata = archive.metadata()?;
@@ -213,7 +213,7 @@ fn load_root(store: &Store, path: &Path) -> io::Result<Stored> {
         merge.layer(unpacked(archive)?, false)?;
         Ok((ImageConfig::default(), merge.finish()?))
     })?;
-    store.name(stored, &name)
+    store.replace(stored, &name)
 }
 
 fn load_named(store: &Store, name: &str, how: &How<'_>) -> io::Result<Stored> {

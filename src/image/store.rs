@@ -2,6 +2,10 @@
 //!
 //! An entry is made under another name, synced and renamed, so that it is whole or not there. Who makes it holds a lock of its
 //! digest; another process that wants the same waits, and finds it. What a killed process leaves, the next one removes.
+//!
+//! A process that uses an image holds a shared lock of its root file, as its VM's disk does: such an image is not removed to make
+//! room. The order of locks is names, digest, root file. What removes images while it holds one of them only tries to get
+//! others, because two processes that want each other's would wait for ever.
 
 use std::fs::{self, DirBuilder, File, FileTimes, OpenOptions};
 use std::io::{self, Write};
@@ -55,12 +59,16 @@ pub struct Stored {
     pub bytes: u64,
     /// When it was last used.
     pub used: SystemTime,
+    /// Its root file with a shared lock, where this process uses it.
+    pub(crate) lock: Option<File>,
 }
 
 /// The store.
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    /// Free space where it is; tests replace it.
+    pub(super) free_bytes: fn(&Path) -> Option<u64>,
 }
 
 impl Store {
@@ -68,7 +76,7 @@ impl Store {
     pub fn open(dir: &Path) -> io::Result<Self> {
         let dir = dir.join(format!("v{VERSION}"));
         open_own_dir(&dir)?;
-        Ok(Self { dir })
+        Ok(Self { dir, free_bytes })
     }
 
     /// The image with this digest; if it is not there, `make` writes its root file system into an empty file, which takes at least
@@ -87,11 +95,7 @@ impl Store {
         if let Some(stored) = self.find(name)? {
             return Ok(stored);
         }
-        if let Some(free) = free_bytes(&self.dir).filter(|free| *free < bytes) {
-            let (dir, free, bytes) = (self.dir.display(), free >> 20, bytes.div_ceil(1 << 20));
-            let why = format!("{dir} has {free} MiB free, and the image needs {bytes} MiB or more");
-            return Err(io::Error::new(io::ErrorKind::StorageFull, why));
-        }
+        self.make_room(bytes)?;
         let temporary = self.dir.join(format!("{TEMPORARY}{name}"));
         remove(&temporary)?;
         DirBuilder::new().mode(0o700).create(&temporary)?;
@@ -129,8 +133,45 @@ impl Store {
         File::open(&self.dir)?.sync_all()
     }
 
+    /// Sees to it that so many bytes are free. Where they are not, and images that no process uses have as many, removes such
+    /// images: those without a name first, and what has not been used for longest.
+    fn make_room(&self, bytes: u64) -> io::Result<()> {
+        let free = || (self.free_bytes)(&self.dir).filter(|free| *free < bytes);
+        let Some(mut lacking) = free().map(|free| bytes - free) else {
+            return Ok(());
+        };
+        let mut images = self.list()?;
+        images.retain(is_unused);
+        images.sort_by_key(|image| (!image.meta.names.is_empty(), image.used));
+        for image in &images {
+            lacking = lacking.saturating_sub(image.bytes);
+        }
+        // An image that says it is huge removes nothing.
+        if lacking == 0 {
+            for image in &images {
+                self.remove_unused(image)?;
+                if free().is_none() {
+                    return Ok(());
+                }
+            }
+        }
+        let Some(free) = free() else { return Ok(()) };
+        let (dir, free, bytes) = (self.dir.display(), free >> 20, bytes.div_ceil(1 << 20));
+        let why = format!("{dir} has {free} MiB free, and the image needs {bytes} MiB or more");
+        Err(io::Error::new(io::ErrorKind::StorageFull, why))
+    }
+
     /// Gives an image a name, which another one loses if it had it.
     pub fn name(&self, stored: Stored, name: &str) -> io::Result<Stored> {
+        self.move_name(stored, name, false)
+    }
+
+    /// The same for one that takes the place of the other: that is removed, if it has no further name and no process uses it.
+    pub(super) fn replace(&self, stored: Stored, name: &str) -> io::Result<Stored> {
+        self.move_name(stored, name, true)
+    }
+
+    fn move_name(&self, stored: Stored, name: &str, removes_other: bool) -> io::Result<Stored> {
         let has_it = |meta: &Meta| meta.names.iter().any(|n| n == name);
         if has_it(&stored.meta) {
             return Ok(stored);
@@ -155,6 +196,10 @@ impl Store {
                 // It was removed meanwhile.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 written => written?,
+            }
+            // With the lock of the names, so that it gets no other name meanwhile.
+            if removes_other && other.meta.names.is_empty() {
+                self.remove_unused(&other)?;
             }
         }
         self.used(stored)
@@ -196,6 +241,23 @@ impl Store {
     pub fn remove(&self, stored: &Stored) -> io::Result<()> {
         let name = stored.meta.digest.hex();
         let _lock = self.lock(name)?;
+        self.remove_locked(name)
+    }
+
+    /// Removes an image to make room, unless a process makes, removes or uses it. Waits for none of them.
+    fn remove_unused(&self, stored: &Stored) -> io::Result<()> {
+        let name = stored.meta.digest.hex();
+        let Some(_lock) = self.try_lock(name)? else {
+            return Ok(());
+        };
+        // Held until it is gone: a process that finds it now waits, and looks again.
+        match lock_unused(stored) {
+            Some(_unused) => self.remove_locked(name),
+            None => Ok(()),
+        }
+    }
+
+    fn remove_locked(&self, name: &str) -> io::Result<()> {
         // Under a name that no reader looks for: an entry is never half there.
         let temporary = self.dir.join(format!("{TEMPORARY}{name}"));
         remove(&temporary)?;
@@ -206,15 +268,25 @@ impl Store {
         remove(&temporary)
     }
 
-    /// The entry, which counts as used from now on.
+    /// The entry, which counts as used from now on, and stays in the store as long as what is returned.
     fn find(&self, name: &str) -> io::Result<Option<Stored>> {
-        let found = self.find_unused(name)?;
-        if let Some(stored) = &found {
-            let now = FileTimes::new().set_modified(SystemTime::now());
-            let meta = stored.root.with_file_name(META_FILE);
-            OpenOptions::new().write(true).open(meta)?.set_times(now)?;
+        let Some(mut stored) = self.find_unused(name)? else {
+            return Ok(None);
+        };
+        let lock = match File::open(&stored.root) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        flock(&lock, FlockOperation::LockShared)?;
+        // Another process may have removed it before.
+        if !is_at(&lock, &stored.root) {
+            return Ok(None);
         }
-        Ok(found)
+        stored.lock = Some(lock);
+        let now = FileTimes::new().set_modified(SystemTime::now());
+        let meta = stored.root.with_file_name(META_FILE);
+        OpenOptions::new().write(true).open(meta)?.set_times(now)?;
+        Ok(Some(stored))
     }
 
     fn find_unused(&self, name: &str) -> io::Result<Option<Stored>> {
@@ -234,29 +306,38 @@ impl Store {
             root,
             bytes: stat.blocks() * 512,
             used: used.modified()?,
+            lock: None,
         }))
     }
 
     /// Waits until no other process makes or removes this entry.
     fn lock(&self, name: &str) -> io::Result<File> {
-        let path = self.dir.join(format!("{name}{LOCK}"));
         loop {
-            let mut options = OpenOptions::new();
-            let file = options.write(true).create(true).truncate(false).mode(0o600);
-            let file = file.open(&path)?;
+            let (path, file) = self.lock_file(name)?;
             flock(&file, FlockOperation::LockExclusive)?;
             // Another process may have removed the file while this one waited.
-            let same = fs::metadata(&path).is_ok_and(|there| {
-                file.metadata()
-                    .is_ok_and(|ours| (ours.dev(), ours.ino()) == (there.dev(), there.ino()))
-            });
-            if same {
+            if is_at(&file, &path) {
                 return Ok(file);
             }
         }
     }
 
-    /// Removes what killed processes have left, and the oldest images beyond the limit; `keep` is in use.
+    /// The same lock, unless another process has it.
+    fn try_lock(&self, name: &str) -> io::Result<Option<File>> {
+        let (path, file) = self.lock_file(name)?;
+        let locked = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        Ok((locked && is_at(&file, &path)).then_some(file))
+    }
+
+    fn lock_file(&self, name: &str) -> io::Result<(PathBuf, File)> {
+        let path = self.dir.join(format!("{name}{LOCK}"));
+        let mut options = OpenOptions::new();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(&path)?;
+        Ok((path, file))
+    }
+
+    /// Removes what killed processes have left, and the oldest images beyond the limit that no process uses; `keep` is in use.
     fn tidy(&self, keep: &str) -> io::Result<()> {
         for entry in fs::read_dir(&self.dir)? {
             let file_name = entry?.file_name();
@@ -266,24 +347,39 @@ impl Store {
             if name == keep || !is_entry(name) {
                 continue;
             }
-            let path = self.dir.join(&file_name);
-            let Ok(lock) = OpenOptions::new().write(true).open(&path) else {
-                continue;
-            };
-            if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            if let Some(_lock) = self.try_lock(name)? {
                 remove(&self.dir.join(format!("{TEMPORARY}{name}")))?;
-                _ = fs::remove_file(&path);
+                _ = fs::remove_file(self.dir.join(&file_name));
             }
         }
         let mut bytes = 0u64;
         for stored in self.list()? {
             bytes = bytes.saturating_add(stored.bytes);
             if bytes > MAX_BYTES && stored.meta.digest.hex() != keep {
-                self.remove(&stored)?;
+                self.remove_unused(&stored)?;
             }
         }
         Ok(())
     }
+}
+
+/// The lock that no other process has while one uses the image.
+fn lock_unused(stored: &Stored) -> Option<File> {
+    let root = File::open(&stored.root).ok()?;
+    let locked = flock(&root, FlockOperation::NonBlockingLockExclusive);
+    locked.is_ok().then_some(root)
+}
+
+fn is_unused(stored: &Stored) -> bool {
+    lock_unused(stored).is_some()
+}
+
+/// Whether this open file is the one that has this path now.
+fn is_at(file: &File, path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|there| {
+        file.metadata()
+            .is_ok_and(|ours| (ours.dev(), ours.ino()) == (there.dev(), there.ino()))
+    })
 }
 
 /// Whether this is the name of an entry: nothing else in the directory is looked at.

@@ -1,6 +1,7 @@
 //! The store, and every kind of place that an image can be in.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
@@ -11,7 +12,7 @@ use tempfile::TempDir;
 use super::{
     Made, describe, docker_archive, entry, file, gzip, header, layer, layout, make, output, store,
 };
-use crate::image::{How, Source};
+use crate::image::{How, ImageConfig, Source, Store, Stored};
 
 #[test]
 fn the_same_image_has_the_same_bytes_and_is_made_once() {
@@ -132,8 +133,94 @@ fn a_directory_is_an_image_that_changes_with_it() {
         assert!(good, "{text}");
         assert_eq!(describe(&dir.path().join("image")), describe(&root));
     }
+    // What was read before goes with its name, unless it is in use.
+    let digests = || {
+        let list = store(dir.path()).list().unwrap();
+        let digests = list.into_iter().map(|stored| stored.meta.digest);
+        digests.collect::<Vec<_>>()
+    };
     fs::write(root.join("d/f"), "changed").unwrap();
-    assert_ne!(first.meta.digest, load().meta.digest);
+    let second = load().meta.digest;
+    assert_ne!(first.meta.digest, second);
+    assert_eq!(digests(), [second, first.meta.digest.clone()]);
+    fs::write(root.join("d/f"), "changed again").unwrap();
+    let third = load().meta.digest;
+    assert_eq!(digests(), [third, first.meta.digest]);
+}
+
+/// Bytes of an image in a store that has room for five.
+const BYTES: u64 = 64 << 10;
+
+fn small_store(dir: &Path) -> Store {
+    let mut store = store(dir);
+    store.free_bytes = |dir| {
+        let store = Store::open(dir.parent().unwrap()).unwrap();
+        let used: u64 = store.list().unwrap().iter().map(|s| s.bytes).sum();
+        Some((5 * BYTES).saturating_sub(used))
+    };
+    store
+}
+
+/// The image with this digit for its digest and its content.
+fn make_small(store: &Store, digit: u8, bytes: u64) -> io::Result<Stored> {
+    let digest = format!("sha256:{}", digit.to_string().repeat(64));
+    store.get_or_make(&digest.parse().unwrap(), bytes, |file| {
+        file.write_all_at(&[digit; BYTES as usize], 0)?;
+        Ok((ImageConfig::default(), file))
+    })
+}
+
+#[test]
+fn images_that_no_process_uses_make_room() {
+    let dir = TempDir::new().unwrap();
+    let store = small_store(dir.path());
+    let make = |digit, images| make_small(&store, digit, images * BYTES);
+    let digits = || -> String {
+        let mut list = store.list().unwrap();
+        list.sort_by_key(|s| s.used);
+        list.iter().map(|s| &s.meta.digest.hex()[..1]).collect()
+    };
+    let in_use = store.name(make(1, 1).unwrap(), "one").unwrap();
+    store.name(make(2, 1).unwrap(), "two").unwrap();
+    make(3, 1).unwrap();
+    store.name(make(4, 1).unwrap(), "four").unwrap();
+    assert_eq!(digits(), "1234");
+    // That would take all of them, and one cannot be removed: then none is.
+    let error = make(5, 5).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    assert_eq!(digits(), "1234");
+    make(5, 2).unwrap();
+    assert_eq!(digits(), "1245");
+    make(6, 3).unwrap();
+    assert_eq!(digits(), "146");
+    drop(in_use);
+    make(7, 4).unwrap();
+    assert_eq!(digits(), "47");
+}
+
+#[test]
+fn processes_that_make_room_leave_one_another_what_they_use() {
+    let dir = TempDir::new().unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let store = small_store(dir.path());
+            scope.spawn(move || {
+                for round in 0..50 {
+                    let digit = ((round * 5 + thread * 3) % 9) as u8;
+                    let stored = match make_small(&store, digit, BYTES) {
+                        // The others use what is there.
+                        Err(e) if e.kind() == io::ErrorKind::StorageFull => continue,
+                        made => made.unwrap(),
+                    };
+                    let stored = store
+                        .replace(stored, ["a", "b"][digit as usize % 2])
+                        .unwrap();
+                    let content = fs::read(&stored.root).unwrap();
+                    assert!(content == [digit; BYTES as usize], "{digit}");
+                }
+            });
+        }
+    });
 }
 
 #[test]
@@ -142,7 +229,7 @@ fn an_image_that_does_not_fit_is_not_begun() {
     let digest = format!("sha256:{}", "1".repeat(64)).parse().unwrap();
     let made = store(dir.path()).get_or_make(&digest, 1 << 60, |_| unreachable!());
     let error = made.unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
     let text = error.to_string();
     assert!(
         text.ends_with("the image needs 1099511627776 MiB or more"),
