@@ -12,7 +12,7 @@ use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use sha2::{Digest as _, Sha256};
 
 use super::digest::Digest;
-use super::limits::{MAX_IMAGE_BYTES, MAX_JSON, MAX_MEMBERS, bad};
+use super::limits::{MAX_JSON, MAX_MEMBERS, MAX_METADATA, bad};
 #[cfg(feature = "registry")]
 use super::registry::Repository;
 #[cfg(feature = "registry")]
@@ -31,6 +31,9 @@ pub(super) enum Parts {
     Registry(Box<Repository>),
 }
 
+/// Copies what it is given to a file.
+pub(super) type Spool<'a> = &'a dyn Fn(&mut dyn Read) -> io::Result<File>;
+
 /// A file in an archive.
 pub(super) enum Part {
     At(u64, u64),
@@ -38,51 +41,30 @@ pub(super) enum Part {
 }
 
 impl Parts {
-    /// Opens a directory or an archive, which may be compressed as a whole.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
+    /// Opens a directory or an archive, which may be compressed as a whole; `spool` as for [`Self::stream`].
+    pub(super) fn open(path: &Path, spool: Spool<'_>) -> io::Result<Self> {
         if fs::metadata(path)?.is_dir() {
             return Ok(Self::Directory(path.to_owned()));
         }
-        Self::archive(open_regular(path)?)
-    }
-
-    /// Copies an archive to a temporary file, since it is read in another order than it has.
-    pub(super) fn stream(reader: &mut dyn Read) -> io::Result<Self> {
-        let mut file = tempfile::tempfile()?;
-        let copied = io::copy(&mut reader.take(MAX_IMAGE_BYTES + 1), &mut file)?;
-        if copied > MAX_IMAGE_BYTES {
-            return Err(bad("the archive is too large"));
+        let file = open_regular(path)?;
+        if is_compressed(&file)? {
+            return Self::stream(file, spool);
         }
-        file.rewind()?;
         Self::archive(file)
     }
 
-    fn archive(mut file: File) -> io::Result<Self> {
-        let mut head = [0; 4];
-        let length = file.read(&mut head)?;
-        file.rewind()?;
-        if Compression::of(head.get(..length).unwrap_or_default()).is_some() {
-            return Self::stream(&mut *unpacked(file)?);
+    /// Unpacks an archive with `spool`, which copies it to a temporary file, since it is read in another order than it has.
+    pub(super) fn stream(reader: impl Read, spool: Spool<'_>) -> io::Result<Self> {
+        let file = spool(&mut *unpacked(reader)?)?;
+        // Once is what tools do. What is unpacked may be another such archive, or even the same again.
+        if is_compressed(&file)? {
+            return Err(bad("the archive is compressed more than once"));
         }
-        let mut members = BTreeMap::new();
-        let mut archive = Archive::seeking(BufReader::new(&file));
-        while let Some(member) = archive.next()? {
-            let name = member.path.strip_prefix(b"./").unwrap_or(&member.path);
-            let part = match member.kind {
-                Kind::File => Part::At(archive.position(), member.size),
-                Kind::HardLink => Part::Link(member.link),
-                // "../ID/layer.tar", where there are no deeper directories.
-                Kind::Symlink => {
-                    let target = member.link.strip_prefix(b"../");
-                    Part::Link(target.unwrap_or(&member.link).to_vec())
-                }
-                _ => continue,
-            };
-            members.insert(name.to_vec(), part);
-            if members.len() > MAX_MEMBERS {
-                return Err(bad("too many files"));
-            }
-        }
+        Self::archive(file)
+    }
+
+    fn archive(file: File) -> io::Result<Self> {
+        let members = members(&file, MAX_METADATA)?;
         Ok(Self::Archive { file, members })
     }
 
@@ -154,6 +136,38 @@ impl Parts {
     }
 }
 
+/// The files in an archive, whose names and links may have as many bytes.
+fn members(file: &File, max_bytes: usize) -> io::Result<BTreeMap<Vec<u8>, Part>> {
+    let mut members = BTreeMap::new();
+    let mut bytes = 0usize;
+    let mut reader = BufReader::new(file);
+    reader.rewind()?;
+    let mut archive = Archive::seeking(reader);
+    while let Some(member) = archive.next()? {
+        let name = member.path.strip_prefix(b"./").unwrap_or(&member.path);
+        bytes = bytes.saturating_add(name.len() + member.link.len());
+        let part = match member.kind {
+            Kind::File => Part::At(archive.position(), member.size),
+            Kind::HardLink => Part::Link(member.link),
+            // "../ID/layer.tar", where there are no deeper directories.
+            Kind::Symlink => {
+                let target = member.link.strip_prefix(b"../");
+                Part::Link(target.unwrap_or(&member.link).to_vec())
+            }
+            _ => continue,
+        };
+        members.insert(name.to_vec(), part);
+        if members.len() > MAX_MEMBERS {
+            return Err(bad("too many files"));
+        }
+        if bytes > max_bytes {
+            let mib = max_bytes >> 20;
+            return Err(bad(format!("its names and links take more than {mib} MiB")));
+        }
+    }
+    Ok(members)
+}
+
 /// Opens a file that is one: no FIFO, at which the open would wait.
 pub(super) fn open_regular(path: &Path) -> io::Result<File> {
     if fs::metadata(path)?.is_file() {
@@ -196,6 +210,12 @@ impl Compression {
             _ => None,
         }
     }
+}
+
+fn is_compressed(file: &File) -> io::Result<bool> {
+    let mut head = [0; 4];
+    let length = file.read_at(&mut head, 0)?;
+    Ok(Compression::of(head.get(..length).unwrap_or_default()).is_some())
 }
 
 /// What a layer holds, uncompressed.
@@ -290,5 +310,29 @@ impl<R: Read> Read for Hashing<'_, R> {
         self.bytes += count as u64;
         (self.progress)(self.bytes);
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_links_of_an_archive_are_bounded() {
+        let mut builder = tar::Builder::new(tempfile::tempfile().unwrap());
+        for name in ["./12345", "1234"] {
+            let mut header = tar::Header::new_ustar();
+            header.set_entry_type(tar::EntryType::Link);
+            header.set_size(0);
+            header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            builder.append_link(&mut header, name, "target").unwrap();
+        }
+        let file = builder.into_inner().unwrap();
+        assert_eq!(members(&file, 21).unwrap().len(), 2);
+        let error = members(&file, 20).err().unwrap().to_string();
+        assert_eq!(error, "its names and links take more than 0 MiB");
     }
 }

@@ -122,10 +122,10 @@ impl Source {
     /// Finds the image in the store, or puts it there.
     pub fn load(&self, store: &Store, how: &How<'_>) -> Result<Stored, ImageError> {
         let loaded = match self {
-            Self::Stdin => Parts::stream(&mut io::stdin().lock())
+            Self::Stdin => Parts::stream(io::stdin().lock(), &|reader| store.spool(reader))
                 .and_then(|parts| load(store, &parts, None, self.shown(), how)),
             Self::File(path, name) => check_not_stored(store, &self.shown())
-                .and_then(|()| Parts::open(path))
+                .and_then(|()| Parts::open(path, &|reader| store.spool(reader)))
                 .and_then(|parts| load(store, &parts, name.as_deref(), absolute(path)?, how)),
             Self::Root(path) => load_root(store, path),
             Self::Named(name) => load_named(store, name, how),

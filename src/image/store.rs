@@ -8,7 +8,7 @@
 //! others, because two processes that want each other's would wait for ever.
 
 use std::fs::{self, DirBuilder, File, FileTimes, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -17,13 +17,17 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
+use super::limits::{MAX_IMAGE_BYTES, bad};
 use super::oci::ImageConfig;
 use super::reference::same_image;
+use crate::about;
 use crate::host::limits::free_bytes;
 use crate::host::ownership::open_own_dir;
 
 /// Bytes on disk of all images; what has not been used for longest goes first.
 const MAX_BYTES: u64 = 32 << 30;
+/// Bytes of an archive that are copied at a time, after a look at the free space.
+const SPOOL_STEP: u64 = 1 << 20;
 /// Version of what is in the entries: another one has another directory.
 const VERSION: u32 = 1;
 /// Names within an entry.
@@ -131,6 +135,24 @@ impl Store {
         File::open(temporary)?.sync_all()?;
         fs::rename(temporary, self.dir.join(digest.hex()))?;
         File::open(&self.dir)?.sync_all()
+    }
+
+    /// Copies an archive, which is read in another order than it has, to a file without a name.
+    pub(super) fn spool(&self, reader: &mut dyn Read) -> io::Result<File> {
+        let mut file = tempfile::tempfile_in(&self.dir)?;
+        let mut copied = 0;
+        loop {
+            self.make_room(SPOOL_STEP)
+                .map_err(about("copying the archive"))?;
+            let count = io::copy(&mut (&mut *reader).take(SPOOL_STEP), &mut file)?;
+            copied += count;
+            if copied > MAX_IMAGE_BYTES {
+                return Err(bad("the archive is too large"));
+            }
+            if count < SPOOL_STEP {
+                return Ok(file);
+            }
+        }
     }
 
     /// Sees to it that so many bytes are free. Where they are not, and images that no process uses have as many, removes such

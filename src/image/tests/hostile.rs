@@ -179,6 +179,20 @@ fn damaged_archives_end_in_errors() {
 }
 
 #[test]
+fn an_archive_is_unpacked_once() {
+    let dir = TempDir::new().unwrap();
+    let archive = dir.path().join("saved.tar");
+    let twice = gzip(&gzip(&layer(&[file("manifest.json", "[]")])));
+    // Three times, and so on: no more is looked at than the second.
+    for bytes in [gzip(&twice), twice] {
+        fs::write(&archive, bytes).unwrap();
+        let loaded = Source::File(archive.clone(), None).load(&store(dir.path()), &How::default());
+        let error = crate::error_chain(&loaded.unwrap_err());
+        assert!(error.ends_with("compressed more than once"), "{error}");
+    }
+}
+
+#[test]
 fn what_digests_do_not_cover_is_refused() {
     let plain = layer(&[file("a", "x")]);
     let edit = |change: &dyn Fn(&Path)| {

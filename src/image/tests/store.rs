@@ -224,6 +224,20 @@ fn processes_that_make_room_leave_one_another_what_they_use() {
 }
 
 #[test]
+fn an_archive_is_not_copied_where_there_is_no_room() {
+    let dir = TempDir::new().unwrap();
+    let archive = dir.path().join("saved.tar");
+    fs::write(&archive, gzip(b"whatever it is")).unwrap();
+    let mut store = store(dir.path());
+    store.free_bytes = |_| Some(1000);
+    let error = Source::File(archive, None).load(&store, &How::default());
+    let error = error.unwrap_err();
+    assert_eq!(error.source.kind(), io::ErrorKind::StorageFull);
+    let text = error.source.to_string();
+    assert!(text.starts_with("copying the archive: "), "{text}");
+}
+
+#[test]
 fn an_image_that_does_not_fit_is_not_begun() {
     let dir = TempDir::new().unwrap();
     let digest = format!("sha256:{}", "1".repeat(64)).parse().unwrap();
