@@ -14,6 +14,14 @@ pub fn is_ours(metadata: &Metadata) -> bool {
     metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0
 }
 
+/// Whether this open file is the one that has this path now.
+pub fn is_at(file: &File, path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|there| {
+        file.metadata()
+            .is_ok_and(|ours| (ours.dev(), ours.ino()) == (there.dev(), there.ino()))
+    })
+}
+
 /// Opens a directory that only this user can write to, and creates it if necessary.
 pub fn open_own_dir(path: &Path) -> io::Result<File> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)?;

@@ -4,7 +4,7 @@ use std::io;
 
 /// Bytes of all files in all layers, unpacked, and so of one file.
 pub(super) const MAX_IMAGE_BYTES: u64 = 32 << 30;
-/// Members of all layers.
+/// Members of all layers, and files and directories of the image: a member's path can make directories.
 pub(super) const MAX_MEMBERS: usize = 1_000_000;
 /// Directories below one another.
 pub(super) const MAX_DEPTH: usize = 128;
@@ -14,7 +14,7 @@ pub(super) const MAX_PATH: usize = 4096;
 pub(super) const MAX_NAME: usize = 255;
 /// Bytes of a file's extended attributes, names and values.
 pub(super) const MAX_XATTRS: usize = 64 << 10;
-/// Bytes of all names, links and extended attributes of the tree.
+/// Bytes that all names, links, directories and extended attributes of the tree take in memory.
 pub(super) const MAX_METADATA: usize = 256 << 20;
 /// Symbolic links on the way to a file, as in Linux (MAXSYMLINKS).
 pub(super) const MAX_SYMLINKS: usize = 40;

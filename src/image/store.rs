@@ -22,7 +22,7 @@ use super::oci::ImageConfig;
 use super::reference::same_image;
 use crate::about;
 use crate::host::limits::free_bytes;
-use crate::host::ownership::open_own_dir;
+use crate::host::ownership::{is_at, open_own_dir};
 
 /// Bytes on disk of all images; what has not been used for longest goes first.
 const MAX_BYTES: u64 = 32 << 30;
@@ -394,14 +394,6 @@ fn lock_unused(stored: &Stored) -> Option<File> {
 
 fn is_unused(stored: &Stored) -> bool {
     lock_unused(stored).is_some()
-}
-
-/// Whether this open file is the one that has this path now.
-fn is_at(file: &File, path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|there| {
-        file.metadata()
-            .is_ok_and(|ours| (ours.dev(), ours.ino()) == (there.dev(), there.ino()))
-    })
 }
 
 /// Whether this is the name of an entry: nothing else in the directory is looked at.

@@ -3,7 +3,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::about;
 use crate::guest::{EXEC_PORT, Exec};
-use crate::host::ownership::open_own_dir;
+use crate::host::ownership::{is_at, open_own_dir};
 
 /// Longest name in bytes.
 const MAX_NAME: usize = 32;
@@ -108,7 +108,7 @@ impl Running {
                 locked => locked?,
             }
             // A VM that ends removes its file: a lock on that would keep nobody out.
-            if is_at(&file, &path)? {
+            if is_at(&file, &path) {
                 break file;
             }
         };
@@ -228,15 +228,6 @@ impl Vm {
     }
 }
 
-/// Whether the file is the one at this path.
-fn is_at(file: &File, path: &Path) -> io::Result<bool> {
-    let open = file.metadata()?;
-    match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        there => there.map(|there| (there.dev(), there.ino()) == (open.dev(), open.ino())),
-    }
-}
-
 /// Keeps other processes from taking names in this directory, and from removing what has been left, as long as it lives.
 pub(super) fn lock(runtime: &Path) -> io::Result<File> {
     let file = File::open(runtime)?;
@@ -319,9 +310,9 @@ mod tests {
         assert!(vm.has_ended().unwrap() && running.find("a").unwrap().is_none());
         // One that ends while another takes its name removes its file, and not the new one's lock.
         let file = File::create(dir.path().join("old")).unwrap();
-        assert!(is_at(&file, &dir.path().join("old")).unwrap());
+        assert!(is_at(&file, &dir.path().join("old")));
         fs::remove_file(dir.path().join("old")).unwrap();
-        assert!(!is_at(&file, &dir.path().join("old")).unwrap());
+        assert!(!is_at(&file, &dir.path().join("old")));
         for bad in ["", "../x", ".x", "a/b", &"x".repeat(33)] {
             assert!(running.claim(bad, &info).is_err(), "{bad}");
             assert!(running.find(bad).unwrap().is_none());
