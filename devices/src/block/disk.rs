@@ -17,8 +17,8 @@ use vm_memory::VolatileSlice;
 use super::format;
 use super::identity::DiskIdentity;
 use super::open::{
-    DiskError, DiskFault, DiskMode, DiskOptions, EXAMINED, SECTOR_SIZE, block_size, failed,
-    is_remote, open_and_lock,
+    DiskError, DiskMode, DiskOptions, EXAMINED, SECTOR_SIZE, block_size, failed, is_remote,
+    open_and_lock, refused,
 };
 use super::overlay::{MAX_LEN as MAX_EPHEMERAL_LEN, Overlay};
 use super::saved::{self, SavedOverlay};
@@ -51,6 +51,7 @@ impl Disk {
     pub fn open(path: &Path, options: impl Into<DiskOptions>) -> Result<Self, DiskError> {
         let options = options.into();
         let mode = options.mode;
+        let refuse = |what: String| Err(refused(path, what));
         let (file, lock) = open_and_lock(path, mode == DiskMode::ReadWrite)?;
         let len = (&file)
             .seek(SeekFrom::End(0))
@@ -58,16 +59,21 @@ impl Disk {
         // Without a medium, as it were: a VM that goes on from a snapshot may find one.
         let is_vacant = len == 0 && mode == DiskMode::ReadOnly && options.force_raw;
         if len < SECTOR_SIZE && !is_vacant {
-            return Err(DiskFault::Empty(len).of(path));
+            return refuse(format!("has {len} bytes: less than one sector of 512"));
         }
         if !options.force_raw
             && let Some(format) = format::identify(&file, len).map_err(failed("read", path))?
         {
-            return Err(DiskFault::NotRaw(format, format.command(path)).of(path));
+            let (name, command) = (format.name, format.command(path));
+            return refuse(format!(
+                "is {name}, and a disk is raw: {command} makes one of it; if these bytes are a disk's own, add format=raw"
+            ));
         }
         let block_size = block_size(path, &file, options.block_size)?;
         if block_size != SECTOR_SIZE as u32 && !len.is_multiple_of(block_size.into()) {
-            return Err(DiskFault::Uneven { len, block_size }.of(path));
+            return refuse(format!(
+                "has {len} bytes, which is no multiple of its sectors of {block_size}"
+            ));
         }
         if !len.is_multiple_of(SECTOR_SIZE) {
             log::warn!(
@@ -79,11 +85,20 @@ impl Disk {
         let sectors = len / SECTOR_SIZE;
         let overlay = match mode {
             DiskMode::Ephemeral if len > MAX_EPHEMERAL_LEN => {
-                return Err(DiskFault::TooLong(len).of(path));
+                return refuse(format!(
+                    "has {len} bytes: an ephemeral disk has {MAX_EPHEMERAL_LEN} (16 TiB) at most"
+                ));
             }
             DiskMode::Ephemeral => {
-                let overlay = Overlay::new(sectors * SECTOR_SIZE);
-                Some(overlay.map_err(|e| DiskFault::Temporary(env::temp_dir(), e).of(path))?)
+                let no_place = |e| {
+                    let dir = env::temp_dir();
+                    let what = format!(
+                        "has no place for what is written to it: cannot make a file in {} (set TMPDIR)",
+                        dir.display()
+                    );
+                    refused(path, what).because(e)
+                };
+                Some(Overlay::new(sectors * SECTOR_SIZE).map_err(no_place)?)
             }
             DiskMode::ReadOnly | DiskMode::ReadWrite => None,
         };
@@ -209,7 +224,13 @@ impl Disk {
         offset: u64,
         len: u64,
     ) -> Result<(), DiskError> {
-        let damaged = |why: String| DiskFault::Saved(why).of(&self.path);
+        let path = &self.path;
+        let damaged = |why| {
+            refused(
+                path,
+                format!("cannot be given what was written to it: {why}"),
+            )
+        };
         let Some(overlay) = &mut self.overlay else {
             return Err(damaged("the disk is not ephemeral".into()));
         };

@@ -1,7 +1,5 @@
 //! What is asked of a disk's file before a guest gets it.
 
-use std::error::Error;
-use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -11,9 +9,6 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock, fstatfs, ioctl_blksszget};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-
-use super::format::Format;
-use super::overlay::MAX_LEN as MAX_EPHEMERAL_LEN;
 
 /// The unit of a disk's capacity and of offsets on it, in bytes.
 pub const SECTOR_SIZE: u64 = 512;
@@ -31,72 +26,30 @@ pub enum Engine {
 }
 
 /// Why a disk cannot be opened.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("the disk {} {what}", path.display())]
 pub struct DiskError {
     /// The disk's file.
     path: PathBuf,
-    fault: DiskFault,
+    /// What is wrong with it.
+    what: String,
+    source: Option<io::Error>,
 }
 
-/// What is wrong with a disk.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum DiskFault {
-    /// Whether it was to be opened for writing.
-    #[error("cannot be opened{}", how(*.0, .1))]
-    Open(bool, #[source] io::Error),
-    #[error("is neither a regular file nor a block device")]
-    Kind,
-    #[error(
-        "is in use by another process or by another disk of this VM; a disk can be shared when none of them writes to it \
-         (ro or ephemeral)"
-    )]
-    InUse,
-    /// The host refused to tell or do something.
-    #[error("cannot be {0}")]
-    Host(&'static str, #[source] io::Error),
-    #[error("has no place for what is written to it: cannot make a file in {} (set TMPDIR)", .0.display())]
-    Temporary(PathBuf, #[source] io::Error),
-    #[error("has {0} bytes: an ephemeral disk has {MAX_EPHEMERAL_LEN} (16 TiB) at most")]
-    TooLong(u64),
-    /// What a snapshot holds of an ephemeral disk cannot be.
-    #[error("cannot be given what was written to it: {0}")]
-    Saved(String),
-    /// Another format, and the command that makes a raw image of it.
-    #[error(
-        "is {}, and a disk is raw: {} makes one of it; if these bytes are a disk's own, add format=raw",
-        .0.name,
-        .1
-    )]
-    NotRaw(Format, String),
-    #[error("is a read-only block device: add ro, or ephemeral for a guest that has to write")]
-    ReadOnlyDevice,
-    #[error("has logical blocks of {host} bytes: sector={asked} is too small")]
-    BlockSize { asked: u32, host: u32 },
-    #[error("has {len} bytes, which is no multiple of its sectors of {block_size}")]
-    Uneven { len: u64, block_size: u32 },
-    #[error("has {0} bytes: less than one sector of 512")]
-    Empty(u64),
-}
-
-impl DiskFault {
-    /// The error about the disk at `path`.
-    pub(super) fn of(self, path: &Path) -> DiskError {
-        DiskError {
-            path: path.to_owned(),
-            fault: self,
-        }
+impl DiskError {
+    /// The same with its cause.
+    pub(super) fn because(mut self, source: io::Error) -> Self {
+        self.source = Some(source);
+        self
     }
 }
 
-impl fmt::Display for DiskError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the disk {} {}", self.path.display(), self.fault)
-    }
-}
-
-impl Error for DiskError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.fault.source()
+/// The error about a disk that is not what it should be.
+pub(super) fn refused(path: &Path, what: impl Into<String>) -> DiskError {
+    DiskError {
+        path: path.to_owned(),
+        what: what.into(),
+        source: None,
     }
 }
 
@@ -104,19 +57,19 @@ impl Error for DiskError {
 pub(super) const EXAMINED: &str = "examined";
 
 /// The error about what the host refused, from its own.
-pub(super) fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
-    move |source| DiskFault::Host(what, source).of(path)
+pub(super) fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
+    move |source| refused(path, format!("cannot be {what}")).because(source)
 }
 
 /// What it was to be opened for, and the hint where there may be one.
 fn how(for_writing: bool, error: &io::Error) -> &'static str {
     use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
     match error.kind() {
-        _ if !for_writing => "",
+        _ if !for_writing => "opened",
         PermissionDenied | ReadOnlyFilesystem => {
-            " for writing (with ro or ephemeral, it would be opened for reading alone)"
+            "opened for writing (with ro or ephemeral, it would be opened for reading alone)"
         }
-        _ => " for writing",
+        _ => "opened for writing",
     }
 }
 
@@ -160,14 +113,17 @@ pub(super) fn open_and_lock(path: &Path, for_writing: bool) -> Result<(File, Fil
             .write(for_writing)
             .custom_flags(flags)
             .open(path)
-            .map_err(|source| DiskFault::Open(for_writing, source).of(path))
+            .map_err(|e| failed(how(for_writing, &e), path)(e))
     };
     // A FIFO that is named by mistake must not hang.
     let lock = open(libc::O_NONBLOCK)?;
     let metadata = lock.metadata().map_err(failed(EXAMINED, path))?;
     let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(DiskFault::Kind.of(path));
+        return Err(refused(
+            path,
+            "is neither a regular file nor a block device",
+        ));
     }
     // flock and not fcntl: it belongs to the open file, so that no other open and close of this process drops it,
     // and udev keeps off a block device that is locked so.
@@ -177,7 +133,11 @@ pub(super) fn open_and_lock(path: &Path, for_writing: bool) -> Result<(File, Fil
         FlockOperation::NonBlockingLockShared
     };
     flock(&lock, operation).map_err(|errno| match errno {
-        Errno::WOULDBLOCK => DiskFault::InUse.of(path),
+        Errno::WOULDBLOCK => refused(
+            path,
+            "is in use by another process or by another disk of this VM; a disk can be shared when none of them writes to \
+             it (ro or ephemeral)",
+        ),
         errno => failed("locked", path)(errno.into()),
     })?;
     // Not the file that is locked: io_uring lets go of a file some 20 ms after the end of a process that was killed.
@@ -192,7 +152,10 @@ pub(super) fn open_and_lock(path: &Path, for_writing: bool) -> Result<(File, Fil
         && kind.is_block_device()
         && is_read_only(&file).map_err(failed(EXAMINED, path))?
     {
-        return Err(DiskFault::ReadOnlyDevice.of(path));
+        return Err(refused(
+            path,
+            "is a read-only block device: add ro, or ephemeral for a guest that has to write",
+        ));
     }
     Ok((file, lock))
 }
@@ -205,7 +168,10 @@ pub(super) fn block_size(path: &Path, file: &File, asked: Option<u32>) -> Result
     }
     let own = ioctl_blksszget(file).map_err(|e| failed(EXAMINED, path)(e.into()))?;
     match asked {
-        Some(asked) if asked < own => Err(DiskFault::BlockSize { asked, host: own }.of(path)),
+        Some(asked) if asked < own => Err(refused(
+            path,
+            format!("has logical blocks of {own} bytes: sector={asked} is too small"),
+        )),
         asked => Ok(asked.unwrap_or(own)),
     }
 }
