@@ -56,7 +56,7 @@ impl MsiRoutes for NoRoutes {
 
 fn platform() -> Devices {
     let events = || -> minivmm_devices::event::EventSink { Arc::new(|_| {}) };
-    let serial = Serial::new(IrqLine::detached(), Box::new(console().2), Arc::new(|| {}));
+    let serial = Serial::new(IrqLine::new(|| Ok(())), Box::new(console().2), Arc::new(|| {}));
     let mut devices = Devices::default();
     let mut add = |name: &str, device: Arc<Mutex<dyn Suspend>>| devices.add(name, device);
     add("serial", Arc::new(Mutex::new(serial)));
@@ -87,7 +87,7 @@ fn virtio(kind: Kind, edits: &[(u8, Number)], memory: &[(Place, [u8; 16])]) {
     let mut driver = Driver::started(device, 0);
     let mem = driver.mem.clone();
     let none = Box::new(Rng::new(&ThreadStarter::default()).unwrap());
-    let none = MmioTransport::new(none, mem.clone(), IrqLine::detached());
+    let none = MmioTransport::new(none, mem.clone(), IrqLine::new(|| Ok(())));
     let transport = std::mem::replace(&mut driver.transport, none);
     let transport = Arc::new(Mutex::new(transport));
     let mut devices = Devices::default();

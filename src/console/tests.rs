@@ -49,7 +49,7 @@ impl Guest {
             count.fetch_add(1, Ordering::SeqCst);
         });
         let serial = Arc::new(Mutex::new(Serial::new(
-            IrqLine::detached(),
+            IrqLine::new(|| Ok(())),
             console.sink(),
             kick,
         )));

@@ -81,7 +81,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::interrupt::Pulses;
+    use crate::virtio::testing::Pulses;
 
     #[test]
     fn only_a_restore_gives_a_new_id_and_says_so() {
@@ -94,7 +94,7 @@ mod tests {
         };
         let pulses = Arc::new(Pulses::default());
         let make = || {
-            let line = IrqLine::new(pulses.clone());
+            let line = pulses.line();
             GenerationId::new(mem.clone(), GuestAddress(64), line)
         };
         let mut booted = make();
@@ -113,7 +113,7 @@ mod tests {
         assert_eq!(pulses.take(), 1);
         assert!(restored.resume());
         assert_eq!(pulses.take(), 0);
-        let outside = GenerationId::new(mem, GuestAddress(4090), IrqLine::detached());
+        let outside = GenerationId::new(mem, GuestAddress(4090), IrqLine::new(|| Ok(())));
         assert!(outside.renew().is_err());
     }
 }

@@ -13,8 +13,8 @@ use super::serial::Serial;
 use super::testing::{events, inb};
 use crate::bus::BusDevice;
 use crate::chardev::{ConsoleDevice, ConsoleOutput};
-use crate::interrupt::{IrqLine, Pulses};
 use crate::state::{Record, SaveState, Suspend};
+use crate::virtio::testing::Pulses;
 
 trait Device: BusDevice + Suspend {}
 
@@ -37,7 +37,7 @@ impl ConsoleOutput for Host {
 
 fn serial() -> (Serial, Arc<Pulses>, Arc<AtomicBool>) {
     let (pulses, room) = (Arc::new(Pulses::default()), Arc::new(AtomicBool::new(true)));
-    let (line, host) = (IrqLine::new(pulses.clone()), Box::new(Host(room.clone())));
+    let (line, host) = (pulses.line(), Box::new(Host(room.clone())));
     (Serial::new(line, host, Arc::new(|| {})), pulses, room)
 }
 

@@ -380,7 +380,7 @@ fn saved(kind: &str) -> Value {
 
 fn restore(kind: &str, state: &Value) -> Result<MmioTransport, StateError> {
     let mem = Driver::new(device("rng")).mem;
-    let mut transport = MmioTransport::new(device(kind), mem, IrqLine::detached());
+    let mut transport = MmioTransport::new(device(kind), mem, IrqLine::new(|| Ok(())));
     let record: Box<Record> = serde_json::value::to_raw_value(state).unwrap();
     transport.restore(&record)?;
     Ok(transport)
@@ -467,7 +467,7 @@ proptest! {
             driver.transport = MmioTransport::new(
                 device(KINDS[kind]),
                 driver.mem.clone(),
-                IrqLine::new(driver.pulses.clone()),
+                driver.pulses.line(),
             );
             let record: Box<Record> = serde_json::value::to_raw_value(&state).unwrap();
             driver.transport.restore(&record).unwrap();

@@ -10,6 +10,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_mmio::*;
@@ -23,7 +24,6 @@ use super::transport::mmio::MmioTransport;
 use super::vsock;
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
-use crate::interrupt::Pulses;
 use crate::state::{SaveState, Suspend};
 use crate::thread::ThreadStarter;
 
@@ -57,6 +57,26 @@ pub const END: u64 = HIGH + 0x100_0000;
 const OTHER_QUEUES: u64 = HIGH + 0x80_0000;
 const QUEUE_SPACE: u64 = 0x1_0000;
 
+/// Counts the pulses of an interrupt line.
+#[derive(Default)]
+pub struct Pulses(AtomicUsize);
+
+impl Pulses {
+    /// A line that is counted here.
+    pub fn line(self: &Arc<Self>) -> IrqLine {
+        let pulses = Arc::clone(self);
+        IrqLine::new(move || {
+            pulses.0.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        })
+    }
+
+    /// How many there were since this was last asked.
+    pub fn take(&self) -> usize {
+        self.0.swap(0, Ordering::Relaxed)
+    }
+}
+
 /// Far more than a worker takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -65,7 +85,7 @@ fn transport(
     mem: &GuestMemoryMmap,
     pulses: &Arc<Pulses>,
 ) -> MmioTransport {
-    MmioTransport::new(device, mem.clone(), IrqLine::new(pulses.clone()))
+    MmioTransport::new(device, mem.clone(), pulses.line())
 }
 
 pub struct Driver {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{IoEventAddress, VmFd};
-use minivmm_devices::interrupt::{IrqLine, IrqTrigger};
+use minivmm_devices::interrupt::IrqLine;
 use minivmm_devices::platform::ioapic::{self, Ioapic, Msi, MsiRoutes};
 use minivmm_devices::virtio::transport::mmio::RegisterIoeventfd;
 
@@ -68,13 +68,22 @@ impl IrqChip {
         })
     }
 
-    /// The line to I/O APIC pin `gsi`.
+    /// The line to I/O APIC pin `gsi`. An edge on a masked pin is sent when the pin is unmasked. The 82093AA drops such an edge,
+    /// but notices a level that is still high, and an edge here stands for either: a spurious interrupt does no harm, a lost one
+    /// hangs a driver.
     pub fn line(&self, gsi: u32) -> IrqLine {
-        IrqLine::new(Arc::new(PinTrigger {
-            vm: Arc::clone(&self.vm),
-            pins: Arc::clone(&self.pins),
-            gsi,
-        }))
+        let (vm, pins) = (Arc::clone(&self.vm), Arc::clone(&self.pins));
+        IrqLine::new(move || {
+            let Some(slot) = pins.get(gsi as usize) else {
+                return Err(io::Error::from(io::ErrorKind::InvalidInput));
+            };
+            let msi = {
+                let mut state = lock(slot);
+                state.pending |= state.msi.is_none();
+                state.msi
+            };
+            Ok(msi.map_or(Ok(()), |msi| send(&vm, msi))?)
+        })
     }
 }
 
@@ -109,29 +118,6 @@ impl MsiRoutes for PinRoutes {
         for (pin, slot) in (0..).zip(self.pins.iter()) {
             lock(slot).pending = pins >> pin & 1 != 0;
         }
-    }
-}
-
-/// An I/O APIC input pin. An edge on a masked pin is sent when the pin is unmasked. The 82093AA drops such an edge, but
-/// notices a level that is still high, and an edge here stands for either: a spurious interrupt does no harm, a lost one
-/// hangs a driver.
-struct PinTrigger {
-    vm: Arc<VmFd>,
-    pins: PinTable,
-    gsi: u32,
-}
-
-impl IrqTrigger for PinTrigger {
-    fn signal(&self) -> io::Result<()> {
-        let Some(slot) = self.pins.get(self.gsi as usize) else {
-            return Err(io::Error::from(io::ErrorKind::InvalidInput));
-        };
-        let msi = {
-            let mut state = lock(slot);
-            state.pending |= state.msi.is_none();
-            state.msi
-        };
-        Ok(msi.map_or(Ok(()), |msi| send(&self.vm, msi))?)
     }
 }
 

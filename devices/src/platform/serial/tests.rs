@@ -5,8 +5,8 @@ use proptest::prelude::*;
 
 use super::spec::*;
 use super::*;
-use crate::interrupt::Pulses;
 use crate::platform::testing::{hammer, inb};
+use crate::virtio::testing::Pulses;
 
 /// A bounded host side.
 struct Host {
@@ -52,7 +52,7 @@ impl Bench {
         let kicks = Arc::new(AtomicUsize::new(0));
         let counter = kicks.clone();
         let serial = Serial::new(
-            IrqLine::new(pulses.clone()),
+            pulses.line(),
             Box::new(Host {
                 sent: sent.clone(),
                 capacity: capacity.clone(),

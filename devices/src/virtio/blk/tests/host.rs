@@ -341,6 +341,6 @@ fn a_driver_is_told_of_what_is_behind_a_disk_that_was_empty() {
     let record = driver.transport.save().unwrap();
     full.as_file().set_len(9 << 9).unwrap();
     let other = drive(full.path());
-    let mut other = MmioTransport::new(other, driver.mem.clone(), IrqLine::detached());
+    let mut other = MmioTransport::new(other, driver.mem.clone(), IrqLine::new(|| Ok(())));
     assert!(other.restore(&record).is_err());
 }
