@@ -28,51 +28,26 @@ const DESCRIPTOR_SIZE: u64 = size_of::<RawDescriptor>() as u64;
 /// Why a queue cannot go on, mostly a rule that its driver broke. Every one of these ends in DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// A queue size that is none.
-    #[error("queue size {0} is not a power of two from 1 to {1}")]
-    Size(u32, u16),
-    /// A ring at this GPA is not aligned as it must be.
-    #[error("the {0} at {1:#x} is not aligned")]
-    Misaligned(&'static str, u64),
-    /// A ring at this GPA, of so many bytes, is not in RAM.
-    #[error("the {0} at {1:#x}, {2} bytes, is not in RAM")]
-    RingOutside(&'static str, u64, u64),
+    /// What the driver has put into a ring, a table or the queue's registers.
+    #[error("{0}")]
+    Bad(String),
     /// The available ring's index is further ahead than the queue is long, or the crate found another fault in a ring.
     #[error("bad ring: {0}")]
     Ring(#[from] RingError),
-    /// A head or `next` beyond the table.
-    #[error("descriptor index {0} in a table of {1}")]
-    Index(u16, u32),
-    /// A chain longer than its table: a loop.
-    #[error("the descriptor chain at {0} is a loop")]
-    Loop(u16),
-    /// More descriptors than [`MAX_CHAIN`].
-    #[error("an indirect table of {0} descriptors")]
-    TooLong(u32),
-    /// An indirect descriptor without the feature, in an indirect table, or with NEXT.
-    #[error("an indirect descriptor where none may be")]
-    Indirect,
-    /// An indirect table that is no whole number of descriptors, or empty.
-    #[error("an indirect table of {0} bytes")]
-    TableLength(u32),
-    /// A buffer that the device reads, behind one that it writes.
-    #[error("a readable descriptor behind a writable one")]
-    Order,
-    /// A chain of more than 4 GiB.
-    #[error("a descriptor chain of more than 4 GiB")]
-    TooManyBytes,
     /// A table or buffer is not in RAM.
     #[error("a descriptor refers to memory that is not there")]
     Memory(#[from] GuestMemoryError),
-    /// A head that the driver has made available again before it came back.
-    #[error("the chain at {0} was made available again while the device has it")]
-    InFlight(u16),
     /// Not the driver's fault: the device cannot go on.
     #[error("the host failed it: {0}")]
     Host(#[source] std::io::Error),
     /// A request that its device cannot even answer.
     #[error("a request that cannot be answered: {0}")]
     Unanswerable(&'static str),
+}
+
+/// The error about what the driver has done wrong.
+pub(super) fn bad<T>(what: impl Into<String>) -> Result<T, QueueError> {
+    Err(QueueError::Bad(what.into()))
 }
 
 /// Checks that the rings of this queue are aligned (§ 2.7) and lie in RAM.
@@ -86,10 +61,12 @@ pub(super) fn check_rings(state: &QueueState, mem: &GuestMemoryMmap) -> Result<(
         ("used ring", used, 4, 6 + 8 * size),
     ] {
         if !address.is_multiple_of(align) {
-            return Err(QueueError::Misaligned(ring, address));
+            return bad(format!("the {ring} at {address:#x} is not aligned"));
         }
         if !mem.check_range(GuestAddress(address), len as usize, Permissions::ReadWrite) {
-            return Err(QueueError::RingOutside(ring, address, len));
+            return bad(format!(
+                "the {ring} at {address:#x}, {len} bytes, is not in RAM"
+            ));
         }
     }
     Ok(())
@@ -165,24 +142,28 @@ impl Virtqueue {
         let (mut index, mut left, mut in_indirect) = (chain.head, len, false);
         loop {
             if u32::from(index) >= len {
-                return Err(QueueError::Index(index, len));
+                return bad(format!("descriptor index {index} in a table of {len}"));
             }
-            left = left.checked_sub(1).ok_or(QueueError::Loop(chain.head))?;
+            // A chain longer than its table.
+            if left == 0 {
+                return bad(format!("the descriptor chain at {} is a loop", chain.head));
+            }
+            left -= 1;
             let address = table.saturating_add(DESCRIPTOR_SIZE * u64::from(index));
             let descriptor: RawDescriptor = mem.read_obj(GuestAddress(address))?;
             let descriptor = Descriptor::from(descriptor);
             if descriptor.refers_to_indirect_table() {
                 if in_indirect || !self.indirect || descriptor.has_next() {
-                    return Err(QueueError::Indirect);
+                    return bad("an indirect descriptor where none may be");
                 }
                 let bytes = descriptor.len();
                 if bytes == 0 || !u64::from(bytes).is_multiple_of(DESCRIPTOR_SIZE) {
-                    return Err(QueueError::TableLength(bytes));
+                    return bad(format!("an indirect table of {bytes} bytes"));
                 }
                 table = descriptor.addr().0;
                 len = bytes / DESCRIPTOR_SIZE as u32;
                 if len > MAX_CHAIN {
-                    return Err(QueueError::TooLong(len));
+                    return bad(format!("an indirect table of {len} descriptors"));
                 }
                 (index, left, in_indirect) = (0, len, true);
                 continue;
@@ -286,12 +267,12 @@ impl<'m> Chain<'m> {
         } else if self.writable.slices.is_empty() {
             &mut self.readable
         } else {
-            return Err(QueueError::Order);
+            return bad("a readable descriptor behind a writable one");
         };
         buffers.add(mem, descriptor.addr(), descriptor.len())?;
         // § 2.7.5.2: 2^32 bytes in total.
         if self.readable.len + self.writable.len > 1 << 32 {
-            return Err(QueueError::TooManyBytes);
+            return bad("a descriptor chain of more than 4 GiB");
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::request::{Failure, Operation, Requests, Status};
 use crate::block::ring::{Job, Ring};
 use crate::block::{Direction, Disk, Engine};
-use crate::virtio::queue::{Buffers, Chain, QueueError, max_pieces};
+use crate::virtio::queue::{Buffers, Chain, QueueError, bad, max_pieces};
 use crate::virtio::worker::{QueueContext, WorkerContext};
 
 /// Most bytes of what a queue of this size is served with: its chain, the iovecs of one request, and of all on the ring.
@@ -119,7 +119,9 @@ impl<'m, 'r> ThroughRing<'m, 'r> {
     fn begin(&mut self, queue: &mut QueueContext<'m>) -> Result<(), QueueError> {
         let (head, requests, worker) = (self.chain.head(), self.requests, queue.worker);
         if self.ring.is_busy(head) {
-            return Err(QueueError::InFlight(head));
+            return bad(format!(
+                "the chain at {head} was made available again while the device has it"
+            ));
         }
         let (status, operation) = requests.parse(&mut self.chain)?;
         let (job, data, wanted) = match operation {

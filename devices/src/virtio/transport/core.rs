@@ -16,7 +16,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::device::{Interrupt, Resources, StopMode, VirtioDevice};
-use super::super::queue::{QueueError, QueueState, Virtqueue, check_rings};
+use super::super::queue::{QueueError, QueueState, Virtqueue, bad, check_rings};
 use super::super::worker::QueueWorker;
 use super::super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 
@@ -56,22 +56,6 @@ pub enum Half {
     Low,
     /// Bits 32-63.
     High,
-}
-
-/// Why a device cannot go on, mostly a rule of the transport that its driver broke.
-#[derive(Debug, thiserror::Error)]
-enum Fault {
-    #[error("device status {new:#x} written over {old:#x}")]
-    Status { old: u32, new: u32 },
-    #[error("features written when they were agreed on")]
-    LateFeatures,
-    #[error("a queue changed that was ready, or in a running device")]
-    LateQueue,
-    #[error(transparent)]
-    Queue(#[from] QueueError),
-    /// Not the driver's fault.
-    #[error("the host lacks something: {0}")]
-    Start(#[source] std::io::Error),
 }
 
 /// What the device does.
@@ -174,7 +158,7 @@ impl Core {
             .iter()
             .fold(VIRTIO_CONFIG_S_FAILED, |all, bit| all | bit);
         let given = new & !VIRTIO_CONFIG_S_NEEDS_RESET;
-        let fault = Fault::Status { old, new };
+        let fault = format_args!("device status {new:#x} written over {old:#x}");
         if given & !known != 0 || given & old != old {
             return self.fail(fault);
         }
@@ -221,7 +205,7 @@ impl Core {
     /// The driver accepts features (§ 2.2.1).
     pub fn set_driver_features(&mut self, bits: u32) {
         if self.registers.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
-            return self.fail(Fault::LateFeatures);
+            return self.fail("features written when they were agreed on");
         }
         let half = match self.registers.driver_features_select {
             0 => Half::Low,
@@ -246,10 +230,12 @@ impl Core {
     pub fn set_queue_size(&mut self, size: u32) {
         self.change_queue(|queue, _| {
             let max = queue.max_size;
-            match u16::try_from(size) {
-                Ok(size) if size.is_power_of_two() && size <= max => queue.size = size,
-                _ => return Err(QueueError::Size(size, max).into()),
+            if !size.is_power_of_two() || size > max.into() {
+                return bad(format!(
+                    "queue size {size} is not a power of two from 1 to {max}"
+                ));
             }
+            queue.size = size as u16;
             Ok(())
         });
     }
@@ -290,7 +276,7 @@ impl Core {
     /// Changes the selected queue, which must be one that is not in use yet.
     fn change_queue(
         &mut self,
-        change: impl FnOnce(&mut QueueState, &GuestMemoryMmap) -> Result<(), Fault>,
+        change: impl FnOnce(&mut QueueState, &GuestMemoryMmap) -> Result<(), QueueError>,
     ) {
         let in_use = self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         let mem = self.mem.clone();
@@ -298,7 +284,7 @@ impl Core {
             return;
         };
         let result = if queue.ready || in_use {
-            Err(Fault::LateQueue)
+            bad("a queue changed that was ready, or in a running device")
         } else {
             change(queue, &mem)
         };
@@ -353,7 +339,7 @@ impl Core {
                 Virtqueue::new(index, *state, indirect, &self.mem)
             })
             .collect();
-        let started = queues.map_err(Fault::from).and_then(|queues| {
+        let started = queues.map_err(|e| e.to_string()).and_then(|queues| {
             let resources = Resources {
                 mem: self.mem.clone(),
                 features: self.registers.driver_features,
@@ -361,7 +347,9 @@ impl Core {
                 interrupt: self.interrupt.clone(),
                 resumed,
             };
-            self.device.start(resources).map_err(Fault::Start)
+            self.device
+                .start(resources)
+                .map_err(|e| format!("the host lacks something: {e}"))
         });
         match started {
             Ok(()) => self.state = State::Running,
