@@ -4,7 +4,7 @@
 //! Blocks of zeroes are not written, so that they are holes in the image.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 
 use super::limits::bad;
@@ -222,20 +222,16 @@ impl Layout {
     }
 
     fn write(&self, tree: &Tree, file: &File) -> io::Result<()> {
-        let mut out = BufWriter::with_capacity(CHUNK, Sequential { file, at: 0 });
-        let seek = |out: &mut BufWriter<Sequential<'_>>, block: u32| {
-            out.flush()?;
-            out.get_mut().at = u64::from(block) * BLOCK as u64;
-            io::Result::Ok(())
-        };
+        let mut out = BufWriter::with_capacity(CHUNK, file);
+        let start_of = |block: u32| SeekFrom::Start(u64::from(block) * BLOCK as u64);
         for id in &self.order {
             let (inode, place) = (tree.inode(*id)?, self.at(*id)?);
             if let Some(block) = place.block {
-                seek(&mut out, block)?;
+                out.seek(start_of(block))?;
                 out.write_all(&self.data(tree, *id, inode)?)?;
             }
         }
-        seek(&mut out, self.meta)?;
+        out.seek(start_of(self.meta))?;
         let mut at = 0;
         for (number, id) in self.order.iter().enumerate() {
             let (inode, place) = (tree.inode(*id)?, self.at(*id)?);
@@ -436,22 +432,4 @@ fn xattrs(inode: &Inode, bytes: usize, record: &mut Vec<u8>) {
         }
     }
     record.resize(end, 0);
-}
-
-/// Writes from an offset on, and leaves the file's own alone.
-struct Sequential<'a> {
-    file: &'a File,
-    at: u64,
-}
-
-impl Write for Sequential<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write_all_at(bytes, self.at)?;
-        self.at += bytes.len() as u64;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
