@@ -290,7 +290,7 @@ fn memory_above_4_gib_is_in_the_map() {
     let map: Vec<_> =
         crate::arch::memory_map::memory_map(&mem_of(layout::MMIO_GAP_START + 8 * MIB))
             .into_iter()
-            .map(|entry| (entry.start, entry.size))
+            .map(|entry| (entry.addr, entry.size))
             .collect();
     assert_eq!(map[2], (0x10_0000, layout::MMIO_GAP_START - 0x10_0000));
     assert_eq!(map[3], (layout::MMIO_GAP_END, 8 * MIB));

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::bootparam::{boot_params, setup_header};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::layout;
@@ -71,17 +71,11 @@ pub fn write(
 
     // e820_table is packed, so it is filled as a copy.
     let mut table = params.e820_table;
-    let mut entries = 0;
     for (slot, entry) in table.iter_mut().zip(memory_map(mem)) {
-        *slot = boot_e820_entry {
-            addr: entry.start,
-            size: entry.size,
-            r#type: entry.range_type as u32,
-        };
-        entries += 1;
+        *slot = entry;
+        params.e820_entries += 1;
     }
     params.e820_table = table;
-    params.e820_entries = entries;
 
     mem.write_obj(params, GuestAddress(layout::BOOT_PARAMS_START))
 }

@@ -33,9 +33,9 @@ pub fn write(
         .zip(&map)
     {
         let entry = hvm_memmap_table_entry {
-            addr: entry.start,
+            addr: entry.addr,
             size: entry.size,
-            type_: entry.range_type as u32,
+            type_: entry.r#type,
             reserved: 0,
         };
         mem.write_obj(entry, GuestAddress(gpa))?;
