@@ -26,7 +26,6 @@ fuzz_target!(|input: &[u8]| {
         initrd: initrd.as_deref(),
         cmdline: "console=ttyS0",
         protocol: protocols[usize::from(*how) % protocols.len()],
-        rsdp: 0xe0000,
         cache: None,
     };
     let mem = memory::create(u64::from(*mem % 64 + 16) << 20).unwrap();

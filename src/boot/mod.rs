@@ -70,8 +70,6 @@ pub struct BootSource<'a> {
     pub cmdline: &'a str,
     /// The protocol to start by.
     pub protocol: BootProtocol,
-    /// GPA of the ACPI RSDP; 0 if there is none.
-    pub rsdp: u64,
     /// Where unpacked kernels are kept.
     pub cache: Option<&'a Path>,
 }
@@ -129,7 +127,6 @@ fn load_bzimage(
         mem,
         &image.header_bytes,
         initrd_range.as_ref(),
-        source.rsdp,
         kernel.kaslr,
     )
     .map_err(boot_info)?;
@@ -181,10 +178,9 @@ fn load_elf(
             mem,
             boot_params::default_setup_header().as_slice(),
             initrd_range.as_ref(),
-            source.rsdp,
             false,
         ),
-        Entry::Pvh { .. } => pvh::write(mem, initrd_range.as_ref(), source.rsdp),
+        Entry::Pvh { .. } => pvh::write(mem, initrd_range.as_ref()),
     };
     written.map_err(boot_info)?;
     Ok(LoadedKernel {

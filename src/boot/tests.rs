@@ -18,7 +18,6 @@ mod hostile;
 mod payload;
 mod refusals;
 
-const RSDP: u64 = layout::ACPI_START;
 const LOAD: u64 = 0x100_0000;
 
 fn mem(mib: u64) -> GuestMemory {
@@ -154,7 +153,6 @@ fn source(kernel: &Path) -> BootSource<'_> {
         initrd: None,
         cmdline: "console=ttyS0",
         protocol: BootProtocol::Auto,
-        rsdp: RSDP,
         cache: None,
     }
 }
@@ -236,7 +234,7 @@ fn bzimage_with_initrd() {
         (start as u32, 5006)
     );
     assert_eq!({ hdr.init_size }, 0x40_0000);
-    assert_eq!({ params.acpi_rsdp_addr }, RSDP);
+    assert_eq!({ params.acpi_rsdp_addr }, layout::ACPI_START);
     let table = params.e820_table;
     let map: Vec<_> = table[..params.e820_entries.into()]
         .iter()
@@ -394,7 +392,7 @@ fn pvh_start_info() {
     );
     assert_eq!(
         (info.cmdline_paddr, info.rsdp_paddr),
-        (layout::CMDLINE_START, RSDP)
+        (layout::CMDLINE_START, layout::ACPI_START)
     );
     let module: hvm_modlist_entry = mem.read_obj(GuestAddress(info.modlist_paddr)).unwrap();
     assert_eq!((module.paddr, module.size), (32 * MIB - 4096, 100));

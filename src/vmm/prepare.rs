@@ -178,7 +178,6 @@ impl Prepared {
                 initrd: config.initrd.as_deref(),
                 cmdline: &cmdline,
                 protocol: config.boot_protocol,
-                rsdp: layout::ACPI_START,
                 cache: cache.as_deref(),
             },
         )?;

@@ -42,7 +42,6 @@ pub fn write(
     mem: &GuestMemoryMmap,
     header_bytes: &[u8],
     initrd: Option<&Range<u64>>,
-    rsdp: u64,
     kaslr: bool,
 ) -> Result<(), GuestMemoryError> {
     let mut params = boot_params::default();
@@ -67,7 +66,7 @@ pub fn write(
     let (start, size) = initrd.map_or((0, 0), |range| (range.start, range.end - range.start));
     (params.hdr.ramdisk_image, params.ext_ramdisk_image) = halves(start);
     (params.hdr.ramdisk_size, params.ext_ramdisk_size) = halves(size);
-    params.acpi_rsdp_addr = rsdp;
+    params.acpi_rsdp_addr = layout::ACPI_START;
 
     // e820_table is packed, so it is filled as a copy.
     let mut table = params.e820_table;

@@ -19,11 +19,7 @@ const MODULES_OFFSET: u64 = 0x40;
 const MEMORY_MAP_OFFSET: u64 = 0x80;
 
 /// Writes the start information.
-pub fn write(
-    mem: &GuestMemoryMmap,
-    initrd: Option<&Range<u64>>,
-    rsdp: u64,
-) -> Result<(), GuestMemoryError> {
+pub fn write(mem: &GuestMemoryMmap, initrd: Option<&Range<u64>>) -> Result<(), GuestMemoryError> {
     let modules_gpa = layout::PVH_INFO_START + MODULES_OFFSET;
     let map_gpa = layout::PVH_INFO_START + MEMORY_MAP_OFFSET;
 
@@ -57,7 +53,7 @@ pub fn write(
         nr_modules: initrd.is_some().into(),
         modlist_paddr: if initrd.is_some() { modules_gpa } else { 0 },
         cmdline_paddr: layout::CMDLINE_START,
-        rsdp_paddr: rsdp,
+        rsdp_paddr: layout::ACPI_START,
         memmap_paddr: map_gpa,
         memmap_entries: u32::try_from(map.len()).unwrap_or(0),
         reserved: 0,
