@@ -77,17 +77,14 @@ pub(crate) fn start(kernel: &Path, cmdline: &str) -> Result<(Vm, Captured), Box<
 /// Waits until every VM has ended, on one event loop, and says how each did.
 pub(crate) fn wait_for_all(vms: &mut [Vm]) -> Result<Vec<Outcome>, Box<dyn Error>> {
     let mut events = EventLoop::new()?;
-    let mut sources = Vec::new();
     for (index, vm) in vms.iter().enumerate() {
-        sources.push(events.add(vm.control().ended(), false, index)?);
+        events.add(vm.control().ended(), false, index)?;
     }
     let mut running = vms.len();
     while running > 0 {
         for index in events.wait(None)? {
-            if let Some(source) = sources[index].take() {
-                events.remove(source)?;
-                running -= 1;
-            }
+            events.remove(vms[index].control().ended())?;
+            running -= 1;
         }
     }
     Ok(vms.iter_mut().map(|vm| vm.join().outcome).collect())

@@ -10,15 +10,10 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 /// Events taken from the kernel at once.
 const BATCH: usize = 8;
 
-/// Names a source that was added, so that it can be removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct SourceId(u64);
-
 /// Sources to wait for. A source may be added and removed at any time.
 pub struct EventLoop<T> {
     epoll: Epoll,
-    sources: BTreeMap<SourceId, (RawFd, T)>,
-    next: u64,
+    sources: BTreeMap<RawFd, T>,
 }
 
 impl<T: Copy> EventLoop<T> {
@@ -27,37 +22,34 @@ impl<T: Copy> EventLoop<T> {
         Ok(Self {
             epoll: Epoll::new()?,
             sources: BTreeMap::new(),
-            next: 0,
         })
     }
 
     /// Waits for `fd` to be readable from here on, and says `token` when it is: as long as it is, or with `edge` once each time
-    /// it becomes so. `None` for a file that is always readable, as a regular one is, which epoll does not take.
+    /// it becomes so. A file that is always readable, as a regular one is, is no source: epoll does not take it.
     ///
     /// The descriptor must be removed before it is closed.
-    pub fn add(&mut self, fd: &impl AsRawFd, edge: bool, token: T) -> io::Result<Option<SourceId>> {
+    pub fn add(&mut self, fd: &impl AsRawFd, edge: bool, token: T) -> io::Result<()> {
         let fd = fd.as_raw_fd();
         let mut events = EventSet::IN;
         if edge {
             events |= EventSet::EDGE_TRIGGERED;
         }
-        let id = SourceId(self.next);
-        let event = EpollEvent::new(events, id.0);
+        let event = EpollEvent::new(events, fd as u64);
         match self.epoll.ctl(ControlOperation::Add, fd, event) {
-            Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Ok(None),
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Ok(()),
             result => result?,
         }
-        self.next += 1;
-        self.sources.insert(id, (fd, token));
-        Ok(Some(id))
+        self.sources.insert(fd, token);
+        Ok(())
     }
 
-    /// Waits for this source no longer.
-    pub fn remove(&mut self, id: SourceId) -> io::Result<()> {
-        match self.sources.remove(&id) {
-            Some((fd, _)) => self
-                .epoll
-                .ctl(ControlOperation::Delete, fd, EpollEvent::default()),
+    /// Waits for `fd` no longer.
+    pub fn remove(&mut self, fd: &impl AsRawFd) -> io::Result<()> {
+        let fd = fd.as_raw_fd();
+        let delete = ControlOperation::Delete;
+        match self.sources.remove(&fd) {
+            Some(_) => self.epoll.ctl(delete, fd, EpollEvent::default()),
             None => Ok(()),
         }
     }
@@ -84,9 +76,8 @@ impl<T: Copy> EventLoop<T> {
             };
             #[cfg(feature = "attack-port")]
             minivmm_devices::attack::turn();
-            // One that was removed after the kernel had noted its event has no token any more.
-            let token = |event: &EpollEvent| self.sources.get(&SourceId(event.data()));
-            let tokens: Vec<T> = ready.filter_map(token).map(|(_, token)| *token).collect();
+            let token = |event: &EpollEvent| self.sources.get(&event.fd()).copied();
+            let tokens: Vec<T> = ready.filter_map(token).collect();
             if !tokens.is_empty() {
                 return Ok(tokens);
             }
@@ -114,15 +105,15 @@ mod tests {
     fn sources_come_and_go() {
         let mut events = EventLoop::new().unwrap();
         let (one, two) = (event(), event());
-        let first = events.add(&one, false, 'a').unwrap().unwrap();
-        events.add(&two, true, 'b').unwrap().unwrap();
+        events.add(&one, false, 'a').unwrap();
+        events.add(&two, true, 'b').unwrap();
         assert!(events.wait(soon()).unwrap().is_empty());
         one.write(1).unwrap();
         assert_eq!(events.wait(None).unwrap(), ['a']);
         // By level: it was not read.
         assert_eq!(events.wait(None).unwrap(), ['a']);
-        events.remove(first).unwrap();
-        events.remove(first).unwrap();
+        events.remove(&one).unwrap();
+        events.remove(&one).unwrap();
         assert!(events.wait(soon()).unwrap().is_empty());
         two.write(1).unwrap();
         assert_eq!(events.wait(None).unwrap(), ['b']);
@@ -133,6 +124,7 @@ mod tests {
     fn a_regular_file_is_no_source() {
         let mut events = EventLoop::new().unwrap();
         let file = File::open("/proc/self/exe").unwrap();
-        assert_eq!(events.add(&file, false, ()).unwrap(), None);
+        events.add(&file, false, ()).unwrap();
+        assert!(events.wait(soon()).unwrap().is_empty());
     }
 }
