@@ -5,9 +5,9 @@
 //! open (Landlock), and no system calls but those in the table of rules.rs. A call that is not there raises SIGSYS; what that does
 //! is the program's business, and [`Call`] puts it in words.
 
+mod capabilities;
 mod filesystem;
 mod filter;
-mod privileges;
 mod refusal;
 mod rules;
 mod seccomp;
@@ -17,7 +17,8 @@ use std::io;
 use std::sync::Once;
 
 use minivmm_devices::thread::ThreadKind;
-use rustix::thread::CapabilitySet;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::thread::{CapabilitySet, set_no_new_privs};
 
 pub use filesystem::{Paths, landlock_version};
 pub use refusal::Call;
@@ -42,8 +43,8 @@ pub enum SandboxError {
     Refused(&'static str, #[source] io::Error),
 }
 
-fn refused(step: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
-    move |source| SandboxError::Refused(step, source)
+fn refused<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> SandboxError {
+    move |source| SandboxError::Refused(step, source.into())
 }
 
 /// Whether the host's kernel can filter a thread's system calls.
@@ -126,7 +127,9 @@ impl Sandbox {
             if !paths.is_empty() {
                 filesystem = Filesystem::new(&paths)?;
             }
-            privileges::become_undumpable().map_err(refused("PR_SET_DUMPABLE"))?;
+            // No process of the same user can trace this one or read its memory, and it leaves no core dump.
+            set_dumpable_behavior(DumpableBehavior::NotDumpable)
+                .map_err(refused("PR_SET_DUMPABLE"))?;
         }
         let filesystem = filesystem.as_ref().or(self.no_files.as_ref());
         self.confine_as(self.main, filesystem, self.kept)
@@ -141,7 +144,8 @@ impl Sandbox {
         if self.mode == SandboxMode::Off {
             return Ok(());
         }
-        privileges::gain_none().map_err(refused("PR_SET_NO_NEW_PRIVS"))?;
+        // No program that this process executes gets more rights, as one with the set-user-ID bit would. Filters demand it.
+        set_no_new_privs(true).map_err(refused("PR_SET_NO_NEW_PRIVS"))?;
         if let Some(filesystem) = filesystem {
             filesystem
                 .restrict()
@@ -150,7 +154,7 @@ impl Sandbox {
         let refusal = match self.mode {
             SandboxMode::Log => Refusal::Notify,
             _ => {
-                privileges::drop_capabilities(keep).map_err(refused("capset"))?;
+                capabilities::drop_all_but(keep).map_err(refused("capset"))?;
                 Refusal::Signal
             }
         };
