@@ -161,12 +161,7 @@ impl Session {
         events.add(signals, false, Source::Signal)?;
         events.add(&self.reader, true, Source::Streams)?;
         events.add(&*self.room, true, Source::Streams)?;
-        if let Some(credit) = self.input.credit() {
-            events.add(credit.room(), true, Source::Streams)?;
-        }
-        if let Some(fd) = self.input.fd() {
-            events.add(&fd, true, Source::Streams)?;
-        }
+        self.input.add_to(&mut events, Source::Streams)?;
         Ok(events)
     }
 

@@ -271,13 +271,7 @@ impl Run<'_> {
         if let Some(saver) = &self.saver {
             events.add(&saver.held, true, Source::Held)?;
         }
-        if let Some(credit) = self.input.credit() {
-            events.add(credit.room(), true, Source::Input)?;
-        }
-        if let Some(fd) = self.input.fd() {
-            // A regular file or /dev/null is always ready, so that the guest's readiness is all there is to wait for.
-            events.add(&fd, true, Source::Input)?;
-        }
+        self.input.add_to(&mut events, Source::Input)?;
         Ok(events)
     }
 

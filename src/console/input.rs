@@ -14,6 +14,7 @@ use super::escape::{Escape, HELP, Key};
 use super::frames::Credit;
 use super::terminal;
 use crate::guest::frames::{INPUT, RESIZE, SIGNAL, frame};
+use crate::vmm::event_loop::EventLoop;
 
 /// Bytes of read-ahead for a guest that does not read its input. A terminal is read ahead of the guest so that `Ctrl-A x` works
 /// then. When this is full, the terminal is not read, and nothing is lost.
@@ -145,9 +146,17 @@ impl ConsoleInput {
         }
     }
 
-    /// What to watch for readability, edge-triggered; none where no input can come. A regular file and /dev/null cannot
-    /// be watched (epoll says EPERM): they are always ready, and the console's kicks are enough.
-    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+    /// Has `events` say `token` when it is time for [`ConsoleInput::pump`]. A regular file and /dev/null are no sources: they are
+    /// always ready, and the console's kicks are enough.
+    pub fn add_to<T: Copy>(&self, events: &mut EventLoop<T>, token: T) -> io::Result<()> {
+        if let Some(credit) = &self.framed {
+            events.add(credit.room(), true, token)?;
+        }
+        self.fd().map_or(Ok(()), |fd| events.add(&fd, true, token))
+    }
+
+    /// Where input comes from; none where none can come.
+    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.source {
             _ if self.ended => None,
             Source::None => None,
