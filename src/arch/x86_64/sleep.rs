@@ -15,10 +15,10 @@ const CURRENT_COUNT: usize = 0x390;
 const LVT_MASKED: u32 = 1 << 16;
 
 /// How deeply a vCPU sleeps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sleep {
     /// It runs, or its timer will wake it.
+    #[default]
     Awake,
     /// Only an interrupt from a device or another vCPU can wake it.
     NoTimer,
@@ -27,17 +27,6 @@ pub enum Sleep {
 }
 
 impl Sleep {
-    /// The state with this number.
-    pub fn from_number(number: u8) -> Self {
-        const NO_TIMER: u8 = Sleep::NoTimer as u8;
-        const FOR_GOOD: u8 = Sleep::ForGood as u8;
-        match number {
-            NO_TIMER => Self::NoTimer,
-            FOR_GOOD => Self::ForGood,
-            _ => Self::Awake,
-        }
-    }
-
     /// Of a vCPU that is not in KVM_RUN.
     pub fn of(vcpu: &VcpuFd) -> Result<Self, Error> {
         match vcpu.get_mp_state()?.mp_state {

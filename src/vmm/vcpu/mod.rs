@@ -6,8 +6,8 @@ mod run_page;
 pub mod thread;
 
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
@@ -78,7 +78,13 @@ struct ThreadState {
     /// Its number, once it has one.
     id: AtomicI32,
     /// How deeply the vCPU slept when it was last paused.
-    sleep: AtomicU8,
+    sleep: Mutex<Sleep>,
+}
+
+impl ThreadState {
+    fn sleep(&self) -> MutexGuard<'_, Sleep> {
+        self.sleep.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What came of entering the guest once.
@@ -157,8 +163,7 @@ impl Vcpu {
                     // further.
                     self.page.set_immediate_exit(true);
                     while !self.step_or_end(buses, control) {}
-                    let sleep = Sleep::of(&self.fd).unwrap_or(Sleep::Awake);
-                    self.state.sleep.store(sleep as u8, Ordering::Release);
+                    *self.state.sleep() = Sleep::of(&self.fd).unwrap_or(Sleep::Awake);
                     control.park();
                     self.page.set_immediate_exit(false);
                     // The guest's watchdogs must know that it did not hang. It fails where the guest has no kvm-clock.
@@ -280,7 +285,7 @@ impl RunningVcpu {
 
     /// How deeply it slept when it was last paused.
     pub fn sleep(&self) -> Sleep {
-        Sleep::from_number(self.state.sleep.load(Ordering::Acquire))
+        *self.state.sleep()
     }
 
     /// Waits for the thread, and gives the vCPU back.
