@@ -15,7 +15,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::disks::disks;
 use super::log::LogArgs;
 use super::plan::{Plan, Streams};
-use super::program::{ProgramArgs, variable};
+use super::program::{ProgramArgs, variables_of_file};
 use super::pull::RegistryArgs;
 use super::run::RunError;
 use super::running::running;
@@ -23,7 +23,7 @@ use super::template;
 use crate::boot;
 use crate::config::{
     ConsoleKind, DEFAULT_CMDLINE, DiskConfig, DiskFormat, MAX_CPUS, MemorySize, PublishedPort,
-    Span, VmConfig, VsockConfig, join_words,
+    Span, VmConfig, VsockConfig,
 };
 use crate::guest::{INIT, Orders, Setup};
 use crate::host::passt;
@@ -38,8 +38,6 @@ use crate::vmm::snapshot::Snapshot;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Process 1 of an image, unless the user says otherwise.
 const SBIN_INIT: &str = "/sbin/init";
-/// Longest file of variables in bytes.
-const MAX_ENV_FILE: u64 = 1 << 20;
 
 const HELP: &str = "\
 IMAGE is an OCI layout (a directory or an archive), an archive of docker save or podman save, or - for one on stdin; \
@@ -187,11 +185,7 @@ impl RunArgs {
         let mut config = VmConfig {
             kernel,
             // No console but COM1: hvc0 is for the program's streams. An init would have a login there.
-            cmdline: Some(join_words([
-                DEFAULT_CMDLINE,
-                "loglevel=1",
-                &format!("rdinit={INIT}"),
-            ])),
+            cmdline: Some(format!("{DEFAULT_CMDLINE} loglevel=1 rdinit={INIT}")),
             cpus: self.cpus,
             memory: self.memory,
             disks: [(stored.root, true)]
@@ -230,6 +224,7 @@ impl RunArgs {
                 (None, Some(initrd))
             }
         };
+        let files = [disk_file.flatten(), initramfs, stored.lock];
         Ok(Plan {
             config,
             snapshot,
@@ -238,9 +233,7 @@ impl RunArgs {
                 terminal: self.program.tty,
                 interactive: self.program.interactive,
             }),
-            files: (disk_file.flatten().into_iter().chain(initramfs))
-                .chain(stored.lock)
-                .collect(),
+            files: files.into_iter().flatten().collect(),
             claim: Some(claim),
             ..Plan::default()
         })
@@ -381,20 +374,7 @@ impl RunArgs {
         list.extend(self.program.term());
         list.extend(config.env.iter().flatten().cloned());
         for path in &self.env_file {
-            let text = read_text(path).map_err(file(&path.display().to_string()))?;
-            // Windows begins a file of UTF-8 so.
-            let text = text.trim_start_matches('\u{feff}');
-            for line in text.lines().map(str::trim_start) {
-                if line.is_empty() || line.starts_with('#') {
-                    continue;
-                }
-                let name = line.split('=').next().unwrap_or_default();
-                if name.is_empty() || name.contains(char::is_whitespace) {
-                    let why = format!("{}: '{name}' is no name of a variable", path.display());
-                    return Err(RunError::Usage(why));
-                }
-                list.extend(variable(line));
-            }
+            list.extend(variables_of_file(path)?);
         }
         self.program.set_variables(&mut list);
         Ok(list)
@@ -407,23 +387,6 @@ fn name_or(option: &'static str, what: &'static str) -> impl FnOnce(std::io::Err
         std::io::ErrorKind::InvalidInput => RunError::Usage(format!("{option}: {e}")),
         _ => host(what)(e).into(),
     }
-}
-
-fn file(what: &str) -> impl FnOnce(std::io::Error) -> RunError + use<> {
-    let what = what.to_owned();
-    move |source| RunError::File(what, source)
-}
-
-fn read_text(path: &Path) -> std::io::Result<String> {
-    use std::io::Read;
-    let mut text = String::new();
-    let file = File::open(path)?;
-    file.take(MAX_ENV_FILE + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_ENV_FILE {
-        let why = format!("it is longer than {MAX_ENV_FILE} bytes");
-        return Err(std::io::Error::other(why));
-    }
-    Ok(text)
 }
 
 /// The number of a signal that has this name, with or without SIG, or number; SIGTERM stays with who sends it, and so does one for real
@@ -504,37 +467,6 @@ mod tests {
                 parsed(&format!("minivmm run {unknown} ./i")).is_err(),
                 "{unknown}"
             );
-        }
-    }
-
-    fn environment(options: &[&str], file: &str) -> Result<Vec<String>, String> {
-        let given = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(given.path(), file).unwrap();
-        let path = given.path().to_str().unwrap();
-        let words = [&["minivmm", "run", "--env-file", path], options, &["image"]].concat();
-        let Some(Command::Run(args)) = Cli::parse_from(words).command else {
-            panic!("no run");
-        };
-        let config = ImageConfig {
-            env: Some(vec!["A=image".into(), "B=image".into()]),
-            ..ImageConfig::default()
-        };
-        let list = args
-            .environment(&config, "box")
-            .map_err(|e| e.to_string())?;
-        Ok(list[2..].to_vec())
-    }
-
-    #[test]
-    fn variables_are_those_of_docker() {
-        let file = "\u{feff}C=1\n\n  # no D=1\nE=a b\nNOT_SET_HERE\n";
-        let options = ["-e", "A", "-e", "B=2", "-e", "F="];
-        let wanted = ["B=image", "C=1", "E=a b", "B=2", "F="];
-        assert_eq!(environment(&options, file).unwrap(), wanted);
-        let long = format!("A={}", "x".repeat(MAX_ENV_FILE as usize));
-        for (file, said) in [("=x", "''"), ("A B=1", "'A B'"), (&long, "")] {
-            let error = environment(&[], file).unwrap_err();
-            assert!(error.contains(said), "{error}");
         }
     }
 

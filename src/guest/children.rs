@@ -8,7 +8,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use rustix::io::Errno;
-use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, WaitStatus, wait, waitid};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus, kill_process_group, wait, waitid,
+};
 
 /// Programs that were started here, and who is told of their exit statuses.
 type Started = HashMap<Pid, Sender<u8>>;
@@ -72,6 +74,13 @@ impl Children {
                 }
             }
         }
+    }
+}
+
+/// Sends a program's process group the signal with this number, if there is one.
+pub(super) fn send_signal(group: Pid, number: u8) {
+    if let Some(signal) = Signal::from_named_raw(number.into()) {
+        let _ = kill_process_group(group, signal);
     }
 }
 

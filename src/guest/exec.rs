@@ -11,7 +11,7 @@ use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, VsockAd
 use rustix::net::{SocketFlags, accept_with};
 use rustix::process::Pid;
 
-use super::children::Children;
+use super::children::{Children, send_signal};
 use super::failure::{Failure, cannot};
 use super::frames::STATUS;
 use super::modules;
@@ -58,7 +58,7 @@ fn run(mut connection: File, orders: &Orders, program: Option<Pid>, children: &C
     };
     if let Some(number) = request.signal {
         if let Some(program) = program {
-            process::send_signal(program, number);
+            send_signal(program, number);
         }
         return;
     }

@@ -184,13 +184,6 @@ fn before_program(command: &mut Command, user: User, terminal: bool) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// Sends a program's process group the signal with this number, if there is one.
-pub(super) fn send_signal(group: rustix::process::Pid, number: u8) {
-    if let Some(signal) = rustix::process::Signal::from_named_raw(number.into()) {
-        let _ = rustix::process::kill_process_group(group, signal);
-    }
-}
-
 /// Kills all processes but this one: what the image's program has left behind goes with it, so that its streams end.
 pub(super) fn kill_all() {
     // It fails where there is none.

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::termios::{OptionalActions, Winsize, tcdrain, tcgetattr, tcsetattr, tcsetwinsize};
 
+use super::children::send_signal;
 use super::frames::{ERROR, INPUT, OUTPUT, RESIZE, SIGNAL, TAKEN, frame};
-use super::process;
 
 /// Bytes that are sent in one frame.
 const PIECE: usize = 4096 - super::frames::HEADER;
@@ -138,7 +138,7 @@ impl Channel {
                         let _ = tcsetwinsize(terminal, size);
                     }
                 }
-                (SIGNAL, [number]) => process::send_signal(group, *number),
+                (SIGNAL, [number]) => send_signal(group, *number),
                 _ => {}
             }
         }
