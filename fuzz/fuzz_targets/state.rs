@@ -56,7 +56,11 @@ impl MsiRoutes for NoRoutes {
 
 fn platform() -> Devices {
     let events = || -> minivmm_devices::event::EventSink { Arc::new(|_| {}) };
-    let serial = Serial::new(IrqLine::new(|| Ok(())), Box::new(console().2), Arc::new(|| {}));
+    let serial = Serial::new(
+        IrqLine::new(|| Ok(())),
+        Box::new(console().2),
+        Arc::new(|| {}),
+    );
     let mut devices = Devices::default();
     let mut add = |name: &str, device: Arc<Mutex<dyn Suspend>>| devices.add(name, device);
     add("serial", Arc::new(Mutex::new(serial)));
