@@ -21,7 +21,7 @@ pub(super) struct ProgramArgs {
     #[arg(short, long)]
     pub(super) tty: bool,
     /// Set a variable, or take it from minivmm's own environment; may be given again
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    #[arg(short, long, value_name = "NAME[=VALUE]", value_parser = named)]
     env: Vec<String>,
 }
 
@@ -48,6 +48,13 @@ impl ProgramArgs {
                 None => list.retain(|other| other.split('=').next() != Some(text)),
             }
         }
+    }
+}
+
+fn named(text: &str) -> Result<String, &'static str> {
+    match text.starts_with('=') || text.is_empty() {
+        true => Err("it has no name"),
+        false => Ok(text.to_owned()),
     }
 }
 
@@ -110,6 +117,12 @@ mod tests {
             let error = of_file(text).unwrap_err();
             assert!(error.contains(said), "{error}");
         }
+    }
+
+    #[test]
+    fn a_variable_has_a_name() {
+        assert!(named("").is_err() && named("=x").is_err());
+        assert!(named("A").is_ok() && named("A=").is_ok());
     }
 
     #[test]
