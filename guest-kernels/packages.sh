@@ -24,7 +24,7 @@ need() {
     [ ${#missing[@]} != 0 ] || return 0
     [ "$(id -u)" = 0 ] || die "tools are missing; on Debian: sudo apt-get install --no-install-recommends ${missing[*]}"
     say "installing ${missing[*]}"
-    with_fresh_lists env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}" >&2 ||
+    with_fresh_lists env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends -o DPkg::Lock::Timeout=600 "${missing[@]}" >&2 ||
         die "cannot install ${missing[*]}"
 }
 
