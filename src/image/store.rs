@@ -99,16 +99,17 @@ impl Store {
         if let Some(stored) = self.find(name)? {
             return Ok(stored);
         }
-        self.make_room(bytes)?;
         let temporary = self.dir.join(format!("{TEMPORARY}{name}"));
         remove(&temporary)?;
+        self.remove_leftovers(name)?;
+        self.make_room(bytes)?;
         DirBuilder::new().mode(0o700).create(&temporary)?;
         let made = self.make(&temporary, digest, make);
         if made.is_err() {
             _ = remove(&temporary);
         }
         made?;
-        self.tidy(name)?;
+        self.keep_limit(name)?;
         self.find(name)?
             .ok_or_else(|| io::Error::other("the image was removed while it was made"))
     }
@@ -359,8 +360,8 @@ impl Store {
         Ok((path, file))
     }
 
-    /// Removes what killed processes have left, and the oldest images beyond the limit that no process uses; `keep` is in use.
-    fn tidy(&self, keep: &str) -> io::Result<()> {
+    /// Removes what killed processes have left; `keep` is this process's.
+    fn remove_leftovers(&self, keep: &str) -> io::Result<()> {
         for entry in fs::read_dir(&self.dir)? {
             let file_name = entry?.file_name();
             let Some(name) = file_name.to_str().and_then(|n| n.strip_suffix(LOCK)) else {
@@ -374,6 +375,11 @@ impl Store {
                 _ = fs::remove_file(self.dir.join(&file_name));
             }
         }
+        Ok(())
+    }
+
+    /// Removes the oldest images beyond the limit that no process uses; `keep` is in use.
+    fn keep_limit(&self, keep: &str) -> io::Result<()> {
         let mut bytes = 0u64;
         for stored in self.list()? {
             bytes = bytes.saturating_add(stored.bytes);

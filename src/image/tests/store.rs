@@ -65,11 +65,22 @@ fn what_a_killed_process_leaves_is_no_image() {
     let left = entry.with_file_name(format!(".new-{name}"));
     fs::rename(entry, &left).unwrap();
     fs::remove_file(left.join("image.json")).unwrap();
-    let store = store(made.dir.path());
+    // And of another one.
+    let other = "0".repeat(64);
+    let other_left = left.with_file_name(format!(".new-{other}"));
+    fs::create_dir(&other_left).unwrap();
+    fs::write(left.with_file_name(format!("{other}.lock")), "").unwrap();
+    let mut store = store(made.dir.path());
     assert!(store.list().unwrap().is_empty());
+    // They took all the room.
+    store.free_bytes = |dir| {
+        let mut entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name());
+        let is_full = entries.any(|name| name.to_str().is_some_and(|n| n.starts_with(".new-")));
+        Some(if is_full { 0 } else { u64::MAX })
+    };
     let source = Source::File(made.dir.path().join("oci"), None);
     source.load(&store, &How::default()).unwrap();
-    assert!(!left.exists());
+    assert!(!left.exists() && !other_left.exists());
 }
 
 #[test]
