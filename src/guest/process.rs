@@ -1,7 +1,7 @@
 //! The program of an image: who it runs as, where, with which streams; and its end.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
+use rustix::stdio::{stderr, stdin, stdout};
 use rustix::thread::{Gid, Uid};
 
 use super::children::Children;
@@ -172,8 +173,11 @@ fn before_program(command: &mut Command, user: User, terminal: bool) {
         rustix::process::setsid()?;
         set_file_limit(FILES)?;
         if terminal {
-            rustix::process::ioctl_tiocsctty(io::stdin().as_fd())?;
-            rustix::fs::fchown(io::stdin(), Some(Uid::from_raw(user.uid)), None)?;
+            rustix::process::ioctl_tiocsctty(stdin())?;
+        }
+        // A pipe that is opened by its name, as /dev/stderr is, has an owner.
+        for stream in [stdin(), stdout(), stderr()] {
+            rustix::fs::fchown(stream, Some(Uid::from_raw(user.uid)), None)?;
         }
         rustix::thread::set_thread_groups(&groups)?;
         rustix::thread::set_thread_gid(Gid::from_raw(user.gid))?;
