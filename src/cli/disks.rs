@@ -4,7 +4,7 @@ use std::io::Write;
 
 use clap::Args;
 
-use super::images::print;
+use super::images::{each, print};
 use super::run::RunError;
 use crate::boot;
 use crate::mib;
@@ -29,10 +29,9 @@ pub(super) fn disks() -> Result<Disks, RunError> {
 pub fn run(args: &DisksArgs, out: &mut dyn Write) -> Result<(), RunError> {
     let disks = disks()?;
     if !args.remove.is_empty() {
-        let mut names = args.remove.iter();
-        return Ok(names
-            .try_for_each(|name| disks.remove(name))
-            .map_err(host("a disk"))?);
+        return each(&args.remove, |name| {
+            Ok(disks.remove(name).map_err(host("a disk"))?)
+        });
     }
     let list = disks.list().map_err(host("the directory of disks"))?;
     print(out, |out| {

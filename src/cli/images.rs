@@ -7,13 +7,13 @@ use clap::Args;
 use super::run::RunError;
 use crate::boot;
 use crate::image::{ImageError, Store, Stored};
-use crate::mib;
 use crate::vmm::error::host;
+use crate::{error_chain, escaped, mib};
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
 pub struct RmiArgs {
-    /// Name of an image, or the beginning of its digest
+    /// Name of an image, which goes with all of its names, or the beginning of its digest
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<String>,
 }
@@ -41,7 +41,7 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
             writeln!(
                 out,
                 "{digits:<14} {size:>9}  {used:<20} {}",
-                image.meta.names.join(", ")
+                escaped(&image.meta.names.join(", "))
             )?;
         }
         Ok(())
@@ -62,22 +62,37 @@ pub(super) fn print(
 /// Removes images.
 pub fn remove(args: &RmiArgs) -> Result<(), RunError> {
     let store = store()?;
-    for name in &args.images {
+    each(&args.images, |name| {
         let failed = |source| ImageError {
-            image: name.clone(),
+            image: name.to_owned(),
             source,
         };
         let found = store.called(name).map_err(failed)?;
         let digests: Vec<&str> = found.iter().map(|i: &Stored| i.meta.digest.hex()).collect();
         match found.as_slice() {
-            [image] => store.remove(image).map_err(failed)?,
-            [] => return Err(failed(io::Error::other("it is not in the store")).into()),
+            [image] => Ok(store.remove(image).map_err(failed)?),
+            [] => Err(failed(io::Error::other("it is not in the store")).into()),
             _ => {
                 let digests = digests.join(", ");
                 let why = format!("several images are called so; give a digest: {digests}");
-                return Err(failed(io::Error::other(why)).into());
+                Err(failed(io::Error::other(why)).into())
             }
         }
+    })
+}
+
+/// Does this for each name, also when it has failed for another. The last failure is returned, those before it are said.
+pub(super) fn each(
+    names: &[String],
+    mut act: impl FnMut(&str) -> Result<(), RunError>,
+) -> Result<(), RunError> {
+    let mut result = Ok(());
+    for name in names {
+        if let Err(e) = act(name)
+            && let Err(earlier) = std::mem::replace(&mut result, Err(e))
+        {
+            log::error!("{}", error_chain(&earlier));
+        }
     }
-    Ok(())
+    result
 }

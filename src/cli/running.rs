@@ -7,14 +7,14 @@ use std::time::{Duration, Instant, SystemTime};
 use clap::Args;
 use rustix::process::Signal;
 
-use super::images::print;
+use super::images::{each, print};
 use super::run::RunError;
 use crate::boot;
 use crate::console::MAX_FORWARDED;
-use crate::error_chain;
 use crate::guest::Exec;
 use crate::run::{Running, Vm};
 use crate::vmm::error::host;
+use crate::{error_chain, escaped};
 
 /// How often a VM is looked at that is to end, and how long one may take that has been told not to ask its program.
 const PERIOD: Duration = Duration::from_millis(10);
@@ -62,8 +62,11 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
                 .duration_since(vm.started)
                 .unwrap_or_default();
             let up = humantime::format_duration(Duration::from_secs(up.as_secs()));
-            let (name, pid, image) = (&vm.name, vm.info.pid, &vm.info.image);
-            let command: String = vm.info.command.chars().take(COMMAND_WIDTH).collect();
+            let (name, pid, image) = (&vm.name, vm.info.pid, escaped(&vm.info.image));
+            let command: String = escaped(&vm.info.command)
+                .chars()
+                .take(COMMAND_WIDTH)
+                .collect();
             let up = up.to_string().replace(' ', "");
             writeln!(out, "{name:<20} {pid:>8}  {up:<10} {image:<24} {command}")?;
         }
@@ -74,36 +77,40 @@ pub fn list(out: &mut dyn Write) -> Result<(), RunError> {
 /// Ends VMs: by the image's signal to the program, or the poweroff of an image with an init of its own, then by signals that the VMM takes for
 /// itself, then by SIGKILL.
 pub fn stop(args: &StopArgs, out: &mut dyn Write) -> Result<(), RunError> {
-    for name in &args.vms {
-        let vm = find(name)?;
-        let send = |signal| vm.signal(signal).map_err(host("the VM's process"));
-        let limit = Duration::from_secs(args.time.into());
-        let request = match vm.info.stop_signal {
-            _ if vm.info.is_init => Some(Exec::poweroff()),
-            signal => signal.map(Exec::signal),
-        };
-        let ended = if let Some(request) = request {
-            ask(&vm, &request, limit).unwrap_or_else(|e| {
-                log::warn!("cannot have '{name}' end itself: {}", error_chain(&e));
-                false
-            })
-        } else {
-            send(Signal::TERM)?;
-            wait(&vm, limit)?
-        };
-        if !ended {
-            // One by one: signals that are pending do not add up.
-            for _ in 0..MAX_FORWARDED {
-                send(Signal::TERM)?;
-                thread::sleep(PERIOD);
-            }
-            if !wait(&vm, END_TIMEOUT)? {
-                send(Signal::KILL)?;
-                wait(&vm, END_TIMEOUT)?;
-            }
-        }
+    each(&args.vms, |name| {
+        stop_one(name, Duration::from_secs(args.time.into()))?;
         // The output is for scripts alone: the VM has been stopped whether it is read or not.
         let _ = writeln!(out, "{name}");
+        Ok(())
+    })
+}
+
+fn stop_one(name: &str, limit: Duration) -> Result<(), RunError> {
+    let vm = find(name)?;
+    let send = |signal| vm.signal(signal).map_err(host("the VM's process"));
+    let request = match vm.info.stop_signal {
+        _ if vm.info.is_init => Some(Exec::poweroff()),
+        signal => signal.map(Exec::signal),
+    };
+    let ended = if let Some(request) = request {
+        ask(&vm, &request, limit).unwrap_or_else(|e| {
+            log::warn!("cannot have '{name}' end itself: {}", error_chain(&e));
+            false
+        })
+    } else {
+        send(Signal::TERM)?;
+        wait(&vm, limit)?
+    };
+    if !ended {
+        // One by one: signals that are pending do not add up. The last is not forwarded.
+        for _ in 0..=MAX_FORWARDED {
+            send(Signal::TERM)?;
+            thread::sleep(PERIOD);
+        }
+        if !wait(&vm, END_TIMEOUT)? {
+            send(Signal::KILL)?;
+            wait(&vm, END_TIMEOUT)?;
+        }
     }
     Ok(())
 }

@@ -114,6 +114,13 @@ impl Running {
         };
         file.set_len(0)?;
         file.write_all(&serde_json::to_vec(info)?)?;
+        // What VMs have left that have ended: their sandbox does not let them remove it.
+        for entry in fs::read_dir(&self.0)? {
+            let other = entry?.file_name();
+            if other.to_str().is_some_and(|o| is_name(o) && o != name) {
+                remove_if_over(&self.0.join(other))?;
+            }
+        }
         Ok(Claim { dir, _lock: file })
     }
 
@@ -184,7 +191,21 @@ impl Vm {
         let patience = limit.clamp(RETRY, PATIENCE);
         let limit = Instant::now() + limit;
         loop {
-            let mut guest = UnixStream::connect(self.dir.join(SOCKET))?;
+            use io::ErrorKind::{ConnectionRefused, NotFound};
+            let mut guest = match UnixStream::connect(self.dir.join(SOCKET)) {
+                // It has its name before it is made, and longer than its sockets.
+                Err(e) if [NotFound, ConnectionRefused].contains(&e.kind()) => {
+                    if self.has_ended()? {
+                        return Err(io::Error::other("the VM has ended"));
+                    }
+                    if Instant::now() > limit {
+                        return Err(io::Error::other("it is still being started"));
+                    }
+                    thread::sleep(RETRY);
+                    continue;
+                }
+                connected => connected?,
+            };
             guest.set_write_timeout(Some(patience))?;
             guest.set_read_timeout(Some(patience))?;
             guest.write_all(format!("CONNECT {EXEC_PORT}\n").as_bytes())?;
@@ -238,6 +259,11 @@ pub(super) fn lock(runtime: &Path) -> io::Result<File> {
 /// Whether no process has the lock of this directory, which is removed then.
 fn is_over(dir: &Path) -> io::Result<bool> {
     let _guard = dir.parent().map(lock).transpose()?;
+    remove_if_over(dir)
+}
+
+/// The same, for a caller that has [`lock`]ed the directory of all.
+fn remove_if_over(dir: &Path) -> io::Result<bool> {
     let file = match File::open(dir.join(INFO)) {
         Ok(file) => file,
         // Also what was not finished.
@@ -289,12 +315,16 @@ mod tests {
             stop_signal: None,
             pid: 1,
         };
+        // What a process has left that was killed.
+        fs::create_dir(dir.path().join("d")).unwrap();
+        fs::write(dir.path().join("d").join(INFO), "{}").unwrap();
+        fs::create_dir(dir.path().join("e")).unwrap();
         let claim = running.claim("a", &info).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         let error = running.claim("a", &info).unwrap_err().to_string();
         assert!(error.contains("name 'a' is running"), "{error}");
         let vm = running.find("a").unwrap().unwrap();
         assert_eq!((vm.info.pid, vm.dir.join(SOCKET)), (1, claim.socket()));
-        // What a process has left that was killed.
         fs::create_dir(dir.path().join("b")).unwrap();
         fs::write(dir.path().join("b").join(INFO), "{}").unwrap();
         fs::create_dir(dir.path().join("c")).unwrap();
