@@ -48,7 +48,7 @@ fn the_image_says_what_is_run_and_arguments_go_over_it() {
             "-u",
             "ann",
         ];
-        let script = format!("{script}; id -G; busybox pwd");
+        let script = format!("{script}; id -G; busybox pwd >/dev/stdout");
         let wanted = format!(
             "/made/here\n1 b c d {path}\nbox\nbox\n1000\n/home/ann\n1001\n1024\n1048576\n1001 10\n/made/here\n"
         );
@@ -263,6 +263,24 @@ fn signals_go_to_the_program() {
     });
 }
 
+/// The status of a command whose first line alone is read.
+fn read_a_line_of(command: &mut Command) -> Option<i32> {
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    common::expect(&mut child, "y\n");
+    drop(child.stdout.take());
+    let ended = wait(child, common::PATIENCE);
+    assert_eq!(String::from_utf8_lossy(&ended.stderr), "");
+    ended.status.code()
+}
+
+#[test]
+fn a_program_ends_when_nobody_reads_what_it_prints() {
+    both_ways(|image| {
+        let mut endless = image.command(&cloud(), &[], &["busybox", "yes"]);
+        assert_eq!(read_a_line_of(&mut endless), Some(128 + libc::SIGPIPE));
+    });
+}
+
 #[test]
 fn other_programs_run_beside_the_first_and_stop_ends_them_all() {
     both_ways(|image| {
@@ -284,7 +302,7 @@ fn other_programs_run_beside_the_first_and_stop_ends_them_all() {
             &[
                 "sh",
                 "-c",
-                "echo $A$B $(pwd) $(id -u); echo err >&2; exit 6",
+                "echo $A$B $(pwd) $(id -u); echo err >/dev/stderr; exit 6",
             ],
         ));
         ended.assert_code(6);
@@ -294,6 +312,8 @@ fn other_programs_run_beside_the_first_and_stop_ends_them_all() {
         let input: Vec<u8> = (0..400_000u32).map(|n| (n % 251) as u8).collect();
         let ended = run_with_input(&mut exec(&["-i"], &["cat"]), &input);
         assert_eq!(Sha256::digest(&ended.stdout), Sha256::digest(&input));
+        let mut endless = exec(&[], &["busybox", "yes"]);
+        assert_eq!(read_a_line_of(&mut endless), Some(128 + libc::SIGPIPE));
         // It ends with the VM, however long it would take.
         let mut long = exec(&[], &["sh", "-c", "echo up; exec sleep 1000"])
             .spawn()

@@ -30,6 +30,7 @@ const CHUNK: usize = 64 << 10;
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
+#[command(override_usage = "minivmm exec [OPTIONS] NAME COMMAND...")]
 pub struct ExecArgs {
     /// Streams and environment.
     #[command(flatten)]
@@ -40,17 +41,9 @@ pub struct ExecArgs {
     /// Run the program as this user [default: as the image's program]
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
-    /// Name of the VM, as minivmm ps lists it
-    #[arg(value_name = "NAME")]
-    vm: String,
-    /// Program and arguments
-    #[arg(
-        value_name = "COMMAND",
-        required = true,
-        trailing_var_arg = true,
-        allow_hyphen_values = true
-    )]
-    command: Vec<String>,
+    /// Name of the VM, as minivmm ps lists it, and the program with its arguments
+    #[arg(value_names = ["NAME", "COMMAND"], num_args = 2.., required = true, trailing_var_arg = true)]
+    words: Vec<String>,
 }
 
 /// What the event loop waits for.
@@ -58,20 +51,23 @@ pub struct ExecArgs {
 enum Source {
     Streams,
     Signal,
+    /// Nobody reads stdout any more.
+    ReaderGone,
 }
 
 /// Runs a program; its exit status.
 pub fn run(args: ExecArgs) -> Result<u8, RunError> {
     let program = args.program;
     program.check_terminal()?;
-    let vm = find(&args.vm)?;
+    let mut words = args.words.into_iter();
+    let vm = find(&words.next().unwrap_or_default())?;
     let mut environment: Vec<String> = program.term().into_iter().collect();
     program.set_variables(&mut environment);
     let exec = Exec {
-        command: args.command,
+        command: words.collect(),
         environment,
-        user: args.user,
-        directory: args.workdir,
+        user: args.user.filter(|user| !user.is_empty()),
+        directory: args.workdir.filter(|directory| !directory.is_empty()),
         terminal: program.tty,
         signal: None,
     };
@@ -96,12 +92,15 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
         // It is refused only when the counter is full; then its reader is awake.
         console.on_output_ready(Arc::new(move || drop(room.write(1))));
     }
+    let reader_gone = Arc::clone(credit.reader_gone());
+    stdout.tell_of_lost_reader(&reader_gone);
     let session = Session {
         reader: guest.try_clone().map_err(host("the VM's socket"))?,
         device: Mutex::new(Guest(guest)),
         sink: FrameSink::new(stdout.sink(), stderr.sink(), credit),
         pending: Vec::new(),
         room,
+        reader_gone,
         input,
         terminal: program.tty,
     };
@@ -123,6 +122,7 @@ struct Session {
     pending: Vec<u8>,
     /// An event when they can take more.
     room: Arc<EventFd>,
+    reader_gone: Arc<EventFd>,
     input: ConsoleInput,
     terminal: bool,
 }
@@ -142,6 +142,7 @@ impl Session {
             for source in events.wait(None).map_err(host("the event loop"))? {
                 match source {
                     Source::Streams => {}
+                    Source::ReaderGone => return Ok(of_signal(libc::SIGPIPE)),
                     Source::Signal => {
                         if let Some(signal) = signals.stop_requested()
                             && !self.input.forward_signal(signal)
@@ -161,6 +162,7 @@ impl Session {
         events.add(signals, false, Source::Signal)?;
         events.add(&self.reader, true, Source::Streams)?;
         events.add(&*self.room, true, Source::Streams)?;
+        events.add(&*self.reader_gone, true, Source::ReaderGone)?;
         self.input.add_to(&mut events, Source::Streams)?;
         Ok(events)
     }

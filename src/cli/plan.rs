@@ -68,7 +68,9 @@ impl Plan {
             };
             return Ok((console, None, input));
         }
-        let (input, _) = ConsoleInput::framed(streams.interactive).map_err(host("an eventfd"))?;
+        let framed = ConsoleInput::framed(streams.interactive);
+        let (input, credit) = framed.map_err(host("an eventfd"))?;
+        console.tell_of_lost_reader(credit.reader_gone());
         Ok((console, Some(Console::stderr(threads)?), input))
     }
 

@@ -141,6 +141,8 @@ enum Source {
     ConsoleReady,
     /// The guest has written the boot mark at which it is saved.
     Held,
+    /// Nobody reads a program's stdout any more.
+    ReaderGone,
 }
 
 /// What all boots of a VM have in common.
@@ -268,6 +270,9 @@ impl Run<'_> {
         events.add(vm.control().ended(), false, Source::Ended)?;
         events.add(&**self.signals, false, Source::Signal)?;
         events.add(vm.console_ready(), false, Source::ConsoleReady)?;
+        if let Some(credit) = self.input.credit() {
+            events.add(&**credit.reader_gone(), true, Source::ReaderGone)?;
+        }
         if let Some(saver) = &self.saver {
             events.add(&saver.held, true, Source::Held)?;
         }
@@ -323,6 +328,11 @@ impl Run<'_> {
                         if let Some(saver) = self.saver.take() {
                             resumed = saver.save(vm, self.signals, self.deadline);
                         }
+                    }
+                    // As a program that writes to such a pipe ends.
+                    Source::ReaderGone => {
+                        control.end(Outcome::Signal(libc::SIGPIPE));
+                        return Ok(());
                     }
                     Source::Input => {}
                 }

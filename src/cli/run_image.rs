@@ -56,7 +56,11 @@ executed, 127 if it is not there; otherwise as without a subcommand.";
 
 #[allow(missing_docs, reason = "--help has what stands at the subcommand")]
 #[derive(Debug, Args)]
-#[command(after_help = HELP, disable_help_flag = true)]
+#[command(
+    after_help = HELP,
+    disable_help_flag = true,
+    override_usage = "minivmm run [OPTIONS] IMAGE [COMMAND...]"
+)]
 pub struct RunArgs {
     /// Streams and environment.
     #[command(flatten)]
@@ -141,16 +145,9 @@ pub struct RunArgs {
     /// Say nothing about minivmm itself
     #[arg(short, long)]
     quiet: bool,
-    /// What to run
-    #[arg(value_name = "IMAGE")]
-    image: String,
-    /// Program and arguments, in place of the image's own [default: the image's]
-    #[arg(
-        value_name = "COMMAND",
-        trailing_var_arg = true,
-        allow_hyphen_values = true
-    )]
-    command: Vec<String>,
+    /// What to run, with program and arguments in place of the image's own. All that follows the image is the program's, options too
+    #[arg(value_name = "IMAGE", required = true, trailing_var_arg = true)]
+    image: Vec<String>,
 }
 
 impl RunArgs {
@@ -160,6 +157,12 @@ impl RunArgs {
         LogArgs { verbose, quiet }.level()
     }
 
+    /// The image, and what follows it.
+    fn words(&self) -> (&str, &[String]) {
+        let words = self.image.split_first();
+        words.map_or(("", &[]), |(image, command)| (image, command))
+    }
+
     /// Finds image and kernel and says what is to be run.
     pub fn into_plan(self) -> Result<Plan, RunError> {
         self.program.check_terminal()?;
@@ -167,10 +170,11 @@ impl RunArgs {
             Some(kernel) => kernel.clone(),
             None => find_kernel(&boot::cache_dir().unwrap_or_default())?,
         };
+        let (image, _) = self.words();
         let source = if self.rootfs {
-            Source::Root(self.image.clone().into())
+            Source::Root(image.into())
         } else {
-            Source::parse(&self.image)
+            Source::parse(image)
         };
         let stored = self.registry.load(&source, self.quiet)?;
         let mut orders = self.orders(&stored)?;
@@ -281,16 +285,17 @@ impl RunArgs {
             ..ImageConfig::default()
         };
         let config = if is_init { &of_init } else { config };
-        let user = self.user.clone().or_else(|| config.user.clone());
-        let directory = self.workdir.clone().or_else(|| config.working_dir.clone());
-        let directory = directory.unwrap_or_default();
+        // A script's variable may be empty: as with docker, that gives nothing.
+        let given = |option: &Option<String>| option.clone().filter(|text| !text.is_empty());
+        let user = given(&self.user).or_else(|| config.user.clone());
+        let directory = given(&self.workdir).or_else(|| config.working_dir.clone());
         Ok(Orders {
-            command: command(config, self.entrypoint.as_deref(), &self.command),
+            command: command(config, self.entrypoint.as_deref(), self.words().1),
             is_init,
             environment,
             user: user.unwrap_or_default(),
             directory: Path::new("/")
-                .join(directory)
+                .join(directory.unwrap_or_default())
                 .to_string_lossy()
                 .into_owned(),
             hostname,
@@ -343,7 +348,7 @@ impl RunArgs {
             }
         };
         let info = Info {
-            image: self.image.clone(),
+            image: self.words().0.to_owned(),
             command: orders.command.join(" "),
             is_init: orders.is_init,
             stop_signal: config.stop_signal.as_deref().and_then(signal_number),
@@ -446,11 +451,18 @@ mod tests {
     #[test]
     fn options_end_at_the_image() {
         let parsed = |words: &str| Cli::try_parse_from(words.split(' '));
-        let cli = parsed("minivmm run -it -e A=b -m 1g ./i sh -c -x --rm").unwrap();
-        let Some(Command::Run(args)) = cli.command else {
-            panic!("no run");
+        let run = |words: &str| match parsed(words).unwrap().command {
+            Some(Command::Run(args)) => args,
+            _ => panic!("no run"),
         };
-        assert_eq!(args.command, ["sh", "-c", "-x", "--rm"]);
+        let args = run("minivmm run -it -e A=b -m 1g ./i sh -c -x --rm");
+        assert_eq!(args.words().0, "./i");
+        assert_eq!(args.words().1, ["sh", "-c", "-x", "--rm"]);
+        // So that an entrypoint can have them.
+        for option in ["--help", "-q", "-- -x", "-h db", "--rm", "--no-such"] {
+            let args = run(&format!("minivmm run ./i {option}"));
+            assert_eq!(args.words().1.join(" "), option);
+        }
         assert!(args.program.tty && args.program.interactive);
         let mut given = Vec::new();
         args.program.set_variables(&mut given);

@@ -15,14 +15,17 @@ pub struct Credit {
     /// The guest's terminal passes on all bytes as they are: nothing may be sent before.
     open: AtomicBool,
     room: EventFd,
+    reader_gone: Arc<EventFd>,
 }
 
 impl Credit {
     pub(super) fn new() -> std::io::Result<Self> {
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Self {
             under_way: AtomicUsize::new(0),
             open: AtomicBool::new(false),
-            room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            room: event()?,
+            reader_gone: Arc::new(event()?),
         })
     }
 
@@ -39,6 +42,11 @@ impl Credit {
     /// An event when there is room for more.
     pub fn room(&self) -> &EventFd {
         &self.room
+    }
+
+    /// An event when nobody reads the program's stdout any more.
+    pub fn reader_gone(&self) -> &Arc<EventFd> {
+        &self.reader_gone
     }
 
     pub(super) fn spend(&self, bytes: usize) {

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use minivmm_devices::chardev::ConsoleOutput;
 use minivmm_devices::thread::ThreadStarter;
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
 
 pub use frames::{Credit, FrameSink};
 pub use input::{ConsoleInput, InputOutcome, MAX_FORWARDED};
@@ -140,6 +141,11 @@ impl Console {
     /// the one of the VM before. It is called on the console's thread with no lock held.
     pub fn on_output_ready(&self, callback: Arc<dyn Fn() + Send + Sync>) {
         self.0.shared.set_ready(callback);
+    }
+
+    /// Has `event` signalled when what is written finds no reader any more (EPIPE), in place of a warning.
+    pub fn tell_of_lost_reader(&self, event: &Arc<EventFd>) {
+        self.0.shared.tell_of_lost_reader(Arc::clone(event));
     }
 
     /// Forgets the output of the VM before; on a terminal, the next begins a line. From here on `observer` is given all that the

@@ -9,13 +9,15 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use minivmm_devices::chardev::{ConsoleOutput, MIN_ROOM};
 use minivmm_devices::thread::{STACK_SIZE, ThreadKind, ThreadStarter};
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::destination::{Destination, Written, write_some};
 use super::pty;
@@ -62,6 +64,8 @@ pub(super) struct Shared {
     /// The thread has ended.
     ended: Condvar,
     ready: Mutex<Option<Callback>>,
+    /// An event when nobody reads any more, where that is not to be said.
+    reader_gone: OnceLock<Arc<EventFd>>,
     /// An eventfd: the thread stops waiting for its reader.
     cancel: OwnedFd,
     pty: Option<Arc<OwnedFd>>,
@@ -168,6 +172,7 @@ impl Shared {
             work: Condvar::new(),
             ended: Condvar::new(),
             ready: Mutex::new(None),
+            reader_gone: OnceLock::new(),
             cancel: eventfd(0, EventfdFlags::CLOEXEC)?,
             pty: match &destination {
                 Some(Destination::Pty(master)) => Some(Arc::clone(master)),
@@ -214,6 +219,11 @@ impl Shared {
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn tell_of_lost_reader(&self, event: Arc<EventFd>) {
+        // One that is set already stays.
+        let _ = self.reader_gone.set(event);
     }
 
     pub(super) fn set_ready(&self, callback: Callback) {
@@ -294,10 +304,14 @@ impl Shared {
                 Written::Cancelled => break,
                 Written::Failed(e) => {
                     let name = destination.as_ref().map_or("", Destination::name);
-                    log::warn!(
-                        "cannot write the console to {name}: {}; the guest's output is discarded from here on",
-                        io::Error::from(e)
-                    );
+                    match self.reader_gone.get().filter(|_| e == Errno::PIPE) {
+                        // It is refused only when the counter is full; then the event is there already.
+                        Some(gone) => drop(gone.write(1)),
+                        None => log::warn!(
+                            "cannot write the console to {name}: {}; the guest's output is discarded from here on",
+                            io::Error::from(e)
+                        ),
+                    }
                     destination = None;
                 }
             }
