@@ -249,6 +249,19 @@ impl Fork {
         }
     }
 
+    /// From now on, a VM is told of room for output and of the end of all.
+    fn insert(&self, index: u32, vm: &Vm) {
+        let (control, senders) = (Arc::clone(vm.control()), vm.senders());
+        let mut running = self.running();
+        if let Some(stop) = running.stop.clone() {
+            control.end(stop);
+        }
+        running.clones.insert(index, (control, senders.clone()));
+        drop(running);
+        // Its devices have gone on since they were restored: they may have missed a call.
+        tell_of_tx_space(&senders);
+    }
+
     fn clone_vm(
         &self,
         index: u32,
@@ -264,11 +277,14 @@ impl Fork {
             }
             Output::Lines(console) => (console.clone(), None),
         };
-        let sink = || -> Box<dyn ConsoleOutput> {
-            match own {
-                Some(_) => console.sink(),
-                None => Box::new(LineOutput::new(index, console.sink())),
+        let mut lines = Vec::new();
+        let mut sink = || -> Box<dyn ConsoleOutput> {
+            if own.is_some() {
+                return console.sink();
             }
+            let output = LineOutput::new(index, console.sink());
+            lines.push(output.clone());
+            Box::new(output)
         };
         let Restorable {
             config,
@@ -288,19 +304,11 @@ impl Fork {
             size: None,
         };
         let mut vm = Vm::build(parts, ends, Observers::default(), &mut build)?;
-        let senders = vm.senders();
         if let Some(console) = &own {
-            let senders = senders.clone();
+            let senders = vm.senders();
             console.on_output_ready(Arc::new(move || tell_of_tx_space(&senders)));
         }
-        {
-            let mut running = self.running();
-            if let Some(stop) = running.stop.clone() {
-                vm.control().end(stop);
-            }
-            let control = Arc::clone(vm.control());
-            running.clones.insert(index, (control, senders));
-        }
+        self.insert(index, &vm);
         times[0] = begin.elapsed().as_micros() as u64;
         let started: Result<(), RunError> = vm.start(|| Ok(()), Some(vcpu.take_job()));
         if started.is_ok() {
@@ -313,8 +321,12 @@ impl Fork {
         started?;
         let (outcome, _) = ending::decide(&vm, &end, false);
         drop(vm);
+        let stopped = || self.running().stop.is_some();
+        for output in lines {
+            output.finish(&|| stopped() || outcome.is_external());
+        }
         if let Some(console) = own {
-            console.finish(&|| self.running().stop.is_some());
+            console.finish(&stopped);
         }
         Ok(outcome)
     }
