@@ -3,7 +3,7 @@
 mod common;
 
 use std::fs::{self, OpenOptions};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -352,4 +352,20 @@ fn a_signal_or_a_deadline_ends_all_forks() {
         .arg(&path)
         .args(["-n", "3", "-j", "3", "--deadline", "100ms"]);
     run(&mut command).assert_code(1);
+}
+
+#[test]
+fn a_signal_ends_forks_whose_output_nobody_reads() {
+    let dir = Dir::new();
+    let path = dir.save("marks", "m", &[]);
+    let (_reader, mut writer) = std::io::pipe().unwrap();
+    let size = rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
+    writer.write_all(&vec![b'.'; size]).unwrap();
+    let mut command = minivmm(&["fork"]);
+    command.arg(&path).args(["-n", "4", "-j", "2"]);
+    let child = command.stdout(writer).spawn().unwrap();
+    thread::sleep(Duration::from_millis(300));
+    common::signal(&child, "TERM");
+    let output = wait(child, Duration::from_secs(60));
+    assert_eq!(output.status.code(), Some(143));
 }

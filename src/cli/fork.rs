@@ -22,6 +22,7 @@ use super::log::LogArgs;
 use super::process;
 use super::restore::{Restorable, SnapshotSource};
 use super::run::RunError;
+use super::watch::DRAIN_TIMEOUT;
 use crate::config::{ConsoleTarget, Span};
 use crate::console::{Console, Signals};
 use crate::error_chain;
@@ -154,14 +155,16 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
             .map_err(host("a thread"))?;
     }
     let reports = fork.supervise(signals, jobs);
+    let stop = fork.running().stop.clone();
     if let Output::Lines(console) = &fork.output {
-        console.finish(&|| signals.stop_requested().is_some());
+        let limit = Instant::now() + DRAIN_TIMEOUT;
+        let late = || stop.is_some() && Instant::now() > limit;
+        console.finish(&|| late() || signals.stop_requested().is_some());
     }
     let failed = reports.iter().filter(|report| report.status != 0).count();
     if failed > 0 {
         log::warn!("{failed} of {} VMs did not end with status 0", args.count);
     }
-    let stop = fork.running().stop.clone();
     if let Some(json) = json {
         json.write_json(&reports)
             .map_err(|e| host("the report")(io::Error::other(e)))?;
