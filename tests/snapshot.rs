@@ -3,12 +3,12 @@
 mod common;
 
 use std::fs::{self, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use common::skip::skip;
 use common::{Ended, boot_tiny, minivmm, run, tiny, wait};
@@ -368,4 +368,33 @@ fn a_signal_ends_forks_whose_output_nobody_reads() {
     common::signal(&child, "TERM");
     let output = wait(child, Duration::from_secs(60));
     assert_eq!(output.status.code(), Some(143));
+}
+
+#[test]
+fn forks_say_which_vcpus_failed_and_whether_the_file_is_why() {
+    let dir = Dir::new();
+    let path = dir.save("ends", "bt", &[]);
+    let json = dir.path("report.json");
+    let mut command = minivmm(&["fork"]);
+    let args = ["-n", "50000", "-j", "1", "--json"];
+    command.arg(&path).args(args).arg(&json);
+    let mut child = command.spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut find = |text: &str| lines.any(|line| line.unwrap().contains(text));
+    assert!(find("VM 0: the guest triple-faulted"));
+    // A file that is cut short changes as well, but may end the whole process.
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    assert!(find("was changed while a VM ran from it"));
+    common::signal(&child, "TERM");
+    assert_eq!(
+        wait(child, Duration::from_secs(60)).status.code(),
+        Some(143)
+    );
+    let report: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    assert_eq!(report[0]["status"], 139);
+    assert_eq!(report[0]["error"], "the guest triple-faulted");
+    let mut all = report.as_array().unwrap().iter();
+    assert!(all.any(|vm| vm["status"] == 125));
 }

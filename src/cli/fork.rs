@@ -234,13 +234,18 @@ impl Fork {
             }
             let mut times = [0; 2];
             let (status, error) = match self.clone_vm(index, vcpu, &mut times) {
-                Ok(outcome) => (exit_status(&outcome), None),
-                Err(e) => {
-                    let error = error_chain(&e);
-                    log::error!("VM {index}: {error}");
-                    (VMM_FAILED, Some(error))
+                Ok(outcome) => {
+                    let failure = match &outcome {
+                        Outcome::VcpuFailed(failure) => Some(failure.to_string()),
+                        _ => None,
+                    };
+                    (exit_status(&outcome), failure)
                 }
+                Err(e) => (VMM_FAILED, Some(error_chain(&e))),
             };
+            if let Some(error) = &error {
+                log::error!("VM {index}: {error}");
+            }
             let [started_us, ran_us] = times;
             self.running().reports.push(CloneReport {
                 index,
@@ -330,6 +335,10 @@ impl Fork {
         }
         if let Some(console) = own {
             console.finish(&stopped);
+        }
+        // Memory that has gone may be an error of KVM_RUN or a guest without handlers.
+        if let Outcome::VcpuFailed(_) = outcome {
+            snapshot.check_unchanged().map_err(VmError::from)?;
         }
         Ok(outcome)
     }
