@@ -340,10 +340,42 @@ fn link(file: &File, path: &Path) -> io::Result<()> {
     aside.push(name);
     aside.push(format!(".{}", std::process::id()));
     let aside = dir.join(aside);
-    linkat(CWD, &own, CWD, &aside, AtFlags::SYMLINK_FOLLOW)?;
+    let link_aside = || linkat(CWD, &own, CWD, &aside, AtFlags::SYMLINK_FOLLOW);
+    link_aside().or_else(|e| match e {
+        Errno::EXIST => {
+            // A process of the same ID was killed before it renamed the file: IDs come again, in containers soon.
+            unlinkat(CWD, &aside, AtFlags::empty())?;
+            link_aside()
+        }
+        e => Err(e),
+    })?;
     renameat(CWD, &aside, CWD, path).inspect_err(|_| {
         // It failed already; what is left over is best effort.
         let _ = unlinkat(CWD, &aside, AtFlags::empty());
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("snapshot");
+        let left = format!(".snapshot.{}", std::process::id());
+        fs::write(&path, "old").unwrap();
+        fs::write(dir.path().join(left), "half").unwrap();
+        // Elsewhere no file is put aside.
+        if let Unpublished::Nameless(mut file) = create(&path).unwrap() {
+            file.write_all(b"new").unwrap();
+            link(&file, &path).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"new");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+    }
 }
