@@ -172,6 +172,35 @@ fn a_snapshot_never_replaces_what_the_vm_runs_from() {
 }
 
 #[test]
+fn a_snapshot_never_replaces_the_vms_files() {
+    let dir = Dir::new();
+    let path = |name: &str| dir.path(name).display().to_string();
+    fs::copy(tiny("marks"), dir.path("kernel")).unwrap();
+    fs::write(dir.path("disk"), [0; 512]).unwrap();
+    fs::write(dir.path("initrd"), "initrd").unwrap();
+    let contents = || ["kernel", "disk", "initrd"].map(|name| fs::read(dir.path(name)).unwrap());
+    let before = contents();
+    let disk = format!("path={},format=raw", path("disk"));
+    let vm = |at: &str| {
+        let mut command = minivmm(&["--memory", "16M", "--cmdline", "", "--snapshot-at", at]);
+        command.args(["--kernel", &path("kernel"), "--initrd", &path("initrd")]);
+        run(command.args(["--disk", &disk]))
+    };
+    let restored = |file: &str| {
+        let at = format!("8={}", path(file));
+        restore(&dir.path("snapshot"), &["--snapshot-at", &at])
+    };
+    vm(&format!("7={},exit", path("snapshot"))).assert_code(0);
+    let refused = ["kernel", "disk", "initrd"].map(|name| (name, vm(&format!("7={}", path(name)))));
+    for (name, ended) in refused.iter().chain(&[("disk", restored("disk"))]) {
+        ended.assert_code(125);
+        ended.assert_said(&format!("this file is the VM's {name}"));
+        assert_eq!(ended.out(), "");
+    }
+    assert!(contents() == before);
+}
+
+#[test]
 fn what_cannot_be_saved_is_refused_before_the_guest_runs() {
     let dir = Dir::new();
     let missing = format!("7={}", dir.path("none/snapshot").display());

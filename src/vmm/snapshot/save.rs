@@ -5,10 +5,11 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use minivmm_devices::virtio::blk::Block;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open, renameat, unlinkat};
 use rustix::io::Errno;
 use tempfile::NamedTempFile;
@@ -24,7 +25,7 @@ use super::record::Meta;
 use super::sparse::{SparseChecksum, is_zero};
 use crate::arch::state::{StateSupport, VcpuState};
 use crate::host::cpu::Cpu;
-use crate::vmm::prepare::Origin;
+use crate::vmm::prepare::{Origin, Prepared};
 use crate::vmm::vm::Vm;
 
 /// How long devices may take to complete their requests.
@@ -230,6 +231,31 @@ impl Target {
     fn unwritten(&self) -> impl Fn(io::Error) -> SnapshotError + use<> {
         unwritten(&self.path)
     }
+}
+
+/// Refuses to write a snapshot of a VM in place of a file that it uses.
+pub fn check_unused(path: &Path, vm: &Prepared) -> Result<(), SnapshotError> {
+    let inode = |path: &Path| path.metadata().ok().map(|stat| (stat.dev(), stat.ino()));
+    let Some(file) = inode(path) else {
+        return Ok(());
+    };
+    let is_disk = |disk: &Block| disk.disk().identity().is_ok_and(|id| id.inode == file);
+    let is_file = |path: &PathBuf| inode(path) == Some(file);
+    // What a restored VM was booted from is in its memory.
+    let boots = matches!(vm.origin, Origin::Boot(_));
+    let what = if vm.disks.iter().any(is_disk) {
+        "disk"
+    } else if boots && is_file(&vm.config.kernel) {
+        "kernel"
+    } else if boots && vm.config.initrd.as_ref().is_some_and(is_file) {
+        "initrd"
+    } else {
+        return Ok(());
+    };
+    Err(SnapshotError::Refused(format!(
+        "cannot write a snapshot to {}: this file is the VM's {what}; name another",
+        path.display()
+    )))
 }
 
 fn unwritten(path: &Path) -> impl Fn(io::Error) -> SnapshotError + use<> {
