@@ -3,12 +3,12 @@
 mod common;
 
 use std::fs::{self, OpenOptions};
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use common::skip::skip;
 use common::{Ended, boot_tiny, minivmm, run, tiny, wait};
@@ -169,6 +169,35 @@ fn a_snapshot_never_replaces_what_the_vm_runs_from() {
     ended.assert_code(125);
     assert!(ended.stderr.contains("the VM runs from this file"));
     assert_eq!(restore(&path, &[]).out(), "bc");
+}
+
+#[test]
+fn a_snapshot_never_replaces_the_vms_files() {
+    let dir = Dir::new();
+    let path = |name: &str| dir.path(name).display().to_string();
+    fs::copy(tiny("marks"), dir.path("kernel")).unwrap();
+    fs::write(dir.path("disk"), [0; 512]).unwrap();
+    fs::write(dir.path("initrd"), "initrd").unwrap();
+    let contents = || ["kernel", "disk", "initrd"].map(|name| fs::read(dir.path(name)).unwrap());
+    let before = contents();
+    let disk = format!("path={},format=raw", path("disk"));
+    let vm = |at: &str| {
+        let mut command = minivmm(&["--memory", "16M", "--cmdline", "", "--snapshot-at", at]);
+        command.args(["--kernel", &path("kernel"), "--initrd", &path("initrd")]);
+        run(command.args(["--disk", &disk]))
+    };
+    let restored = |file: &str| {
+        let at = format!("8={}", path(file));
+        restore(&dir.path("snapshot"), &["--snapshot-at", &at])
+    };
+    vm(&format!("7={},exit", path("snapshot"))).assert_code(0);
+    let refused = ["kernel", "disk", "initrd"].map(|name| (name, vm(&format!("7={}", path(name)))));
+    for (name, ended) in refused.iter().chain(&[("disk", restored("disk"))]) {
+        ended.assert_code(125);
+        ended.assert_said(&format!("this file is the VM's {name}"));
+        assert_eq!(ended.out(), "");
+    }
+    assert!(contents() == before);
 }
 
 #[test]
@@ -352,4 +381,49 @@ fn a_signal_or_a_deadline_ends_all_forks() {
         .arg(&path)
         .args(["-n", "3", "-j", "3", "--deadline", "100ms"]);
     run(&mut command).assert_code(1);
+}
+
+#[test]
+fn a_signal_ends_forks_whose_output_nobody_reads() {
+    let dir = Dir::new();
+    let path = dir.save("marks", "m", &[]);
+    let (_reader, mut writer) = std::io::pipe().unwrap();
+    let size = rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
+    writer.write_all(&vec![b'.'; size]).unwrap();
+    let mut command = minivmm(&["fork"]);
+    command.arg(&path).args(["-n", "4", "-j", "2"]);
+    let child = command.stdout(writer).spawn().unwrap();
+    thread::sleep(Duration::from_millis(300));
+    common::signal(&child, "TERM");
+    let output = wait(child, Duration::from_secs(60));
+    assert_eq!(output.status.code(), Some(143));
+}
+
+#[test]
+fn forks_say_which_vcpus_failed_and_whether_the_file_is_why() {
+    let dir = Dir::new();
+    let path = dir.save("ends", "bt", &[]);
+    let json = dir.path("report.json");
+    let mut command = minivmm(&["fork"]);
+    let args = ["-n", "50000", "-j", "1", "--json"];
+    command.arg(&path).args(args).arg(&json);
+    let mut child = command.spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut find = |text: &str| lines.any(|line| line.unwrap().contains(text));
+    assert!(find("VM 0: the guest triple-faulted"));
+    // A file that is cut short changes as well, but may end the whole process.
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    assert!(find("was changed while a VM ran from it"));
+    common::signal(&child, "TERM");
+    assert_eq!(
+        wait(child, Duration::from_secs(60)).status.code(),
+        Some(143)
+    );
+    let report: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    assert_eq!(report[0]["status"], 139);
+    assert_eq!(report[0]["error"], "the guest triple-faulted");
+    let mut all = report.as_array().unwrap().iter();
+    assert!(all.any(|vm| vm["status"] == 125));
 }

@@ -22,6 +22,7 @@ use super::log::LogArgs;
 use super::process;
 use super::restore::{Restorable, SnapshotSource};
 use super::run::RunError;
+use super::watch::DRAIN_TIMEOUT;
 use crate::config::{ConsoleTarget, Span};
 use crate::console::{Console, Signals};
 use crate::error_chain;
@@ -154,14 +155,16 @@ pub fn run(args: ForkArgs, signals: &Signals) -> Result<u8, RunError> {
             .map_err(host("a thread"))?;
     }
     let reports = fork.supervise(signals, jobs);
+    let stop = fork.running().stop.clone();
     if let Output::Lines(console) = &fork.output {
-        console.finish(&|| signals.stop_requested().is_some());
+        let limit = Instant::now() + DRAIN_TIMEOUT;
+        let late = || stop.is_some() && Instant::now() > limit;
+        console.finish(&|| late() || signals.stop_requested().is_some());
     }
     let failed = reports.iter().filter(|report| report.status != 0).count();
     if failed > 0 {
         log::warn!("{failed} of {} VMs did not end with status 0", args.count);
     }
-    let stop = fork.running().stop.clone();
     if let Some(json) = json {
         json.write_json(&reports)
             .map_err(|e| host("the report")(io::Error::other(e)))?;
@@ -231,13 +234,18 @@ impl Fork {
             }
             let mut times = [0; 2];
             let (status, error) = match self.clone_vm(index, vcpu, &mut times) {
-                Ok(outcome) => (exit_status(&outcome), None),
-                Err(e) => {
-                    let error = error_chain(&e);
-                    log::error!("VM {index}: {error}");
-                    (VMM_FAILED, Some(error))
+                Ok(outcome) => {
+                    let failure = match &outcome {
+                        Outcome::VcpuFailed(failure) => Some(failure.to_string()),
+                        _ => None,
+                    };
+                    (exit_status(&outcome), failure)
                 }
+                Err(e) => (VMM_FAILED, Some(error_chain(&e))),
             };
+            if let Some(error) = &error {
+                log::error!("VM {index}: {error}");
+            }
             let [started_us, ran_us] = times;
             self.running().reports.push(CloneReport {
                 index,
@@ -247,6 +255,19 @@ impl Fork {
                 ran_us,
             });
         }
+    }
+
+    /// From now on, a VM is told of room for output and of the end of all.
+    fn insert(&self, index: u32, vm: &Vm) {
+        let (control, senders) = (Arc::clone(vm.control()), vm.senders());
+        let mut running = self.running();
+        if let Some(stop) = running.stop.clone() {
+            control.end(stop);
+        }
+        running.clones.insert(index, (control, senders.clone()));
+        drop(running);
+        // Its devices have gone on since they were restored: they may have missed a call.
+        tell_of_tx_space(&senders);
     }
 
     fn clone_vm(
@@ -264,11 +285,14 @@ impl Fork {
             }
             Output::Lines(console) => (console.clone(), None),
         };
-        let sink = || -> Box<dyn ConsoleOutput> {
-            match own {
-                Some(_) => console.sink(),
-                None => Box::new(LineOutput::new(index, console.sink())),
+        let mut lines = Vec::new();
+        let mut sink = || -> Box<dyn ConsoleOutput> {
+            if own.is_some() {
+                return console.sink();
             }
+            let output = LineOutput::new(index, console.sink());
+            lines.push(output.clone());
+            Box::new(output)
         };
         let Restorable {
             config,
@@ -288,19 +312,11 @@ impl Fork {
             size: None,
         };
         let mut vm = Vm::build(parts, ends, Observers::default(), &mut build)?;
-        let senders = vm.senders();
         if let Some(console) = &own {
-            let senders = senders.clone();
+            let senders = vm.senders();
             console.on_output_ready(Arc::new(move || tell_of_tx_space(&senders)));
         }
-        {
-            let mut running = self.running();
-            if let Some(stop) = running.stop.clone() {
-                vm.control().end(stop);
-            }
-            let control = Arc::clone(vm.control());
-            running.clones.insert(index, (control, senders));
-        }
+        self.insert(index, &vm);
         times[0] = begin.elapsed().as_micros() as u64;
         let started: Result<(), RunError> = vm.start(|| Ok(()), Some(vcpu.take_job()));
         if started.is_ok() {
@@ -313,8 +329,16 @@ impl Fork {
         started?;
         let (outcome, _) = ending::decide(&vm, &end, false);
         drop(vm);
+        let stopped = || self.running().stop.is_some();
+        for output in lines {
+            output.finish(&|| stopped() || outcome.is_external());
+        }
         if let Some(console) = own {
-            console.finish(&|| self.running().stop.is_some());
+            console.finish(&stopped);
+        }
+        // Memory that has gone may be an error of KVM_RUN or a guest without handlers.
+        if let Outcome::VcpuFailed(_) = outcome {
+            snapshot.check_unchanged().map_err(VmError::from)?;
         }
         Ok(outcome)
     }

@@ -102,7 +102,11 @@ impl Plan {
             }
         };
         timeline.note_build(&times);
-        prepared
+        let prepared = prepared?;
+        if let Some(at) = &self.snapshot_at {
+            at.check(&prepared)?;
+        }
+        Ok(prepared)
     }
 }
 

@@ -11,9 +11,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::console::Signals;
 use crate::error_chain;
 use crate::vmm::outcome::Outcome;
+use crate::vmm::prepare::Prepared;
 use crate::vmm::snapshot::error::SnapshotError;
 use crate::vmm::snapshot::load::Snapshot;
-use crate::vmm::snapshot::save::{Target, directory};
+use crate::vmm::snapshot::save::{Target, check_unused, directory};
 use crate::vmm::vm::Vm;
 
 /// When a VM is saved, where to, and whether it ends then. Written `MARK=FILE[,exit]`.
@@ -28,6 +29,11 @@ impl SnapshotAt {
     /// The directory that the file will be in.
     pub(super) fn dir(&self) -> PathBuf {
         directory(&self.path).into()
+    }
+
+    /// Refuses a VM that uses the file.
+    pub(super) fn check(&self, vm: &Prepared) -> Result<(), SnapshotError> {
+        check_unused(&self.path, vm)
     }
 }
 

@@ -1,7 +1,8 @@
 //! The templates of `run`: snapshots of VMs in which the first process waits for its orders, in the user's cache.
 //!
 //! A template is found by a digest of all that it was made from, and used on the host and in the boot of the host in which it was made.
-//! It need not outlive that boot, and so is not synced; what was written to later has another modification time, and is not used.
+//! It need not outlive that boot, but is synced: what the host fails to write later would be zeroes. What was written to since has
+//! another modification time, and is not used.
 
 use std::fs::{File, FileTimes};
 use std::io;
@@ -232,7 +233,29 @@ fn make(config: VmConfig, path: &Path) -> Result<(), RunError> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(host("the cache")(e).into()),
         _ => {}
     }
-    let named = target.publish(|file| file.set_modified(UNTOUCHED));
+    let named = target.publish(complete);
     named.map_err(VmError::from)?;
     Ok(())
+}
+
+/// Waits until a template is written, and marks it.
+fn complete(file: &File) -> io::Result<()> {
+    file.sync_data()?;
+    file.set_modified(UNTOUCHED)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    #[test]
+    fn a_template_that_cannot_be_written_is_none() {
+        // A pipe has times, but cannot be synced.
+        let (pipe, _) = std::io::pipe().unwrap();
+        let file = File::from(OwnedFd::from(pipe));
+        file.set_modified(UNTOUCHED).unwrap();
+        assert!(complete(&file).is_err());
+    }
 }

@@ -5,10 +5,11 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use minivmm_devices::virtio::blk::Block;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open, renameat, unlinkat};
 use rustix::io::Errno;
 use tempfile::NamedTempFile;
@@ -24,7 +25,7 @@ use super::record::Meta;
 use super::sparse::{SparseChecksum, is_zero};
 use crate::arch::state::{StateSupport, VcpuState};
 use crate::host::cpu::Cpu;
-use crate::vmm::prepare::Origin;
+use crate::vmm::prepare::{Origin, Prepared};
 use crate::vmm::vm::Vm;
 
 /// How long devices may take to complete their requests.
@@ -232,6 +233,31 @@ impl Target {
     }
 }
 
+/// Refuses to write a snapshot of a VM in place of a file that it uses.
+pub fn check_unused(path: &Path, vm: &Prepared) -> Result<(), SnapshotError> {
+    let inode = |path: &Path| path.metadata().ok().map(|stat| (stat.dev(), stat.ino()));
+    let Some(file) = inode(path) else {
+        return Ok(());
+    };
+    let is_disk = |disk: &Block| disk.disk().identity().is_ok_and(|id| id.inode == file);
+    let is_file = |path: &PathBuf| inode(path) == Some(file);
+    // What a restored VM was booted from is in its memory.
+    let boots = matches!(vm.origin, Origin::Boot(_));
+    let what = if vm.disks.iter().any(is_disk) {
+        "disk"
+    } else if boots && is_file(&vm.config.kernel) {
+        "kernel"
+    } else if boots && vm.config.initrd.as_ref().is_some_and(is_file) {
+        "initrd"
+    } else {
+        return Ok(());
+    };
+    Err(SnapshotError::Refused(format!(
+        "cannot write a snapshot to {}: this file is the VM's {what}; name another",
+        path.display()
+    )))
+}
+
 fn unwritten(path: &Path) -> impl Fn(io::Error) -> SnapshotError + use<> {
     let path = path.to_owned();
     move |source| SnapshotError::Write(path.clone(), source)
@@ -340,10 +366,42 @@ fn link(file: &File, path: &Path) -> io::Result<()> {
     aside.push(name);
     aside.push(format!(".{}", std::process::id()));
     let aside = dir.join(aside);
-    linkat(CWD, &own, CWD, &aside, AtFlags::SYMLINK_FOLLOW)?;
+    let link_aside = || linkat(CWD, &own, CWD, &aside, AtFlags::SYMLINK_FOLLOW);
+    link_aside().or_else(|e| match e {
+        Errno::EXIST => {
+            // A process of the same ID was killed before it renamed the file: IDs come again, in containers soon.
+            unlinkat(CWD, &aside, AtFlags::empty())?;
+            link_aside()
+        }
+        e => Err(e),
+    })?;
     renameat(CWD, &aside, CWD, path).inspect_err(|_| {
         // It failed already; what is left over is best effort.
         let _ = unlinkat(CWD, &aside, AtFlags::empty());
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("snapshot");
+        let left = format!(".snapshot.{}", std::process::id());
+        fs::write(&path, "old").unwrap();
+        fs::write(dir.path().join(left), "half").unwrap();
+        // Elsewhere no file is put aside.
+        if let Unpublished::Nameless(mut file) = create(&path).unwrap() {
+            file.write_all(b"new").unwrap();
+            link(&file, &path).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"new");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+    }
 }
