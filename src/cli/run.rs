@@ -70,7 +70,7 @@ pub fn run(
     watch.confine(&threads);
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
     let networks = Networks::open(config, &threads)?;
-    let prepared = plan.prepare(&networks, &threads, timeline)?;
+    let prepared = plan.prepare(&networks, &threads, false, timeline)?;
     let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
     let saver = Saver::open(plan.snapshot_at.as_ref(), source).map_err(VmError::from)?;
     if let Some(source) = source {
@@ -178,7 +178,7 @@ impl Run<'_> {
             log::info!("the guest reset the machine: booting again");
             watch = start_watch(self.signals, self.deadline, Some(self.console.clone()))?;
             watch.confine(self.threads);
-            prepared = (self.plan).prepare(self.networks, self.threads, self.timeline)?;
+            prepared = (self.plan).prepare(self.networks, self.threads, true, self.timeline)?;
         }
     }
 
