@@ -4,9 +4,12 @@ mod common;
 #[path = "../examples/two_vms.rs"]
 mod two_vms;
 
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, tiny};
+use minivmm::vmm::control::Request;
 use minivmm::vmm::outcome::Outcome;
 use two_vms::{Captured, start, wait_for_all};
 
@@ -19,7 +22,7 @@ fn await_output(output: &Captured, count: usize) -> Vec<u8> {
             return bytes;
         }
         assert!(Instant::now() < limit, "the guest writes nothing");
-        std::thread::sleep(Duration::from_millis(1));
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -69,4 +72,40 @@ fn a_paused_vm_stands_still_while_another_runs() {
     await_output(&output, written + 1);
     paused.control().end(Outcome::Quit);
     assert_eq!(wait_for_all(&mut [paused]).unwrap(), [Outcome::Quit]);
+}
+
+#[test]
+fn a_guest_goes_on_after_a_pause_that_was_given_up() {
+    /// Enough for a vCPU's next access, and for a kick. If it is not, the pause may come, and the guest goes on all the same.
+    const MOMENT: Duration = Duration::from_millis(50);
+    let (vm, output) = start(&tiny("flood"), "").unwrap();
+    await_output(&output, 1);
+    let control = Arc::clone(vm.control());
+    let [serial, _] = vm.senders().map(|device| device.upgrade().unwrap());
+    let (tell, locked) = mpsc::channel();
+    let helper = thread::spawn(move || {
+        // The vCPU's next access waits for this, so that it cannot be paused.
+        let held = serial.lock().unwrap();
+        thread::sleep(MOMENT);
+        tell.send(()).unwrap();
+        while control.request() != Request::Pause {
+            thread::yield_now();
+        }
+        // The kick comes right after the request.
+        thread::sleep(MOMENT);
+        control.resume();
+        // The access in hand may write one byte.
+        let wanted = output.bytes().len() + 100;
+        drop(held);
+        let limit = Instant::now() + PATIENCE;
+        while output.bytes().len() < wanted && Instant::now() < limit {
+            thread::sleep(Duration::from_millis(1));
+        }
+        control.end(Outcome::Quit);
+        output.bytes().len() >= wanted
+    });
+    locked.recv().unwrap();
+    let _ = vm.pause();
+    assert!(helper.join().unwrap(), "the guest runs no more");
+    assert_eq!(wait_for_all(&mut [vm]).unwrap(), [Outcome::Quit]);
 }

@@ -96,18 +96,20 @@ fn reboot_exits_or_restarts() {
     let args = ["--kernel", &cloud, "--initrd", &initramfs()];
     run_with_input(&mut minivmm(&args), b"reboot\n").assert_code(0);
     // Restarted, it boots, resets and boots again until it is stopped.
-    let args = ["--on-reboot", "restart"];
-    let mut child = boot_command(&cloud, &args, "busybox reboot -f")
-        .spawn()
-        .unwrap();
-    let _watched = watch(&child);
-    let lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
-    let boots = lines
-        .map_while(Result::ok)
-        .filter(|line| line.contains("minivmm-demo: userspace"));
-    assert_eq!(boots.take(3).count(), 3);
-    common::signal(&child, "TERM");
-    assert_eq!(wait(child, PATIENCE).status.code(), Some(143));
+    for cache in [&[][..], &["--no-kernel-cache"]] {
+        let args = [&["--on-reboot", "restart"], cache].concat();
+        let mut child = boot_command(&cloud, &args, "busybox reboot -f")
+            .spawn()
+            .unwrap();
+        let _watched = watch(&child);
+        let lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
+        let boots = lines
+            .map_while(Result::ok)
+            .filter(|line| line.contains("minivmm-demo: userspace"));
+        assert_eq!(boots.take(3).count(), 3, "{args:?}");
+        common::signal(&child, "TERM");
+        assert_eq!(wait(child, PATIENCE).status.code(), Some(143), "{args:?}");
+    }
 }
 
 #[test]

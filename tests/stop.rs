@@ -229,3 +229,32 @@ fn a_vm_whose_disk_cannot_be_made_durable_is_not_saved_and_goes_on() {
     ended.assert_said(why);
     assert_eq!(dir.path().read_dir().unwrap().count(), 0);
 }
+
+#[test]
+fn a_vm_on_a_remote_disk_boots_again() {
+    /// More than any VM needs that has let go of what the boots before it had.
+    const MAX_FILES: usize = 40;
+    for access in ["", ",ro", ",ephemeral"] {
+        let Some(disk) = Fuse::mount() else { return };
+        let disk = format!("path={}{access}", disk.disk().display());
+        let args = [
+            "--on-reboot",
+            "restart",
+            "--deadline",
+            "500ms",
+            "-v",
+            "--disk",
+        ];
+        let mut command = boot_tiny("ends", "r", &[&args[..], &[&disk]].concat());
+        let child = command.spawn().unwrap();
+        let files = format!("/proc/{}/fd", child.id());
+        thread::sleep(Duration::from_millis(400));
+        let files = fs::read_dir(files).unwrap().count();
+        let output = wait(child, PATIENCE);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(124), "{access}: {stderr}");
+        let boots = stderr.matches("booting again").count();
+        assert!(boots >= 2, "{access}: {boots} {stderr}");
+        assert!(files < MAX_FILES, "{access}: {files} files, {boots} boots");
+    }
+}

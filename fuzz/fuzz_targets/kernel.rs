@@ -27,6 +27,7 @@ fuzz_target!(|input: &[u8]| {
         cmdline: "console=ttyS0",
         protocol: protocols[usize::from(*how) % protocols.len()],
         cache: None,
+        may_cache: false,
     };
     let mem = memory::create(u64::from(*mem % 64 + 16) << 20).unwrap();
     let _ = boot::load(&mem, &source).map_err(|e| e.to_string());

@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -14,7 +14,7 @@ use super::bzimage::BzImage;
 use super::cache::KernelCache;
 use super::elf::ElfKernel;
 use super::error::{DirectBootError, Role};
-use super::input::InputFile;
+use super::input::{InputFile, data_in};
 use super::kaslr::{self, KaslrSlot};
 use super::loaded::{Loading, PlacedKernel};
 use super::payload;
@@ -23,8 +23,6 @@ use super::relocs::Relocations;
 
 /// Maximum length of the relocation table in bytes; Debian's kernels have 0.9 MB.
 const MAX_TABLE: u64 = 16 << 20;
-/// Runs of zeros of this size, and at multiples of it, are left out of the files that we write.
-const HOLE: usize = 64 << 10;
 
 /// The ELF kernel from a bzImage, and its relocations.
 pub(crate) struct DirectKernel {
@@ -37,35 +35,31 @@ pub(crate) struct DirectKernel {
 }
 
 impl DirectKernel {
-    /// Gets the kernel in `image` from the cache in directory `cache`, or decompresses it and caches it. A cache that cannot
-    /// be used is not an error.
+    /// Gets the kernel in `image` from the cache in directory `cache`, or decompresses it, and caches it if `may_cache` says so. A
+    /// cache that cannot be used is not an error.
     pub(crate) fn open(
         input: &InputFile,
         image: &BzImage,
         cache: Option<&Path>,
+        may_cache: bool,
     ) -> Result<(Self, Loading), DirectBootError> {
         let without = |why: io::Error| {
             let dir = cache.unwrap_or(Path::new("")).display();
             log::info!("the kernel cache {dir} is not used: {why}");
         };
         let cache = cache.and_then(|dir| KernelCache::open(dir).map_err(without).ok());
-        let from_file = |file| {
-            let file = InputFile::from_file(Role::Kernel, input.path(), file)
-                .map_err(host("read the decompressed kernel"))?;
-            Self::parse(file, image)
-        };
         let cached = cache
             .as_ref()
             .and_then(|cache| cache.get(input.identity()))
-            .and_then(|file| from_file(file).ok());
+            .and_then(|file| InputFile::from_file(Role::Kernel, input.path(), file).ok())
+            .and_then(|file| Self::parse(file, image).ok());
         if let Some(kernel) = cached {
             return Ok((kernel, Loading::Cached));
         }
-        let unpacked = payload::unpack(input, image)?;
-        let file = in_memory(&unpacked).map_err(host("keep it in memory"))?;
-        let kernel = from_file(file)?;
+        let unpacked = Arc::new(payload::unpack(input, image)?);
+        let kernel = Self::parse(input.unpacked(Arc::clone(&unpacked)), image)?;
         // A file that changed while it was read may be a mixture of both versions.
-        if let Some(cache) = cache.filter(|_| input.is_unchanged()) {
+        if let Some(cache) = cache.filter(|_| may_cache && input.is_unchanged()) {
             cache
                 .put(input.identity(), |file| write_sparse(file, &unpacked))
                 .unwrap_or_else(without);
@@ -177,22 +171,10 @@ fn random() -> io::Result<[u64; 2]> {
     Ok([both as u64, (both >> 64) as u64])
 }
 
-/// A file without a name.
-fn in_memory(content: &[u8]) -> io::Result<File> {
-    let file = File::from(memfd_create("minivmm-kernel", MemfdFlags::CLOEXEC)?);
-    write_sparse(&file, content)?;
-    Ok(file)
-}
-
 /// Writes `content` to an empty file, with holes where it is zero.
 fn write_sparse(file: &File, content: &[u8]) -> io::Result<()> {
     file.set_len(content.len() as u64)?;
-    for (chunk, at) in content.chunks(HOLE).zip((0..).step_by(HOLE)) {
-        if chunk.iter().any(|byte| *byte != 0) {
-            file.write_all_at(chunk, at)?;
-        }
-    }
-    Ok(())
+    data_in(content).try_for_each(|(at, data)| file.write_all_at(data, at))
 }
 
 fn host(what: &'static str) -> impl FnOnce(io::Error) -> DirectBootError {

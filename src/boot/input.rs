@@ -3,8 +3,10 @@
 use std::fmt;
 use std::fs::{self, File, FileType, Metadata, OpenOptions};
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -20,14 +22,24 @@ pub(crate) const HEAD_LEN: usize = 0x400;
 /// Most bytes asked of one read(2): Linux itself stops just below 2 GiB.
 const MAX_READ: u64 = 1 << 30;
 
-/// An open regular file that is not empty.
+/// Length in bytes of runs of zeros that are not copied, if they begin at a multiple of it.
+const HOLE: usize = 64 << 10;
+
+/// An open regular file that is not empty, or what was unpacked from one.
 #[derive(Debug)]
 pub struct InputFile {
     role: Role,
     path: PathBuf,
-    file: File,
+    content: Content,
     len: u64,
     identity: FileIdentity,
+}
+
+#[derive(Debug)]
+enum Content {
+    File(File),
+    /// No memfd: the kernel is unpacked again after a guest's reset, when the sandbox refuses memfd_create.
+    Unpacked(Arc<Vec<u8>>),
 }
 
 /// Identifies a file and its content by inode and timestamps. A user cannot set the ctime, so an overwritten file always has a
@@ -93,7 +105,7 @@ impl InputFile {
         Ok(Self {
             role,
             path: path.to_owned(),
-            file,
+            content: Content::File(file),
             len: metadata.len(),
             identity: FileIdentity::of(&metadata),
         })
@@ -105,10 +117,21 @@ impl InputFile {
         Ok(Self {
             role,
             path: path.to_owned(),
-            file,
+            content: Content::File(file),
             len: metadata.len(),
             identity: FileIdentity::of(&metadata),
         })
+    }
+
+    /// What was unpacked from this file.
+    pub(crate) fn unpacked(&self, content: Arc<Vec<u8>>) -> Self {
+        Self {
+            role: self.role,
+            path: self.path.clone(),
+            len: content.len() as u64,
+            content: Content::Unpacked(content),
+            identity: self.identity,
+        }
     }
 
     /// What the file was when it was opened.
@@ -118,9 +141,12 @@ impl InputFile {
 
     /// Whether the file is still what it was when it was opened.
     pub(crate) fn is_unchanged(&self) -> bool {
-        self.file
-            .metadata()
-            .is_ok_and(|metadata| FileIdentity::of(&metadata) == self.identity)
+        match &self.content {
+            Content::File(file) => file
+                .metadata()
+                .is_ok_and(|metadata| FileIdentity::of(&metadata) == self.identity),
+            Content::Unpacked(_) => true,
+        }
     }
 
     /// The file's path, as it was given.
@@ -142,15 +168,23 @@ impl InputFile {
     }
 
     /// The file, to be read in order.
-    pub fn reader(&self) -> impl Read + '_ {
-        &self.file
+    pub fn reader(&self) -> Box<dyn Read + '_> {
+        match &self.content {
+            Content::File(file) => Box::new(file),
+            Content::Unpacked(content) => Box::new(&***content),
+        }
     }
 
     /// Reads at `offset` until `buf` is full or the file ends; returns the bytes read.
     pub fn read_some(&self, offset: u64, buf: &mut [u8]) -> Result<usize, BootError> {
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match self.file.read_at(rest, offset.saturating_add(done as u64)) {
+            let at = offset.saturating_add(done as u64);
+            let read = match &self.content {
+                Content::File(file) => file.read_at(rest, at),
+                Content::Unpacked(content) => part(content, at, u64::MAX).read(rest),
+            };
+            match read {
                 Ok(0) => break,
                 Ok(count) => done += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -187,36 +221,47 @@ impl InputFile {
         what: &'static str,
     ) -> Result<(), BootError> {
         let end = self.check_range(offset, len, what)?;
+        let file = match &self.content {
+            Content::File(file) => file,
+            Content::Unpacked(content) => {
+                for (at, data) in data_in(part(content, offset, len)) {
+                    let target = gpa + at;
+                    mem.write_slice(data, GuestAddress(target))
+                        .map_err(|source| BootError::GuestMemory(what, target, source))?;
+                }
+                return Ok(());
+            }
+        };
         let mut at = offset;
         while at < end {
             // Without data from there on, there is no such position.
-            let data = match seek(&self.file, SeekFrom::Data(at)) {
+            let data = match seek(file, SeekFrom::Data(at)) {
                 Err(Errno::NXIO) => end,
                 result => result.map_err(|e| self.read_failed(e.into()))?,
             };
             if data >= end {
                 break;
             }
-            let hole = seek(&self.file, SeekFrom::Hole(data))
-                .and_then(|hole| seek(&self.file, SeekFrom::Start(data)).map(|_| hole))
+            let hole = seek(file, SeekFrom::Hole(data))
+                .and_then(|hole| seek(file, SeekFrom::Start(data)).map(|_| hole))
                 .map_err(|e| self.read_failed(e.into()))?;
             let stop = hole.min(end);
-            self.read_data(mem, gpa + (data - offset), data, stop, what)?;
+            self.read_data(file, mem, gpa + (data - offset), data..stop, what)?;
             at = stop;
         }
         Ok(())
     }
 
-    /// Reads from `start`, where the file's position is, to `end`.
+    /// Reads `range` of the file, whose position is at the start of it.
     fn read_data(
         &self,
+        mut file: &File,
         mem: &GuestMemory,
         gpa: u64,
-        start: u64,
-        end: u64,
+        range: Range<u64>,
         what: &'static str,
     ) -> Result<(), BootError> {
-        let mut file = &self.file;
+        let Range { start, end } = range;
         let mut at = start;
         while at < end {
             let target = gpa + (at - start);
@@ -277,6 +322,19 @@ impl InputFile {
         let (role, path) = (self.role, self.path.display());
         BootError::Host(format!("read the {role} {path}"), source)
     }
+}
+
+/// At most `len` bytes of `content` from `offset`.
+fn part(content: &[u8], offset: u64, len: u64) -> &[u8] {
+    let clamped = |at: u64| usize::try_from(at).map_or(content.len(), |at| at.min(content.len()));
+    let range = clamped(offset)..clamped(offset.saturating_add(len));
+    content.get(range).unwrap_or_default()
+}
+
+/// The parts of `content` that are not zero, and where they begin.
+pub(crate) fn data_in(content: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+    let chunks = (0..).step_by(HOLE).zip(content.chunks(HOLE));
+    chunks.filter(|(_, chunk)| chunk.iter().any(|byte| *byte != 0))
 }
 
 /// What a file that is not a regular one is, with its article.

@@ -74,7 +74,7 @@ fn bzimage(
     let compression = payload::format(input, image)
         .map(|format| format.to_string())
         .ok();
-    let (kernel, decompresses_itself) = match DirectKernel::open(input, image, None) {
+    let (kernel, decompresses_itself) = match DirectKernel::open(input, image, None, false) {
         Ok((kernel, _)) => (Some(kernel.into_file()), None),
         Err(why) => (None, Some(error_chain(&why))),
     };

@@ -72,6 +72,8 @@ pub struct BootSource<'a> {
     pub protocol: BootProtocol,
     /// Where unpacked kernels are kept.
     pub cache: Option<&'a Path>,
+    /// Whether a kernel may be added to them, or they are only read.
+    pub may_cache: bool,
 }
 
 /// Loads kernel, initrd, command line and boot_params or PVH start information into guest memory.
@@ -107,7 +109,7 @@ fn load_bzimage(
         Some(initrd) => initrd.start,
         None => low_ram_end(mem),
     };
-    let direct = DirectKernel::open(input, image, source.cache)
+    let direct = DirectKernel::open(input, image, source.cache, source.may_cache)
         .and_then(|(kernel, loading)| Ok((kernel.load(mem, ram_end, source.cmdline)?, loading)));
     let (kernel, loading) = match direct {
         Ok(direct) => direct,

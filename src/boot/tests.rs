@@ -154,6 +154,7 @@ fn source(kernel: &Path) -> BootSource<'_> {
         cmdline: "console=ttyS0",
         protocol: BootProtocol::Auto,
         cache: None,
+        may_cache: true,
     }
 }
 

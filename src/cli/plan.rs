@@ -90,10 +90,14 @@ impl Plan {
         &self,
         networks: &Networks,
         threads: &ThreadStarter,
+        after_reset: bool,
         timeline: &mut Timeline,
     ) -> Result<Prepared, VmError> {
         let mut times = BuildTimes::default();
         let prepared = match &self.snapshot {
+            None if after_reset => {
+                Prepared::after_reset(&self.config, networks, threads, &mut times)
+            }
             None => Prepared::new(&self.config, networks, threads, &mut times),
             Some((snapshot, identity)) => {
                 let identity = identity.clone();

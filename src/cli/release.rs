@@ -23,59 +23,81 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How often a stop from outside is looked for.
 const PERIOD: Duration = Duration::from_millis(5);
 
+/// How long to wait for the host.
+pub(super) struct Wait<'a> {
+    /// Why the VM has ended. If it has by itself, there is no limit; if it was stopped from outside, [`LIMIT`] is.
+    pub(super) outcome: &'a Outcome,
+    /// What breaks the wait off.
+    pub(super) signals: &'a Signals,
+    /// The same.
+    pub(super) deadline: Option<Instant>,
+}
+
 /// Stops the devices. That takes as long as the host likes, which may hold a request that cannot be cancelled. So a thread does
 /// it, which keeps alive what the host may still use, guest memory above all, until the process ends.
 ///
 /// To close the files of the `disks` may take as long as well, and ends for no signal. So no thread does that as long as
-/// this waits, and a process of its own does it where it may have to wait for a server.
+/// this waits, and a process of its own does it where it may have to wait for a server. Where the VM boots again, its
+/// next boot would find them locked. So then a thread closes them, and a stop from outside may have to wait for the server.
 ///
-/// A VM that has ended for this `outcome` by itself waits for that thread; the result is what broke the wait off. One that was
-/// stopped from outside waits no longer than [`LIMIT`].
+/// The result is what broke the wait off.
 pub(super) fn release(
     buses: Arc<Buses>,
     disks: Vec<Arc<Disk>>,
     mem: &GuestMemoryMmap,
-    outcome: &Outcome,
-    signals: &Signals,
-    deadline: Option<Instant>,
+    wait: &Wait<'_>,
+    boots_again: bool,
 ) -> Option<Outcome> {
-    let start = Instant::now();
-    let (alive_until_drop, alive) = mpsc::channel::<()>();
-    let thread = thread::Builder::new()
-        .name("release".into())
-        .spawn(move || {
-            let _alive = alive_until_drop;
-            drop(buses);
-        });
-    if let Err(e) = thread {
-        log::debug!("no thread to stop the devices: {e}");
+    if let Err(stop) = wait.until_dropped(buses) {
+        leave_files(disks, mem);
+        return stop;
     }
-    let mut told = false;
-    while alive.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
-        if outcome.is_external() {
-            if start.elapsed() > LIMIT {
-                log::info!("the host has not finished with the disks: not waiting for it");
-                leave_files(disks, mem);
-                return None;
-            }
-            continue;
-        }
-        let stop = signals.stop_requested().map(Outcome::Signal);
-        let is_late = deadline.is_some_and(|deadline| Instant::now() > deadline);
-        if let Some(stop) = stop.or(is_late.then_some(Outcome::Deadline)) {
-            leave_files(disks, mem);
-            return Some(stop);
-        }
-        if start.elapsed() > PATIENCE && !mem::replace(&mut told, true) {
-            // Keys go nowhere any more; cooked, Ctrl-C at least is a signal.
-            console::lend_terminal();
-            log::warn!("the guest has ended; waiting for the host to finish with its disks");
-        }
+    if boots_again {
+        return wait.until_dropped(disks).err().flatten();
     }
     if disks.iter().any(|disk| disk.is_remote()) {
         leave_files(disks, mem);
     }
     None
+}
+
+impl Wait<'_> {
+    /// Has a thread drop `what`, and waits for that. The error is what broke the wait off; `None` if that was known before.
+    fn until_dropped(&self, what: impl Send + 'static) -> Result<(), Option<Outcome>> {
+        let start = Instant::now();
+        let (alive_until_drop, alive) = mpsc::channel::<()>();
+        let thread = thread::Builder::new()
+            .name("release".into())
+            .spawn(move || {
+                let _alive = alive_until_drop;
+                drop(what);
+            });
+        if let Err(e) = thread {
+            log::debug!("no thread to stop the devices: {e}");
+        }
+        let mut told = false;
+        while alive.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
+            if self.outcome.is_external() {
+                if start.elapsed() > LIMIT {
+                    log::info!("the host has not finished with the disks: not waiting for it");
+                    return Err(None);
+                }
+                continue;
+            }
+            let stop = self.signals.stop_requested().map(Outcome::Signal);
+            let deadline = self.deadline;
+            let is_late = deadline.is_some_and(|deadline| Instant::now() > deadline);
+            if let Some(stop) = stop.or(is_late.then_some(Outcome::Deadline)) {
+                return Err(Some(stop));
+            }
+            if start.elapsed() > PATIENCE && !mem::replace(&mut told, true) {
+                // Keys go nowhere any more; cooked, Ctrl-C at least is a signal.
+                console::lend_terminal();
+                log::warn!("the guest has ended; waiting for the host to finish with its disks");
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Leaves the open files to a process of their own, and keeps those of the disks open in this one. The kernel closes a process's

@@ -12,7 +12,7 @@ use super::final_log::{FinalLog, emit, explain, report, summary};
 use super::guest_log::SleepCheck;
 use super::plan::{Plan, Streams};
 use super::process;
-use super::release;
+use super::release::{Wait, release};
 pub use super::run_error::{RunError, config_hint};
 use super::snapshot_at::Saver;
 use super::watch::{DRAIN_TIMEOUT, Watch};
@@ -70,7 +70,7 @@ pub fn run(
     watch.confine(&threads);
     // Files and KVM are looked at before the terminal is touched, so that errors are read on a sane one.
     let networks = Networks::open(config, &threads)?;
-    let prepared = plan.prepare(&networks, &threads, timeline)?;
+    let prepared = plan.prepare(&networks, &threads, false, timeline)?;
     let source = plan.snapshot.as_ref().map(|(snapshot, _)| &**snapshot);
     let saver = Saver::open(plan.snapshot_at.as_ref(), source).map_err(VmError::from)?;
     if let Some(source) = source {
@@ -173,15 +173,20 @@ impl Run<'_> {
     ) -> Result<(Outcome, FinalLog), RunError> {
         loop {
             let (outcome, final_log) = self.boot(prepared, watch)?;
-            if outcome != Outcome::Reset || self.plan.config.on_reboot != OnReboot::Restart {
+            if !self.boots_again(&outcome) {
                 return Ok((outcome, final_log));
             }
             emit(final_log);
             log::info!("the guest reset the machine: booting again");
             watch = start_watch(self.signals, self.deadline, Some(self.console.clone()))?;
             watch.confine(self.threads);
-            prepared = (self.plan).prepare(self.networks, self.threads, self.timeline)?;
+            prepared = (self.plan).prepare(self.networks, self.threads, true, self.timeline)?;
         }
+    }
+
+    /// Whether the VM is to boot again after this end.
+    fn boots_again(&self, outcome: &Outcome) -> bool {
+        *outcome == Outcome::Reset && self.plan.config.on_reboot == OnReboot::Restart
     }
 
     /// Builds the VM, and runs it to its end.
@@ -389,13 +394,11 @@ impl Run<'_> {
         if disks.is_empty() {
             return None;
         }
-        release::release(
-            devices,
-            disks,
-            vm.mem(),
+        let wait = Wait {
             outcome,
-            self.signals,
-            self.deadline,
-        )
+            signals: self.signals,
+            deadline: self.deadline,
+        };
+        release(devices, disks, vm.mem(), &wait, self.boots_again(outcome))
     }
 }

@@ -148,6 +148,26 @@ impl Prepared {
         threads: &ThreadStarter,
         times: &mut BuildTimes,
     ) -> Result<Self, VmError> {
+        Self::boot(config, networks, threads, true, times)
+    }
+
+    /// The same after the guest's reset. The calling thread is confined by then, so it adds nothing to the kernel cache.
+    pub fn after_reset(
+        config: &VmConfig,
+        networks: &Networks,
+        threads: &ThreadStarter,
+        times: &mut BuildTimes,
+    ) -> Result<Self, VmError> {
+        Self::boot(config, networks, threads, false, times)
+    }
+
+    fn boot(
+        config: &VmConfig,
+        networks: &Networks,
+        threads: &ThreadStarter,
+        may_cache: bool,
+        times: &mut BuildTimes,
+    ) -> Result<Self, VmError> {
         config.validate()?;
         machine::check_capacity(config)?;
         let kvm = Arc::new(kvm::open()?);
@@ -179,6 +199,7 @@ impl Prepared {
                 cmdline: &cmdline,
                 protocol: config.boot_protocol,
                 cache: cache.as_deref(),
+                may_cache,
             },
         )?;
         times.kernel_loaded = Some(Instant::now());

@@ -1,14 +1,20 @@
 //! bzImages entered at the kernel inside: placed, relocated, cached, and left to themselves where anything is unusual.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::fs::{self, FileTimes, OpenOptions, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::{self, Command};
 use std::thread::sleep;
 use std::time::Duration;
 
+use super::cache::KernelCache;
 use super::hostile::{check_outcome, mutate, mutations};
 use super::payload::bzimage_with;
 use super::*;
+use crate::cli::process::install_fault_handlers;
+use crate::config::SandboxMode;
+use crate::sandbox::{Paths, Role as SandboxRole, Sandbox};
 
 const ALIGN: u64 = 0x20_0000;
 /// Where, from its start, the kernel has a 64-bit address, a 32-bit distance and a 32-bit address.
@@ -309,7 +315,7 @@ fn the_cache_gives_what_was_unpacked_and_nothing_else() {
         ("a pipe", &|| {
             let entry = entry();
             fs::remove_file(&entry).unwrap();
-            let made = std::process::Command::new("mkfifo").arg(entry).status();
+            let made = Command::new("mkfifo").arg(entry).status();
             assert!(made.unwrap().success());
         }),
     ];
@@ -330,20 +336,25 @@ fn a_kernel_replaced_in_place_is_another_one_to_the_cache() {
     let dir = TempDir::new().unwrap();
     let cache = dir.path().join("new/kernels");
     let image = file(&packed(&whole_table()));
-    let origin = || {
+    let origin_of = |may_cache| {
         let source = BootSource {
             cache: Some(&cache),
+            may_cache,
             ..source(image.path())
         };
         load(&mem(64), &source).unwrap().kernel_loading
     };
+    let origin = || origin_of(true);
     // A file that may still be written to is not kept.
     assert_eq!(origin(), Loading::Decompressed);
     assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);
     let mode = fs::metadata(&cache).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
     settle();
+    // Nor is one by a boot that may only read.
+    assert_eq!(origin_of(false), Loading::Decompressed);
     assert_eq!(origin(), Loading::Decompressed);
+    assert_eq!(origin_of(false), Loading::Cached);
     assert_eq!(origin(), Loading::Cached);
     // Same length and times.
     let metadata = fs::metadata(image.path()).unwrap();
@@ -390,6 +401,51 @@ fn a_directory_that_cannot_be_a_cache_stops_no_boot() {
         }
     }
     assert_eq!(fs::read_dir(at("open")).unwrap().count(), 0);
+}
+
+/// Names a kernel and an empty cache to a process that loads it within the sandbox.
+const CONFINED: &str = "MINIVMM_TEST_CONFINED";
+
+#[test]
+fn a_restart_unpacks_the_kernel_within_its_sandbox() {
+    const NAME: &str = "boot::tests::direct::a_restart_unpacks_the_kernel_within_its_sandbox";
+    if let Some(dir) = env::var_os(CONFINED) {
+        load_confined(Path::new(&dir));
+    }
+    let dir = TempDir::new().unwrap();
+    fs::write(dir.path().join("kernel"), packed(&whole_table())).unwrap();
+    KernelCache::open(&dir.path().join("cache")).unwrap();
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
+        .env(CONFINED, dir.path())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(42), "{stderr}");
+}
+
+/// Loads a kernel as the main thread does after a guest's reset, and ends the process with 42.
+fn load_confined(dir: &Path) -> ! {
+    install_fault_handlers();
+    let sandbox = Sandbox::new(SandboxMode::Strict, SandboxRole::Restart).unwrap();
+    let paths = || Paths {
+        read: vec![dir.to_owned()],
+        ..Paths::default()
+    };
+    sandbox.confine_main(paths).unwrap();
+    let (kernel, cache) = (dir.join("kernel"), dir.join("cache"));
+    for cache in [None, Some(cache.as_path())] {
+        let mem = mem(64);
+        let source = BootSource {
+            cache,
+            may_cache: false,
+            ..source(&kernel)
+        };
+        let loaded = load(&mem, &source).unwrap();
+        assert_eq!(loaded.kernel_loading, Loading::Decompressed);
+        placed(&mem, &loaded);
+    }
+    process::exit(42)
 }
 
 proptest! {

@@ -157,15 +157,19 @@ impl Vcpu {
         }
         loop {
             match control.request() {
-                Request::Run => _ = self.step_or_end(buses, control),
+                Request::Run => {
+                    if self.step_or_end(buses, control) {
+                        // The kick may be for a pause that was given up: the guest goes on, unless there is another request.
+                        self.page.take_kick();
+                    }
+                }
                 Request::Pause => {
-                    // The one that asked may not have set it yet. With `immediate_exit`, this completes the last access and goes no
-                    // further.
-                    self.page.set_immediate_exit(true);
+                    // The one that asked may not have done it yet. With this, KVM_RUN completes the last access and goes no further.
+                    self.page.kick();
                     while !self.step_or_end(buses, control) {}
                     *self.state.sleep() = Sleep::of(&self.fd).unwrap_or(Sleep::Awake);
                     control.park();
-                    self.page.set_immediate_exit(false);
+                    self.page.take_kick();
                     // The guest's watchdogs must know that it did not hang. It fails where the guest has no kvm-clock.
                     let _ = self.fd.kvmclock_ctrl();
                 }
@@ -255,9 +259,10 @@ pub struct RunningVcpu {
 }
 
 impl RunningVcpu {
-    /// Makes KVM_RUN return now and whenever it is called again; the vCPU's thread then sees what is asked of it.
+    /// Makes KVM_RUN return now or when it is called next; the vCPU's thread then sees what is asked of it. To be called after the
+    /// request.
     pub fn kick(&self) {
-        self.page.set_immediate_exit(true);
+        self.page.kick();
         // One that has no number yet finds the flag when it enters the guest.
         let id = self.state.id.load(Ordering::SeqCst);
         if id != 0 {

@@ -8,7 +8,7 @@
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering, fence};
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
@@ -47,12 +47,28 @@ impl RunPage {
             .ok_or(rustix::io::Errno::FAULT)
     }
 
-    /// Makes KVM_RUN return at once whenever it is called, or no longer.
-    pub(super) fn set_immediate_exit(&self, on: bool) {
+    /// Makes KVM_RUN return at once whenever it is called, until [`Self::take_kick`]. To be called after the request that the vCPU's
+    /// thread is to see.
+    pub(super) fn kick(&self) {
+        // See `take_kick`.
+        fence(Ordering::SeqCst);
+        self.set_immediate_exit(true);
+    }
+
+    /// Has KVM_RUN enter the guest again. To be called on the vCPU's thread before it reads the request.
+    ///
+    /// No kick is lost. The fences of `kick` and of this have an order. If this one comes first, what it clears does not undo
+    /// that kick, and KVM_RUN returns at once. If it comes second, the thread sees the request of that kick, or a newer one.
+    pub(super) fn take_kick(&self) {
+        self.set_immediate_exit(false);
+        fence(Ordering::SeqCst);
+    }
+
+    fn set_immediate_exit(&self, on: bool) {
         let offset = offset_of!(kvm_run, immediate_exit);
         // SAFETY: the byte is within the mapping, and everybody in this process accesses it as an atomic; KVM only reads it.
         let byte = unsafe { AtomicU8::from_ptr(self.0.as_ptr().cast::<u8>().add(offset)) };
-        byte.store(on.into(), Ordering::Release);
+        byte.store(on.into(), Ordering::Relaxed);
     }
 
     /// The bytes of one access to an I/O port, after an exit for such an access. To be called on the vCPU's thread.
