@@ -367,6 +367,6 @@ impl Stream {
 }
 
 /// Whether a packet device no longer exists, from drivers/net/tun.c.
-fn is_gone(error: &io::Error) -> bool {
+pub(super) fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBADFD)
 }
