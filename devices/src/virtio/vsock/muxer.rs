@@ -80,7 +80,8 @@ pub(super) struct Muxer {
     /// Those that may have something for the guest, in turn.
     ready: VecDeque<Ports>,
     resets: VecDeque<Header>,
-    last_port: u32,
+    /// The port of the host that was taken last, if it is not below [`FIRST_PORT`]. The next are behind it.
+    pub(super) last_port: u32,
     /// Room for a packet's, so that none is made for each.
     iovecs: Iovecs,
     /// Programs of the host may wait to be accepted.
@@ -99,7 +100,7 @@ impl Muxer {
             connections: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-            last_port: FIRST_PORT - 1,
+            last_port: 0,
             iovecs: Iovecs::default(),
             may_accept: false,
         };

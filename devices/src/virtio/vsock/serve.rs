@@ -25,6 +25,8 @@ pub(super) const fn memory_bound(size: u16) -> usize {
 /// What device and worker know of each other.
 pub(super) struct Shared {
     cid: AtomicU32,
+    /// [`Muxer::last_port`], while the worker has stopped.
+    last_port: AtomicU32,
     /// The driver has not heard that it was restored, without the connections that it has.
     transport_reset: AtomicBool,
 }
@@ -33,6 +35,7 @@ impl Shared {
     pub(super) fn new(cid: u32) -> Self {
         Self {
             cid: AtomicU32::new(cid),
+            last_port: AtomicU32::new(0),
             transport_reset: AtomicBool::new(false),
         }
     }
@@ -41,8 +44,13 @@ impl Shared {
         self.cid.load(Ordering::Relaxed)
     }
 
-    pub(super) fn restore(&self, cid: u32) {
+    pub(super) fn last_port(&self) -> u32 {
+        self.last_port.load(Ordering::Acquire)
+    }
+
+    pub(super) fn restore(&self, cid: u32, last_port: u32) {
         self.cid.store(cid, Ordering::Relaxed);
+        self.last_port.store(last_port, Ordering::Release);
         self.transport_reset.store(true, Ordering::Release);
     }
 }
@@ -58,12 +66,14 @@ pub(super) fn serve<'m>(
         shared.transport_reset.store(false, Ordering::Release);
     }
     muxer.start(shared.cid().into(), worker.resumed);
+    muxer.last_port = shared.last_port();
     let mut chain = Chain::default();
     let served = worker.run(queues, |queue| match queue.index() {
         RECEIVE => receive(muxer, &mut chain, queue),
         TRANSMIT => transmit(muxer, &mut chain, queue),
         _ => tell_events(shared, &mut chain, queue),
     });
+    shared.last_port.store(muxer.last_port, Ordering::Release);
     if worker.is_cancelled() || served.is_err() {
         muxer.close_all();
     }

@@ -323,6 +323,8 @@ fn a_restore_resets_all_connections() {
     assert_eq!(guest.driver.read(DATA + 0x4000, 4), [0; 4]);
     guest.sockets = sockets;
     guest.accept(2);
+    // The guest may still have a socket whose other end had the port before.
+    assert_eq!(guest.header.dst_port, (1 << 30) + 1);
     // Once.
     guest.driver.queue = EVENT;
     guest.driver.chain(1, &[(DATA + 0x4000, 4, WRITE)]);
@@ -346,8 +348,12 @@ fn the_guest_keeps_its_cid_when_it_is_restored() {
     driver.transport.read(config, &mut cid);
     assert_eq!(u64::from_le_bytes(cid), 3);
     let mut bad = Vsock::new(None, 3, &ThreadStarter::default()).unwrap();
+    // As version 1 had it.
+    bad.restore(&to_record(1, 77).unwrap()).unwrap();
+    assert_eq!(bad.shared.cid(), 77);
     for cid in [0, 2, u32::MAX] {
-        let record = to_record(STATE_VERSION, cid).unwrap();
+        let saved = Saved { cid, last_port: 0 };
+        let record = to_record(STATE_VERSION, saved).unwrap();
         let error = bad.restore(&record).unwrap_err().to_string();
         assert!(error.contains("context ID"), "{error}");
     }
