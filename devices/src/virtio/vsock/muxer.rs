@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
@@ -51,6 +51,13 @@ const TICK: Timespec = Timespec {
     tv_nsec: 250_000_000,
 };
 
+/// How long a driver may take to give up its connections after a restore before new ones begin all the same. Connects of Linux wait
+/// for 2 s.
+const HOLD_LIMIT: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+
 /// Most bytes of all connections, and of what waits for the guest. A list grows to twice of what it needs.
 pub(super) const MEMORY_BOUND: usize = MAX_CONNECTIONS
     * (2 * BUFFER_SIZE + 4 * size_of::<Connection>())
@@ -86,6 +93,8 @@ pub(super) struct Muxer {
     iovecs: Iovecs,
     /// Programs of the host may wait to be accepted.
     may_accept: bool,
+    /// See [`Muxer::hold`].
+    held_until: Option<Instant>,
 }
 
 impl Muxer {
@@ -103,6 +112,7 @@ impl Muxer {
             last_port: 0,
             iovecs: Iovecs::default(),
             may_accept: false,
+            held_until: None,
         };
         muxer.watch(&muxer.timer, ControlOperation::Add, TIMER)?;
         if let Some(host) = &muxer.host {
@@ -132,7 +142,27 @@ impl Muxer {
         self.cid = cid;
         if !resumed {
             self.close_all();
+            self.held_until = None;
         }
+    }
+
+    /// Sends nothing but resets until [`Muxer::release`], or for [`HOLD_LIMIT`]. The driver is to drop the connections of before a
+    /// restore, and Linux, which looks for packets before events, drops those with them that have come since.
+    pub(super) fn hold(&mut self) {
+        let limit = Duration::try_from(HOLD_LIMIT).unwrap_or_default();
+        self.held_until = Some(Instant::now() + limit);
+        self.set_timer(HOLD_LIMIT);
+    }
+
+    pub(super) fn release(&mut self) {
+        self.held_until = None;
+    }
+
+    /// Whether it is held now. What the host has is not looked at meanwhile.
+    pub(super) fn is_held(&mut self) -> bool {
+        let now = Instant::now();
+        self.held_until = self.held_until.filter(|until| *until > now);
+        self.held_until.is_some()
     }
 
     /// Closes all connections without a word to the guest.
@@ -275,13 +305,17 @@ impl Muxer {
     /// Looks at deadlines again in a while, if there `is_reason`.
     fn ensure_tick(&mut self, is_reason: bool) {
         if is_reason && !self.is_ticking {
-            let spec = Itimerspec {
-                it_interval: Timespec::default(),
-                it_value: TICK,
-            };
-            let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
-            self.is_ticking = set.is_ok();
+            self.set_timer(TICK);
         }
+    }
+
+    fn set_timer(&mut self, it_value: Timespec) {
+        let spec = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value,
+        };
+        let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
+        self.is_ticking = set.is_ok();
     }
 
     fn tick(&mut self) {
@@ -345,7 +379,7 @@ impl Muxer {
 
     /// Whether there is something to send.
     pub(super) fn has_packet(&self) -> bool {
-        !self.resets.is_empty() || !self.ready.is_empty()
+        !self.resets.is_empty() || self.held_until.is_none() && !self.ready.is_empty()
     }
 
     /// Puts the next packet into these buffers, which have room for a header; `None` if there is none after all.
