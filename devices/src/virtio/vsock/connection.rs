@@ -145,7 +145,7 @@ impl Connection {
     /// The guest is to do without it. Whether there is something that the host has to get first.
     pub(super) fn detach(&mut self) -> bool {
         self.state = State::Detached;
-        (self.pending, self.deadline) = (0, None);
+        (self.pending, self.shut, self.deadline) = (0, 0, None);
         let _ = shutdown(&self.stream, Shutdown::Read);
         !self.unsent.is_empty()
     }

@@ -3,6 +3,8 @@
 use super::*;
 use crate::bus::BusDevice;
 use crate::virtio::queue::Buffers;
+use crate::virtio::vectored::Iovecs;
+use crate::virtio::vsock::connection::Connection;
 use crate::virtio::vsock::packet::{BOTH, NO_RECEIVE, NO_SEND};
 use rustix::net::{Shutdown, shutdown};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -201,6 +203,18 @@ fn nothing_is_lost_of_a_closed_connection() {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).unwrap();
     assert!(bytes == sent, "{} of {}", bytes.len(), sent.len());
+}
+
+#[test]
+fn the_guest_hears_no_more_of_a_connection_that_it_closed() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let mut connection = Connection::from_guest(ours, &packet(op::REQUEST, 0));
+    connection.on_events(EventSet::HANG_UP);
+    let mut next = || connection.next_packet(&Buffers::default(), &mut Iovecs::default());
+    assert_eq!(next(), Some((op::RESPONSE, 0, 0)));
+    assert_eq!(next(), Some((op::SHUTDOWN, NO_RECEIVE, 0)));
+    connection.detach();
+    assert!(!connection.has_packet());
 }
 
 /// Firecracker #2464: a program that is gone, with data for it, is no signal.
