@@ -155,6 +155,11 @@ impl Connection {
         matches!(self.state, State::Greeting(_) | State::Requested)
     }
 
+    /// Whether only the host still has something to do for it.
+    pub(super) fn is_detached(&self) -> bool {
+        self.state == State::Detached
+    }
+
     /// epoll(7) has told of it.
     pub(super) fn on_events(&mut self, events: EventSet) -> Next {
         let ends = EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR;

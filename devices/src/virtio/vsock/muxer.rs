@@ -227,7 +227,26 @@ impl Muxer {
         Some(connection)
     }
 
+    /// The first that the guest has closed, of those of which the host has not taken everything. The ports of the host tell how old they are.
+    fn oldest_detached(&self) -> Option<Ports> {
+        let detached = self.connections.iter().filter(|(_, c)| c.is_detached());
+        let first = self.last_port.wrapping_add(1);
+        detached
+            .map(|(ports, _)| *ports)
+            .min_by_key(|ports| ports.host.wrapping_sub(first))
+    }
+
+    /// Whether there may be another one. A program of the host that never reads keeps no guest from that.
+    fn has_room(&self) -> bool {
+        self.connections.len() < MAX_CONNECTIONS || self.oldest_detached().is_some()
+    }
+
     fn insert(&mut self, ports: Ports, connection: Connection, how: ControlOperation) {
+        if self.connections.len() >= MAX_CONNECTIONS
+            && let Some(oldest) = self.oldest_detached()
+        {
+            self.remove(oldest);
+        }
         // It fails for lack of memory, and then the host sees that its stream is closed.
         if self.watch(connection.stream(), how, ports).is_ok() {
             self.ensure_tick(connection.deadline.is_some());
@@ -248,7 +267,7 @@ impl Muxer {
     }
 
     fn accept(&mut self) {
-        while self.may_accept && self.connections.len() < MAX_CONNECTIONS {
+        while self.may_accept && self.has_room() {
             let half_open = self.connections.values().filter(|c| c.is_half_open());
             let (Some(host), true) = (&self.host, half_open.count() < MAX_HALF_OPEN) else {
                 return;
@@ -359,9 +378,10 @@ impl Muxer {
 
     /// The guest asks for a port of the host.
     fn connect(&mut self, ports: Ports, header: &Header) {
+        let has_room = self.has_room();
         let connect = self.host.as_mut().and_then(|host| host.connect.as_mut());
         let stream = match connect {
-            Some(connect) if self.connections.len() < MAX_CONNECTIONS => connect(ports.host),
+            Some(connect) if has_room => connect(ports.host),
             _ => Err(io::ErrorKind::ConnectionRefused.into()),
         };
         match stream {

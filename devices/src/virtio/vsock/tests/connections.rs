@@ -5,7 +5,7 @@ use crate::bus::BusDevice;
 use crate::virtio::queue::Buffers;
 use crate::virtio::vectored::Iovecs;
 use crate::virtio::vsock::connection::Connection;
-use crate::virtio::vsock::packet::{BOTH, NO_RECEIVE, NO_SEND};
+use crate::virtio::vsock::packet::{NO_RECEIVE, NO_SEND};
 use rustix::net::{Shutdown, shutdown};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -187,17 +187,7 @@ fn nothing_is_lost_of_a_closed_connection() {
     let mut guest = Guest::new();
     let listener = guest.sockets.listen(52);
     let mut stream = guest.connect(&listener);
-    let (mut sent, mut forwarded) = (Vec::new(), 0);
-    // More than a socket takes.
-    while sent.len() - forwarded <= BUFFER_SIZE / 2 {
-        let data = pattern(BUFFER_SIZE / 4, sent.len());
-        guest.send(op::RW, &data);
-        sent.extend(data);
-        guest.send(op::CREDIT_REQUEST, &[]);
-        forwarded = guest.expect(op::CREDIT_UPDATE).fwd_cnt as usize;
-    }
-    guest.shut_down(BOTH);
-    while guest.receive().0.op != op::RST {}
+    let sent = guest.close_with_data();
     // The ports are free again.
     let _other = guest.connect(&listener);
     let mut bytes = Vec::new();
