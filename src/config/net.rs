@@ -9,7 +9,7 @@ use minivmm_devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
 /// How a network device is written on the command line.
-const NET_SYNTAX: &str = "passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME[,queues=N]|fd=N[,mac=M]";
+const NET_SYNTAX: &str = "passt[,mac=M][,publish=[IP:]HOST:GUEST[/tcp|/udp]]...[,host-loopback] or tap=NAME[,queues=N]|fd=N[,mac=M]";
 
 /// A network device. Written as its help says. Without a network, as after a restore that names none, its link is down.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,7 +117,7 @@ impl FromStr for NetConfig {
     }
 }
 
-/// A port of the host that leads to one of the guest. Written as `[IP:]HOST:GUEST[/udp]`.
+/// A port of the host that leads to one of the guest. Written as `[IP:]HOST:GUEST[/tcp|/udp]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublishedPort {
     /// Where the host listens.
@@ -140,10 +140,10 @@ impl FromStr for PublishedPort {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("'publish={text}': write [IP:]HOST:GUEST[/udp], as in 8080:80");
+        let wrong = || format!("'publish={text}': write [IP:]HOST:GUEST[/tcp|/udp], as in 8080:80");
         let (ports, is_udp) = match text.strip_suffix("/udp") {
             Some(ports) => (ports, true),
-            None => (text, false),
+            None => (text.strip_suffix("/tcp").unwrap_or(text), false),
         };
         let (address, guest) = ports.rsplit_once(':').ok_or_else(wrong)?;
         let address = match address.parse() {
@@ -218,12 +218,14 @@ mod tests {
             (tap.pairs(), net("tap=a,queues=8").unwrap().pairs()),
             (1, 8)
         );
-        let text = "passt,publish=8080:80,publish=[::1]:53:5353/udp,host-loopback";
+        let text =
+            "passt,publish=8080:80,publish=[::1]:53:5353/udp,publish=22:22/tcp,host-loopback";
         let passt = net(text).unwrap();
         assert!(passt.passt && passt.host_loopback);
         let ports = passt.publish.iter().map(ToString::to_string);
         let ports: Vec<_> = ports.collect();
-        assert_eq!(ports, ["127.0.0.1:8080:80", "[::1]:53:5353/udp"]);
+        let wanted = ["127.0.0.1:8080:80", "[::1]:53:5353/udp", "127.0.0.1:22:22"];
+        assert_eq!(ports, wanted);
         NetConfig::default().validate().unwrap();
         let json = serde_json::to_string(&passt).unwrap();
         assert_eq!(serde_json::from_str::<NetConfig>(&json).unwrap(), passt);
@@ -243,6 +245,7 @@ mod tests {
             ("passt,publish=80:0", "HOST:GUEST"),
             ("passt,publish=80:65536", "HOST:GUEST"),
             ("passt,publish=localhost:80:80", "HOST:GUEST"),
+            ("passt,publish=80:80/tcp/udp", "HOST:GUEST"),
             ("passt,publish=80:80/sctp", "HOST:GUEST"),
             ("fd=2", "from 3 on"),
             ("fd=-1", "from 3 on"),
