@@ -269,9 +269,7 @@ impl VmConfig {
             disk.validate()
                 .map_err(|why| ConfigError::Disk(disk.path.clone(), why))?;
         }
-        for net in &self.nets {
-            net.validate().map_err(ConfigError::Net)?;
-        }
+        net::validate_all(&self.nets).map_err(ConfigError::Net)?;
         if let Some(vsock) = &self.vsock {
             vsock.validate().map_err(ConfigError::Vsock)?;
         }

@@ -34,6 +34,43 @@ pub struct NetConfig {
     pub fixed_address: bool,
 }
 
+/// Checks the network devices of a VM, and that no two want the same of the host.
+pub(super) fn validate_all(nets: &[NetConfig]) -> Result<(), String> {
+    nets.iter().try_for_each(NetConfig::validate)?;
+    if let Some(name) = repeated(nets.iter().filter_map(|net| net.tap.as_ref())) {
+        return Err(format!("two devices have tap={name}"));
+    }
+    if let Some(fd) = repeated(nets.iter().filter_map(|net| net.fd)) {
+        return Err(format!("two devices have fd={fd}"));
+    }
+    let ports = nets.iter().enumerate();
+    let ports = ports.flat_map(|(index, net)| net.publish.iter().map(move |port| (index, port)));
+    let ports: Vec<_> = ports.collect();
+    for (place, (net, port)) in ports.iter().enumerate() {
+        for (other_net, other) in ports.iter().take(place) {
+            let both = || format!("publish={other} and publish={port}");
+            if port.overlaps(other) {
+                return Err(format!("{} are one port of the host", both()));
+            }
+            if net == other_net && port.has_number_of(other) && port.guest != other.guest {
+                let number = port.address.port();
+                return Err(format!(
+                    "{}: with one passt, port {number} of all of the host's addresses leads to one port of the guest",
+                    both()
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn repeated<T: PartialEq>(items: impl Iterator<Item = T> + Clone) -> Option<T> {
+    let mut rest = items.clone().enumerate();
+    let repeated =
+        rest.find(|(place, item)| items.clone().take(*place).any(|other| other == *item));
+    repeated.map(|(_, item)| item)
+}
+
 impl NetConfig {
     pub(super) fn validate(&self) -> Result<(), String> {
         if !self.passt && (!self.publish.is_empty() || self.host_loopback) {
@@ -133,6 +170,18 @@ impl PublishedPort {
     pub fn passt_spec(&self) -> String {
         let (ip, host, guest) = (self.address.ip(), self.address.port(), self.guest);
         format!("{ip}/{host}:{guest}")
+    }
+
+    fn has_number_of(&self, other: &Self) -> bool {
+        self.is_udp == other.is_udp && self.address.port() == other.address.port()
+    }
+
+    /// Whether both listen at one port of one address.
+    fn overlaps(&self, other: &Self) -> bool {
+        let (ip, other_ip) = (self.address.ip(), other.address.ip());
+        let any = ip.is_unspecified() || other_ip.is_unspecified();
+        let overlap = ip == other_ip || any && ip.is_ipv4() == other_ip.is_ipv4();
+        self.has_number_of(other) && overlap
     }
 }
 
@@ -264,6 +313,47 @@ mod tests {
         ] {
             let error = net(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn no_two_networks_want_the_same_of_the_host() {
+        let check = |texts: &[&str]| {
+            let nets: Vec<NetConfig> = texts.iter().map(|text| text.parse().unwrap()).collect();
+            validate_all(&nets)
+        };
+        for texts in [
+            &["tap=a", "tap=b", "fd=3", "fd=4", "passt", "passt"][..],
+            &["passt,publish=1:1,publish=1:1/udp,publish=[::1]:1:1,publish=127.0.0.2:1:1"],
+            &["passt,publish=1:1", "passt,publish=127.0.0.2:1:2"],
+            &["passt,publish=0.0.0.0:1:1,publish=[::]:1:1,publish=2:1"],
+        ] {
+            check(texts).unwrap();
+        }
+        for (texts, words) in [
+            (&["tap=a", "passt", "tap=a,queues=2"][..], "tap=a"),
+            (&["fd=3", "fd=4", "fd=4"], "fd=4"),
+            (&["passt,publish=1:1,publish=1:1"], "one port of the host"),
+            (&["passt,publish=1:1,publish=1:2"], "one port of the host"),
+            (
+                &["passt,publish=1:1,publish=0.0.0.0:1:1"],
+                "one port of the host",
+            ),
+            (
+                &["passt,publish=[::]:1:1", "passt,publish=[::1]:1:1"],
+                "one port of the host",
+            ),
+            (
+                &["passt,publish=1:1/udp", "passt,publish=1:2/udp"],
+                "one port of the host",
+            ),
+            (
+                &["passt,publish=1:1,publish=[::1]:1:2"],
+                "one port of the guest",
+            ),
+        ] {
+            let error = check(texts).unwrap_err();
+            assert!(error.contains(words), "{texts:?}: {error}");
         }
     }
 
