@@ -110,12 +110,13 @@ impl NetConfig {
     }
 
     /// The guest's address: the one that is configured, or one that stays the same for this device, the place `index` of a VM that
-    /// `vm` tells from others.
-    pub fn mac_address(&self, vm: &[u8], index: usize) -> [u8; 6] {
+    /// `vm` tells from others, with its TAP interface.
+    pub fn mac_address(&self, vm: &[u8], index: usize, interface: Option<&str>) -> [u8; 6] {
         if let Some(MacAddress(mac)) = self.mac {
             return mac;
         }
-        let words = format!("{:?} {:?} {index}", self.tap, self.fd);
+        // "None" stands for a descriptor: its number, which many VMs have in common, was once part of it.
+        let words = format!("{interface:?} None {index}");
         // FNV-1a: https://www.rfc-editor.org/rfc/rfc9923
         let hash = vm.iter().chain(words.as_bytes());
         let hash = hash.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -359,15 +360,15 @@ mod tests {
 
     #[test]
     fn addresses_follow_from_the_vm() {
-        let net: NetConfig = "tap=tap0".parse().unwrap();
-        let mac = net.mac_address(b"vm", 0);
-        assert_eq!(mac, net.mac_address(b"vm", 0));
+        let net: NetConfig = "fd=3".parse().unwrap();
+        let mac = net.mac_address(b"vm", 0, Some("tap0"));
+        assert_eq!(mac, net.mac_address(b"vm", 0, Some("tap0")));
         assert_eq!(mac[0], 2, "locally administered, unicast");
-        let other: NetConfig = "tap=tap1".parse().unwrap();
         for other in [
-            net.mac_address(b"vm", 1),
-            net.mac_address(b"wm", 0),
-            other.mac_address(b"vm", 0),
+            net.mac_address(b"vm", 1, Some("tap0")),
+            net.mac_address(b"wm", 0, Some("tap0")),
+            net.mac_address(b"vm", 0, Some("tap1")),
+            net.mac_address(b"vm", 0, None),
         ] {
             assert_ne!(mac, other);
         }
