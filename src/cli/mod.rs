@@ -235,7 +235,7 @@ pub struct VmArgs {
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<DiskConfig>,
     /// Network device, which the guest finds as eth0, enp0s0 or the like; without it there is no network:
-    /// passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME[,queues=N]|fd=N[,mac=M], as in --net passt,publish=8080:80 or
+    /// passt[,mac=M][,publish=[IP:]HOST:GUEST[/tcp|/udp]]...[,host-loopback] or tap=NAME[,queues=N]|fd=N[,mac=M], as in --net passt,publish=8080:80 or
     /// --net tap=tap0; may be given again
     ///
     /// passt: a network without any rights, by the program of that name, which is started and ends with the VM; the guest gets its address

@@ -269,9 +269,7 @@ impl VmConfig {
             disk.validate()
                 .map_err(|why| ConfigError::Disk(disk.path.clone(), why))?;
         }
-        for net in &self.nets {
-            net.validate().map_err(ConfigError::Net)?;
-        }
+        net::validate_all(&self.nets).map_err(ConfigError::Net)?;
         if let Some(vsock) = &self.vsock {
             vsock.validate().map_err(ConfigError::Vsock)?;
         }
@@ -295,9 +293,19 @@ impl VmConfig {
 fn parse(json: &str) -> serde_json::Result<VmConfig> {
     let config = serde_json::from_str(json)?;
     let value: Value = serde_json::from_str(json)?;
-    let disks = value.get("disks").and_then(Value::as_array);
+    let list = |field, what| {
+        let objects = value.get(field).and_then(Value::as_array);
+        objects
+            .into_iter()
+            .flatten()
+            .map(move |object| (what, object))
+    };
+    // Without one, it is null.
+    let vsock = value.get("vsock").filter(|vsock| !vsock.is_null());
     for (what, object) in std::iter::once(("a VM", &value))
-        .chain(disks.into_iter().flatten().map(|disk| ("a disk", disk)))
+        .chain(list("disks", "a disk"))
+        .chain(list("nets", "a network device"))
+        .chain(vsock.map(|vsock| ("a socket device", vsock)))
     {
         if !object.is_object() {
             return Err(serde::de::Error::custom(format!(

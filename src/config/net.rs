@@ -9,7 +9,7 @@ use minivmm_devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
 /// How a network device is written on the command line.
-const NET_SYNTAX: &str = "passt[,mac=M][,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback] or tap=NAME[,queues=N]|fd=N[,mac=M]";
+const NET_SYNTAX: &str = "passt[,mac=M][,publish=[IP:]HOST:GUEST[/tcp|/udp]]...[,host-loopback] or tap=NAME[,queues=N]|fd=N[,mac=M]";
 
 /// A network device. Written as its help says. Without a network, as after a restore that names none, its link is down.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +32,43 @@ pub struct NetConfig {
     /// With passt: whether the guest's IPv4 address is a fixed one, which it need not ask for.
     #[serde(skip)]
     pub fixed_address: bool,
+}
+
+/// Checks the network devices of a VM, and that no two want the same of the host.
+pub(super) fn validate_all(nets: &[NetConfig]) -> Result<(), String> {
+    nets.iter().try_for_each(NetConfig::validate)?;
+    if let Some(name) = repeated(nets.iter().filter_map(|net| net.tap.as_ref())) {
+        return Err(format!("two devices have tap={name}"));
+    }
+    if let Some(fd) = repeated(nets.iter().filter_map(|net| net.fd)) {
+        return Err(format!("two devices have fd={fd}"));
+    }
+    let ports = nets.iter().enumerate();
+    let ports = ports.flat_map(|(index, net)| net.publish.iter().map(move |port| (index, port)));
+    let ports: Vec<_> = ports.collect();
+    for (place, (net, port)) in ports.iter().enumerate() {
+        for (other_net, other) in ports.iter().take(place) {
+            let both = || format!("publish={other} and publish={port}");
+            if port.overlaps(other) {
+                return Err(format!("{} are one port of the host", both()));
+            }
+            if net == other_net && port.has_number_of(other) && port.guest != other.guest {
+                let number = port.address.port();
+                return Err(format!(
+                    "{}: with one passt, port {number} of all of the host's addresses leads to one port of the guest",
+                    both()
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn repeated<T: PartialEq>(items: impl Iterator<Item = T> + Clone) -> Option<T> {
+    let mut rest = items.clone().enumerate();
+    let repeated =
+        rest.find(|(place, item)| items.clone().take(*place).any(|other| other == *item));
+    repeated.map(|(_, item)| item)
 }
 
 impl NetConfig {
@@ -73,12 +110,13 @@ impl NetConfig {
     }
 
     /// The guest's address: the one that is configured, or one that stays the same for this device, the place `index` of a VM that
-    /// `vm` tells from others.
-    pub fn mac_address(&self, vm: &[u8], index: usize) -> [u8; 6] {
+    /// `vm` tells from others, with its TAP interface.
+    pub fn mac_address(&self, vm: &[u8], index: usize, interface: Option<&str>) -> [u8; 6] {
         if let Some(MacAddress(mac)) = self.mac {
             return mac;
         }
-        let words = format!("{:?} {:?} {index}", self.tap, self.fd);
+        // "None" stands for a descriptor: its number, which many VMs have in common, was once part of it.
+        let words = format!("{interface:?} None {index}");
         // FNV-1a: https://www.rfc-editor.org/rfc/rfc9923
         let hash = vm.iter().chain(words.as_bytes());
         let hash = hash.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -117,7 +155,7 @@ impl FromStr for NetConfig {
     }
 }
 
-/// A port of the host that leads to one of the guest. Written as `[IP:]HOST:GUEST[/udp]`.
+/// A port of the host that leads to one of the guest. Written as `[IP:]HOST:GUEST[/tcp|/udp]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublishedPort {
     /// Where the host listens.
@@ -134,16 +172,28 @@ impl PublishedPort {
         let (ip, host, guest) = (self.address.ip(), self.address.port(), self.guest);
         format!("{ip}/{host}:{guest}")
     }
+
+    fn has_number_of(&self, other: &Self) -> bool {
+        self.is_udp == other.is_udp && self.address.port() == other.address.port()
+    }
+
+    /// Whether both listen at one port of one address.
+    fn overlaps(&self, other: &Self) -> bool {
+        let (ip, other_ip) = (self.address.ip(), other.address.ip());
+        let any = ip.is_unspecified() || other_ip.is_unspecified();
+        let overlap = ip == other_ip || any && ip.is_ipv4() == other_ip.is_ipv4();
+        self.has_number_of(other) && overlap
+    }
 }
 
 impl FromStr for PublishedPort {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("'publish={text}': write [IP:]HOST:GUEST[/udp], as in 8080:80");
+        let wrong = || format!("'publish={text}': write [IP:]HOST:GUEST[/tcp|/udp], as in 8080:80");
         let (ports, is_udp) = match text.strip_suffix("/udp") {
             Some(ports) => (ports, true),
-            None => (text, false),
+            None => (text.strip_suffix("/tcp").unwrap_or(text), false),
         };
         let (address, guest) = ports.rsplit_once(':').ok_or_else(wrong)?;
         let address = match address.parse() {
@@ -218,12 +268,14 @@ mod tests {
             (tap.pairs(), net("tap=a,queues=8").unwrap().pairs()),
             (1, 8)
         );
-        let text = "passt,publish=8080:80,publish=[::1]:53:5353/udp,host-loopback";
+        let text =
+            "passt,publish=8080:80,publish=[::1]:53:5353/udp,publish=22:22/tcp,host-loopback";
         let passt = net(text).unwrap();
         assert!(passt.passt && passt.host_loopback);
         let ports = passt.publish.iter().map(ToString::to_string);
         let ports: Vec<_> = ports.collect();
-        assert_eq!(ports, ["127.0.0.1:8080:80", "[::1]:53:5353/udp"]);
+        let wanted = ["127.0.0.1:8080:80", "[::1]:53:5353/udp", "127.0.0.1:22:22"];
+        assert_eq!(ports, wanted);
         NetConfig::default().validate().unwrap();
         let json = serde_json::to_string(&passt).unwrap();
         assert_eq!(serde_json::from_str::<NetConfig>(&json).unwrap(), passt);
@@ -243,6 +295,7 @@ mod tests {
             ("passt,publish=80:0", "HOST:GUEST"),
             ("passt,publish=80:65536", "HOST:GUEST"),
             ("passt,publish=localhost:80:80", "HOST:GUEST"),
+            ("passt,publish=80:80/tcp/udp", "HOST:GUEST"),
             ("passt,publish=80:80/sctp", "HOST:GUEST"),
             ("fd=2", "from 3 on"),
             ("fd=-1", "from 3 on"),
@@ -265,16 +318,57 @@ mod tests {
     }
 
     #[test]
+    fn no_two_networks_want_the_same_of_the_host() {
+        let check = |texts: &[&str]| {
+            let nets: Vec<NetConfig> = texts.iter().map(|text| text.parse().unwrap()).collect();
+            validate_all(&nets)
+        };
+        for texts in [
+            &["tap=a", "tap=b", "fd=3", "fd=4", "passt", "passt"][..],
+            &["passt,publish=1:1,publish=1:1/udp,publish=[::1]:1:1,publish=127.0.0.2:1:1"],
+            &["passt,publish=1:1", "passt,publish=127.0.0.2:1:2"],
+            &["passt,publish=0.0.0.0:1:1,publish=[::]:1:1,publish=2:1"],
+        ] {
+            check(texts).unwrap();
+        }
+        for (texts, words) in [
+            (&["tap=a", "passt", "tap=a,queues=2"][..], "tap=a"),
+            (&["fd=3", "fd=4", "fd=4"], "fd=4"),
+            (&["passt,publish=1:1,publish=1:1"], "one port of the host"),
+            (&["passt,publish=1:1,publish=1:2"], "one port of the host"),
+            (
+                &["passt,publish=1:1,publish=0.0.0.0:1:1"],
+                "one port of the host",
+            ),
+            (
+                &["passt,publish=[::]:1:1", "passt,publish=[::1]:1:1"],
+                "one port of the host",
+            ),
+            (
+                &["passt,publish=1:1/udp", "passt,publish=1:2/udp"],
+                "one port of the host",
+            ),
+            (
+                &["passt,publish=1:1,publish=[::1]:1:2"],
+                "one port of the guest",
+            ),
+        ] {
+            let error = check(texts).unwrap_err();
+            assert!(error.contains(words), "{texts:?}: {error}");
+        }
+    }
+
+    #[test]
     fn addresses_follow_from_the_vm() {
-        let net: NetConfig = "tap=tap0".parse().unwrap();
-        let mac = net.mac_address(b"vm", 0);
-        assert_eq!(mac, net.mac_address(b"vm", 0));
+        let net: NetConfig = "fd=3".parse().unwrap();
+        let mac = net.mac_address(b"vm", 0, Some("tap0"));
+        assert_eq!(mac, net.mac_address(b"vm", 0, Some("tap0")));
         assert_eq!(mac[0], 2, "locally administered, unicast");
-        let other: NetConfig = "tap=tap1".parse().unwrap();
         for other in [
-            net.mac_address(b"vm", 1),
-            net.mac_address(b"wm", 0),
-            other.mac_address(b"vm", 0),
+            net.mac_address(b"vm", 1, Some("tap0")),
+            net.mac_address(b"wm", 0, Some("tap0")),
+            net.mac_address(b"vm", 0, Some("tap1")),
+            net.mac_address(b"vm", 0, None),
         ] {
             assert_ne!(mac, other);
         }

@@ -37,6 +37,9 @@ fn what_is_wrong_is_named() {
     assert!(chain(r#"["k"]"#).contains("a VM is written as an object"));
     assert!(chain("[]").contains("a VM is written as an object"));
     assert!(chain(r#"{"kernel": "k", "disks": [{"path": "a"}, ["b"]]}"#).contains("a disk is"));
+    assert!(chain(r#"{"kernel": "k", "nets": [["tap0"]]}"#).contains("a network device is"));
+    assert!(chain(r#"{"kernel": "k", "vsock": ["v", 3]}"#).contains("a socket device is"));
+    parse(r#"{"kernel": "k", "nets": [{"passt": true}], "vsock": null}"#).unwrap();
     assert!(matches!(
         parse(&" ".repeat(1 << 21)),
         Err(ConfigError::File(..))

@@ -51,6 +51,8 @@ fn attach_hint(error: &io::Error) -> &'static str {
 /// A TAP device that gives and takes frames behind `struct virtio_net_hdr_v1`.
 #[derive(Debug)]
 pub struct Tap {
+    /// The interface's name.
+    pub name: String,
     /// The descriptors of its queues.
     pub queues: Vec<OwnedFd>,
     /// The interface's MTU, if it is known.
@@ -77,7 +79,8 @@ impl Tap {
                 .map_err(|source| TapError::Attach(name.to_owned(), source))?;
             Ok(fd)
         };
-        Self::set_up((0..queues).map(queue).collect::<Result<_, _>>()?, mtu)
+        let queues = (0..queues).map(queue).collect::<Result<_, _>>()?;
+        Self::set_up(name.to_owned(), queues, mtu)
     }
 
     /// Takes a TAP device that the caller of this process has opened. The descriptor stays open for another time.
@@ -92,10 +95,11 @@ impl Tap {
             return Err(not_tap());
         }
         // It may be an interface of another network namespace.
-        Self::set_up(vec![fd], mtu(&mut request).unwrap_or(None))
+        let mtu = mtu(&mut request).unwrap_or(None);
+        Self::set_up(name_of(&request), vec![fd], mtu)
     }
 
-    fn set_up(queues: Vec<OwnedFd>, mtu: Option<u16>) -> Result<Self, TapError> {
+    fn set_up(name: String, queues: Vec<OwnedFd>, mtu: Option<u16>) -> Result<Self, TapError> {
         // With num_buffers (virtio 1.2 § 5.1.6).
         let header_len: libc::c_int = 12;
         let all = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
@@ -106,6 +110,7 @@ impl Tap {
             can_offload &= int_ioctl(fd, libc::TUNSETOFFLOAD, all as usize).is_ok();
         }
         Ok(Self {
+            name,
             queues,
             mtu,
             set_offloads: can_offload.then_some(set_offloads),
@@ -142,6 +147,12 @@ fn request(name: &str) -> Option<libc::ifreq> {
         *place = byte as libc::c_char;
     }
     is_name.then_some(request)
+}
+
+fn name_of(request: &libc::ifreq) -> String {
+    let name = request.ifr_name.map(|byte| byte as u8);
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(name).into_owned()
 }
 
 #[allow(unsafe_code, reason = "a union's field is read")]
@@ -214,6 +225,16 @@ mod tests {
     }
 
     #[test]
+    fn a_name_ends_with_its_field_or_before() {
+        for name in ["", "tap0", "fifteen-letters"] {
+            assert_eq!(name_of(&request(name).unwrap()), name);
+        }
+        let mut full = request("").unwrap();
+        full.ifr_name.fill(b'x' as libc::c_char);
+        assert_eq!(name_of(&full), "x".repeat(full.ifr_name.len()));
+    }
+
+    #[test]
     fn a_tap_interface_is_taken_once() {
         if !ip("tuntap add mvtap-unit mode tap") {
             return crate::skip::skip("TAP interfaces cannot be made here");
@@ -235,6 +256,7 @@ mod tests {
         let tap = tap.unwrap();
         for tap in [&tap, &inherited] {
             assert_eq!((tap.mtu, tap.set_offloads.is_some()), (Some(1400), true));
+            assert_eq!(tap.name, "mvtap-unit");
         }
     }
 

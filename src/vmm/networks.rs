@@ -40,7 +40,9 @@ impl Networks {
             vm.extend(path.as_os_str().as_bytes());
         }
         let open = |(index, net): (usize, &NetConfig)| {
-            let packets = |tap: Tap| {
+            let mut interface = None;
+            let mut packets = |tap: Tap| {
+                interface = Some(tap.name);
                 let link = Link::packets(tap.queues, tap.set_offloads);
                 (link, tap.mtu, None)
             };
@@ -63,7 +65,7 @@ impl Networks {
                 status: Arc::clone(link.status()),
                 link: Arc::new(Mutex::new(link)),
                 options: NetOptions {
-                    mac: net.mac_address(&vm, index),
+                    mac: net.mac_address(&vm, index, interface.as_deref()),
                     mtu,
                     pairs: net.pairs(),
                 },

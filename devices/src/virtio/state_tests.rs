@@ -419,7 +419,7 @@ fn a_state_that_no_driver_can_bring_about_is_refused() {
         (queue("next_avail"), json!(7), "7 taken and 1 used"),
         (queue("next_avail"), json!(65536), "damaged"),
         (core("device"), json!(null), "damaged"),
-        (core("device/version"), json!(2), "version 2"),
+        (core("device/version"), json!(3), "version 3"),
     ] {
         for kind in KINDS {
             let mut state = saved(kind);

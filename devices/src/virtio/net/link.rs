@@ -38,6 +38,10 @@ pub(super) const MAX_FRAME: usize = 65535 + 18;
 /// Shortest frame: an Ethernet header.
 const MIN_FRAME: usize = 14;
 
+/// Frames in a row that a packet device fails to hand over before its next event is waited for: what fails each time must not keep
+/// a thread busy.
+pub(super) const MAX_LOST: u32 = 64;
+
 /// Most bytes of a link: its iovecs, and a frame that was sent in part.
 pub(super) const MEMORY_BOUND: usize = Iovecs::MEMORY_BOUND + (128 << 10);
 
@@ -53,6 +57,8 @@ pub struct Link {
     fds: Vec<OwnedFd>,
     kind: Kind,
     status: Arc<LinkStatus>,
+    /// Frames in a row that a packet device has failed to hand over.
+    lost: u32,
     iovecs: Iovecs,
 }
 
@@ -139,6 +145,7 @@ impl Link {
                 is_up: AtomicBool::new(true),
                 ..LinkStatus::default()
             }),
+            lost: 0,
             iovecs: Iovecs::default(),
         })
     }
@@ -218,7 +225,7 @@ impl Link {
     /// Receives what has come of the frame, in this queue, into `buffers`, which have room for `frame` bytes behind a header, and of which `done`
     /// bytes of the frame are there already. Gives the bytes behind the header that are there now; `None` if nothing has come.
     ///
-    /// A packet device's frame for which there is no room is lost, and 0.
+    /// A packet device's frame for which there is no room is lost, and 0; so is one that it cannot express.
     pub(super) fn receive<'m>(
         &mut self,
         queue: usize,
@@ -234,7 +241,15 @@ impl Link {
                 let mut too_much = [0];
                 let slices = window(buffers, 0, room);
                 let slices = slices.chain([VolatileSlice::from(&mut too_much[..])]);
-                let count = self.iovecs.read(fd, slices)?;
+                let count = match self.iovecs.read(fd, slices) {
+                    Err(e) if !is_gone(&e) => {
+                        log::debug!("a frame for the guest is lost: {e}");
+                        self.lost = (self.lost + 1) % MAX_LOST;
+                        return Ok((self.lost > 0).then_some(0));
+                    }
+                    count => count?,
+                };
+                self.lost = 0;
                 Ok(count.map(|count| {
                     if count > room {
                         0
@@ -367,6 +382,6 @@ impl Stream {
 }
 
 /// Whether a packet device no longer exists, from drivers/net/tun.c.
-fn is_gone(error: &io::Error) -> bool {
+pub(super) fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBADFD)
 }

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_net::{
 use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::EventSet;
 
-use super::link::{HEADER_LEN, Link, MAX_FRAME, NUM_BUFFERS, Sent, note};
+use super::link::{HEADER_LEN, Link, MAX_FRAME, NUM_BUFFERS, Sent, is_gone, note};
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::vectored::MAX_IOVECS;
 use crate::virtio::worker::{QueueContext, WorkerContext};
@@ -39,10 +39,15 @@ pub(super) fn serve<'m>(
     worker: &'m WorkerContext,
     queues: &mut [QueueContext<'m>],
 ) -> Result<(), QueueError> {
-    link.set_offloads(worker.features)
-        .map_err(QueueError::Host)?;
     if link.status().is_up() {
-        note(&link.status().first_up);
+        match link.set_offloads(worker.features) {
+            // The commands of the driver are answered all the same: it may wait for them without end.
+            Err(e) if is_gone(&e) => on_error(link, &e, worker),
+            set => {
+                set.map_err(QueueError::Host)?;
+                note(&link.status().first_up);
+            }
+        }
     }
     // § 5.1.2: for a driver that knows one pair only, it is behind that.
     let control = match worker.features & 1 << VIRTIO_NET_F_MQ {

@@ -15,6 +15,7 @@ use crate::bus::BusDevice;
 use crate::state::Suspend;
 use crate::virtio::testing::{DATA, Driver, HIGH, WRITE, wait};
 
+mod lost;
 mod multiqueue;
 
 const OPTIONS: NetOptions = NetOptions {
@@ -381,20 +382,6 @@ fn frames_that_no_network_carries_are_dropped() {
     }
     driver.request(&[(HIGH, 26, 0)]);
     assert_eq!(peer.recv(&mut [0; 100]).unwrap(), 26);
-}
-
-/// One whose csum_start is beyond its end, say.
-#[test]
-fn a_frame_that_the_host_refuses_is_lost() {
-    let mut driver = Driver::new(device(Link::packets(
-        vec![UnixDatagram::unbound().unwrap().into()],
-        Some(note_offloads),
-    )));
-    start(&mut driver, 0);
-    for _ in 0..3 {
-        send(&mut driver, &pattern(100, 0));
-        assert!(is_up(&mut driver));
-    }
 }
 
 #[test]

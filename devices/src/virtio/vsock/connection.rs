@@ -145,7 +145,7 @@ impl Connection {
     /// The guest is to do without it. Whether there is something that the host has to get first.
     pub(super) fn detach(&mut self) -> bool {
         self.state = State::Detached;
-        (self.pending, self.deadline) = (0, None);
+        (self.pending, self.shut, self.deadline) = (0, 0, None);
         let _ = shutdown(&self.stream, Shutdown::Read);
         !self.unsent.is_empty()
     }
@@ -153,6 +153,11 @@ impl Connection {
     /// Whether it counts as half-open.
     pub(super) fn is_half_open(&self) -> bool {
         matches!(self.state, State::Greeting(_) | State::Requested)
+    }
+
+    /// Whether only the host still has something to do for it.
+    pub(super) fn is_detached(&self) -> bool {
+        self.state == State::Detached
     }
 
     /// epoll(7) has told of it.

@@ -11,6 +11,8 @@ pub(super) mod tests;
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 pub use muxer::{Connect, HostSide};
 
 use super::device::{VirtioDevice, read_config_bytes};
@@ -26,11 +28,26 @@ pub const DEVICE_TYPE: u32 = 19;
 /// Context IDs that a guest can have (§ 5.10.4): below are the host's, above is none.
 pub const CIDS: std::ops::RangeInclusive<u32> = 3..=u32::MAX - 1;
 
-/// Version of the saved state.
-const STATE_VERSION: u32 = 1;
+/// Version of the saved state. In version 1 it was the context ID only, as a number.
+const STATE_VERSION: u32 = 2;
 
 /// For packets to the guest, packets from it, and events (§ 5.10.2).
 const QUEUE_SIZES: [u16; 3] = [256; 3];
+
+/// What is saved of it.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    cid: u32,
+    /// The guest may still have sockets whose other ends had ports up to this one.
+    last_port: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum AnySaved {
+    Current(Saved),
+    Cid(u32),
+}
 
 /// The device.
 pub struct Vsock {
@@ -99,16 +116,23 @@ impl SaveState for Vsock {
     /// Connections are not saved: their other ends are programs of this host.
     fn save(&self) -> Result<Box<Record>, StateError> {
         let Self { shared, workers: _ } = self;
-        to_record(STATE_VERSION, shared.cid())
+        let saved = Saved {
+            cid: shared.cid(),
+            last_port: shared.last_port(),
+        };
+        to_record(STATE_VERSION, saved)
     }
 
     fn restore(&mut self, record: &Record) -> Result<(), StateError> {
-        let cid = from_record(STATE_VERSION, record)?;
+        let Saved { cid, last_port } = match from_record(STATE_VERSION, record)? {
+            AnySaved::Current(saved) => saved,
+            AnySaved::Cid(cid) => Saved { cid, last_port: 0 },
+        };
         if !CIDS.contains(&cid) {
             let why = format!("is {cid}, not one of {CIDS:?}");
             return Err(StateError::value("the guest's context ID", why));
         }
-        self.shared.restore(cid);
+        self.shared.restore(cid, last_port);
         Ok(())
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
@@ -51,6 +51,13 @@ const TICK: Timespec = Timespec {
     tv_nsec: 250_000_000,
 };
 
+/// How long a driver may take to give up its connections after a restore before new ones begin all the same. Connects of Linux wait
+/// for 2 s.
+const HOLD_LIMIT: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+
 /// Most bytes of all connections, and of what waits for the guest. A list grows to twice of what it needs.
 pub(super) const MEMORY_BOUND: usize = MAX_CONNECTIONS
     * (2 * BUFFER_SIZE + 4 * size_of::<Connection>())
@@ -80,11 +87,14 @@ pub(super) struct Muxer {
     /// Those that may have something for the guest, in turn.
     ready: VecDeque<Ports>,
     resets: VecDeque<Header>,
-    last_port: u32,
+    /// The port of the host that was taken last, if it is not below [`FIRST_PORT`]. The next are behind it.
+    pub(super) last_port: u32,
     /// Room for a packet's, so that none is made for each.
     iovecs: Iovecs,
     /// Programs of the host may wait to be accepted.
     may_accept: bool,
+    /// See [`Muxer::hold`].
+    held_until: Option<Instant>,
 }
 
 impl Muxer {
@@ -99,9 +109,10 @@ impl Muxer {
             connections: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-            last_port: FIRST_PORT - 1,
+            last_port: 0,
             iovecs: Iovecs::default(),
             may_accept: false,
+            held_until: None,
         };
         muxer.watch(&muxer.timer, ControlOperation::Add, TIMER)?;
         if let Some(host) = &muxer.host {
@@ -131,7 +142,27 @@ impl Muxer {
         self.cid = cid;
         if !resumed {
             self.close_all();
+            self.held_until = None;
         }
+    }
+
+    /// Sends nothing but resets until [`Muxer::release`], or for [`HOLD_LIMIT`]. The driver is to drop the connections of before a
+    /// restore, and Linux, which looks for packets before events, drops those with them that have come since.
+    pub(super) fn hold(&mut self) {
+        let limit = Duration::try_from(HOLD_LIMIT).unwrap_or_default();
+        self.held_until = Some(Instant::now() + limit);
+        self.set_timer(HOLD_LIMIT);
+    }
+
+    pub(super) fn release(&mut self) {
+        self.held_until = None;
+    }
+
+    /// Whether it is held now. What the host has is not looked at meanwhile.
+    pub(super) fn is_held(&mut self) -> bool {
+        let now = Instant::now();
+        self.held_until = self.held_until.filter(|until| *until > now);
+        self.held_until.is_some()
     }
 
     /// Closes all connections without a word to the guest.
@@ -196,7 +227,26 @@ impl Muxer {
         Some(connection)
     }
 
+    /// The first that the guest has closed, of those of which the host has not taken everything. The ports of the host tell how old they are.
+    fn oldest_detached(&self) -> Option<Ports> {
+        let detached = self.connections.iter().filter(|(_, c)| c.is_detached());
+        let first = self.last_port.wrapping_add(1);
+        detached
+            .map(|(ports, _)| *ports)
+            .min_by_key(|ports| ports.host.wrapping_sub(first))
+    }
+
+    /// Whether there may be another one. A program of the host that never reads keeps no guest from that.
+    fn has_room(&self) -> bool {
+        self.connections.len() < MAX_CONNECTIONS || self.oldest_detached().is_some()
+    }
+
     fn insert(&mut self, ports: Ports, connection: Connection, how: ControlOperation) {
+        if self.connections.len() >= MAX_CONNECTIONS
+            && let Some(oldest) = self.oldest_detached()
+        {
+            self.remove(oldest);
+        }
         // It fails for lack of memory, and then the host sees that its stream is closed.
         if self.watch(connection.stream(), how, ports).is_ok() {
             self.ensure_tick(connection.deadline.is_some());
@@ -217,7 +267,7 @@ impl Muxer {
     }
 
     fn accept(&mut self) {
-        while self.may_accept && self.connections.len() < MAX_CONNECTIONS {
+        while self.may_accept && self.has_room() {
             let half_open = self.connections.values().filter(|c| c.is_half_open());
             let (Some(host), true) = (&self.host, half_open.count() < MAX_HALF_OPEN) else {
                 return;
@@ -274,13 +324,17 @@ impl Muxer {
     /// Looks at deadlines again in a while, if there `is_reason`.
     fn ensure_tick(&mut self, is_reason: bool) {
         if is_reason && !self.is_ticking {
-            let spec = Itimerspec {
-                it_interval: Timespec::default(),
-                it_value: TICK,
-            };
-            let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
-            self.is_ticking = set.is_ok();
+            self.set_timer(TICK);
         }
+    }
+
+    fn set_timer(&mut self, it_value: Timespec) {
+        let spec = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value,
+        };
+        let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
+        self.is_ticking = set.is_ok();
     }
 
     fn tick(&mut self) {
@@ -324,9 +378,10 @@ impl Muxer {
 
     /// The guest asks for a port of the host.
     fn connect(&mut self, ports: Ports, header: &Header) {
+        let has_room = self.has_room();
         let connect = self.host.as_mut().and_then(|host| host.connect.as_mut());
         let stream = match connect {
-            Some(connect) if self.connections.len() < MAX_CONNECTIONS => connect(ports.host),
+            Some(connect) if has_room => connect(ports.host),
             _ => Err(io::ErrorKind::ConnectionRefused.into()),
         };
         match stream {
@@ -344,7 +399,7 @@ impl Muxer {
 
     /// Whether there is something to send.
     pub(super) fn has_packet(&self) -> bool {
-        !self.resets.is_empty() || !self.ready.is_empty()
+        !self.resets.is_empty() || self.held_until.is_none() && !self.ready.is_empty()
     }
 
     /// Puts the next packet into these buffers, which have room for a header; `None` if there is none after all.

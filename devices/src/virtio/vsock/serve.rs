@@ -25,6 +25,8 @@ pub(super) const fn memory_bound(size: u16) -> usize {
 /// What device and worker know of each other.
 pub(super) struct Shared {
     cid: AtomicU32,
+    /// [`Muxer::last_port`], while the worker has stopped.
+    last_port: AtomicU32,
     /// The driver has not heard that it was restored, without the connections that it has.
     transport_reset: AtomicBool,
 }
@@ -33,6 +35,7 @@ impl Shared {
     pub(super) fn new(cid: u32) -> Self {
         Self {
             cid: AtomicU32::new(cid),
+            last_port: AtomicU32::new(0),
             transport_reset: AtomicBool::new(false),
         }
     }
@@ -41,8 +44,13 @@ impl Shared {
         self.cid.load(Ordering::Relaxed)
     }
 
-    pub(super) fn restore(&self, cid: u32) {
+    pub(super) fn last_port(&self) -> u32 {
+        self.last_port.load(Ordering::Acquire)
+    }
+
+    pub(super) fn restore(&self, cid: u32, last_port: u32) {
         self.cid.store(cid, Ordering::Relaxed);
+        self.last_port.store(last_port, Ordering::Release);
         self.transport_reset.store(true, Ordering::Release);
     }
 }
@@ -58,12 +66,21 @@ pub(super) fn serve<'m>(
         shared.transport_reset.store(false, Ordering::Release);
     }
     muxer.start(shared.cid().into(), worker.resumed);
+    muxer.last_port = shared.last_port();
+    if shared.transport_reset.load(Ordering::Acquire) {
+        muxer.hold();
+    }
+    let mut taken = None;
     let mut chain = Chain::default();
     let served = worker.run(queues, |queue| match queue.index() {
         RECEIVE => receive(muxer, &mut chain, queue),
         TRANSMIT => transmit(muxer, &mut chain, queue),
-        _ => tell_events(shared, &mut chain, queue),
+        _ => tell_events(muxer, shared, &mut taken, &mut chain, queue),
     });
+    for queue in queues.iter_mut().filter(|queue| queue.index() > TRANSMIT) {
+        (0..taken.unwrap_or(0)).for_each(|_| queue.put_back());
+    }
+    shared.last_port.store(muxer.last_port, Ordering::Release);
     if worker.is_cancelled() || served.is_err() {
         muxer.close_all();
     }
@@ -89,7 +106,7 @@ fn receive<'m>(
     chain: &mut Chain<'m>,
     queue: &mut QueueContext<'m>,
 ) -> Result<bool, QueueError> {
-    let has_more = muxer.poll().map_err(QueueError::Host)?;
+    let has_more = !muxer.is_held() && muxer.poll().map_err(QueueError::Host)?;
     for _ in 0..BURST {
         if !muxer.has_packet() {
             queue.report()?;
@@ -134,16 +151,32 @@ fn transmit<'m>(
     Ok(false)
 }
 
+/// Tells the driver that it was restored. Then all of its buffers are `taken`, so that another one says that it has handled the event.
 fn tell_events<'m>(
+    muxer: &mut Muxer,
     shared: &Shared,
+    taken: &mut Option<u16>,
     chain: &mut Chain<'m>,
     queue: &mut QueueContext<'m>,
 ) -> Result<bool, QueueError> {
     if shared.transport_reset.load(Ordering::Acquire) && pop(chain, queue)? {
-        let written = chain.writable.write_front(&TRANSPORT_RESET);
-        queue.complete(chain.head(), written as u32)?;
+        let (head, written) = (chain.head(), chain.writable.write_front(&TRANSPORT_RESET));
+        let mut others = 0;
+        while others < queue.size() && pop(chain, queue)? {
+            others += 1;
+        }
+        *taken = Some(others);
+        queue.complete(head, written as u32)?;
         queue.report()?;
         shared.transport_reset.store(false, Ordering::Release);
+    }
+    if let Some(taken) = taken
+        && muxer.is_held()
+        && pop(chain, queue)?
+    {
+        *taken += 1;
+        muxer.release();
+        return Ok(false);
     }
     Ok(true)
 }

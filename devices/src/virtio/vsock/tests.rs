@@ -13,7 +13,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use tempfile::TempDir;
 
 use super::connection::BUFFER_SIZE;
-use super::packet::{HEADER_LEN, HOST_CID, Header, STREAM, op};
+use super::packet::{BOTH, HEADER_LEN, HOST_CID, Header, STREAM, op};
 use super::serve::{RECEIVE, TRANSMIT};
 use super::*;
 use crate::state::Suspend;
@@ -280,6 +280,21 @@ impl Guest {
         let response = self.expect(op::RESPONSE);
         assert_eq!((response.src_port, response.dst_port), (52, 1000));
         stream
+    }
+
+    /// Sends more than a socket takes, and closes the connection. Gives what was sent.
+    fn close_with_data(&mut self) -> Vec<u8> {
+        let (mut sent, mut forwarded) = (Vec::new(), 0);
+        while sent.len() - forwarded <= BUFFER_SIZE / 2 {
+            let data = pattern(BUFFER_SIZE / 4, sent.len());
+            self.send(op::RW, &data);
+            sent.extend(data);
+            self.send(op::CREDIT_REQUEST, &[]);
+            forwarded = self.expect(op::CREDIT_UPDATE).fwd_cnt as usize;
+        }
+        self.shut_down(BOTH);
+        while self.receive().0.op != op::RST {}
+        sent
     }
 
     /// Has the guest take `len` bytes, with credit for them.

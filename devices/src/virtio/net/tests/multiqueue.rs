@@ -148,3 +148,18 @@ fn a_command_without_room_for_an_answer_needs_a_reset() {
     driver.notify();
     wait("DEVICE_NEEDS_RESET", || driver.status() & 64 != 0);
 }
+
+/// Linux waits for its commands without end, and a TAP interface may be deleted while its guest runs.
+#[test]
+fn commands_are_answered_when_the_packet_device_is_gone() {
+    let queues = [(); 2].map(|()| UnixDatagram::unbound().unwrap().into());
+    let is_gone: SetOffloads = |_, _| Err(io::Error::from_raw_os_error(libc::EBADFD));
+    let link = Link::packets(queues.into(), Some(is_gone));
+    let mut driver = Driver::new(with_pairs(link, 2));
+    for _ in 0..2 {
+        start(&mut driver);
+        assert_eq!(command(&mut driver, CONTROL, &[4, 0, 2, 0]), 0);
+        assert!(!is_up(&mut driver));
+        send(&mut driver, &pattern(100, 0));
+    }
+}

@@ -3,7 +3,9 @@
 use super::*;
 use crate::bus::BusDevice;
 use crate::virtio::queue::Buffers;
-use crate::virtio::vsock::packet::{BOTH, NO_RECEIVE, NO_SEND};
+use crate::virtio::vectored::Iovecs;
+use crate::virtio::vsock::connection::Connection;
+use crate::virtio::vsock::packet::{NO_RECEIVE, NO_SEND};
 use rustix::net::{Shutdown, shutdown};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -185,22 +187,24 @@ fn nothing_is_lost_of_a_closed_connection() {
     let mut guest = Guest::new();
     let listener = guest.sockets.listen(52);
     let mut stream = guest.connect(&listener);
-    let (mut sent, mut forwarded) = (Vec::new(), 0);
-    // More than a socket takes.
-    while sent.len() - forwarded <= BUFFER_SIZE / 2 {
-        let data = pattern(BUFFER_SIZE / 4, sent.len());
-        guest.send(op::RW, &data);
-        sent.extend(data);
-        guest.send(op::CREDIT_REQUEST, &[]);
-        forwarded = guest.expect(op::CREDIT_UPDATE).fwd_cnt as usize;
-    }
-    guest.shut_down(BOTH);
-    while guest.receive().0.op != op::RST {}
+    let sent = guest.close_with_data();
     // The ports are free again.
     let _other = guest.connect(&listener);
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).unwrap();
     assert!(bytes == sent, "{} of {}", bytes.len(), sent.len());
+}
+
+#[test]
+fn the_guest_hears_no_more_of_a_connection_that_it_closed() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let mut connection = Connection::from_guest(ours, &packet(op::REQUEST, 0));
+    connection.on_events(EventSet::HANG_UP);
+    let mut next = || connection.next_packet(&Buffers::default(), &mut Iovecs::default());
+    assert_eq!(next(), Some((op::RESPONSE, 0, 0)));
+    assert_eq!(next(), Some((op::SHUTDOWN, NO_RECEIVE, 0)));
+    connection.detach();
+    assert!(!connection.has_packet());
 }
 
 /// Firecracker #2464: a program that is gone, with data for it, is no signal.
@@ -306,31 +310,66 @@ fn connections_survive_a_pause_and_end_with_a_reset() {
     assert_eq!(guest.driver.used_index(), 0, "nothing was restored");
 }
 
-/// § 5.10.6.6: after a restore the driver learns that its connections are gone, and what it sends for them is reset.
+/// § 5.10.6.6: after a restore the driver learns that its connections are gone, and what it sends for them is reset. New ones begin
+/// when it has learnt it.
 #[test]
 fn a_restore_resets_all_connections() {
     let mut guest = Guest::new();
     let mut stream = guest.accept(1);
+    let give_event = |guest: &mut Guest, head: u16| {
+        guest.driver.queue = EVENT;
+        let at = DATA + 0x4000 + 8 * u64::from(head);
+        guest.driver.chain(head, &[(at, 4, WRITE)]);
+        guest.driver.write(at, &[0xff; 4]);
+        guest.driver.offer(head);
+    };
+    // As many as Linux gives.
+    (0..8).for_each(|head| give_event(&mut guest, head));
     let sockets = Sockets::new();
+    let listener = sockets.listen(52);
     guest.driver.restore(|| sockets.device());
     expect_end(&mut stream);
+    guest.sockets = sockets;
+    let mut stream = guest.sockets.connect();
+    stream.write_all(b"CONNECT 2\n").unwrap();
     assert!(guest.driver.transport.resume());
     guest.send(op::RW, b"to nobody");
     guest.expect(op::RST);
-    // It waits for a buffer.
     guest.driver.queue = EVENT;
-    assert_eq!(guest.driver.request(&[(DATA + 0x4000, 4, WRITE)]), 4);
+    assert_eq!(guest.driver.wait_used(), (0, 4));
     assert_eq!(guest.driver.read(DATA + 0x4000, 4), [0; 4]);
-    guest.sockets = sockets;
-    guest.accept(2);
-    // Once.
-    guest.driver.queue = EVENT;
-    guest.driver.chain(1, &[(DATA + 0x4000, 4, WRITE)]);
-    guest.driver.offer(1);
+    guest.header = packet(op::RW, 0);
+    guest.send(op::REQUEST, &[]);
+    let _accepted = listener.accept().unwrap();
+    guest.expect_silence();
+    give_event(&mut guest, 0);
     guest.driver.notify();
+    let mut ops = [guest.receive().0, guest.receive().0].map(|header| header.op);
+    ops.sort_unstable();
+    assert_eq!(ops, [op::REQUEST, op::RESPONSE]);
+    // Once, and the buffers are still there.
     assert!(guest.driver.transport.pause(Duration::from_secs(20)));
     assert!(guest.driver.transport.resume());
+    guest.driver.queue = EVENT;
     assert_eq!(guest.driver.used_index(), guest.driver.used_so_far());
+    guest.driver.restore(|| Sockets::new().device());
+    assert!(guest.driver.transport.resume());
+    assert_eq!(guest.driver.wait_used(), (1, 4));
+}
+
+/// One that gives no buffers for events, or does not handle them.
+#[test]
+fn a_restored_driver_may_ignore_events() {
+    let mut guest = Guest::new();
+    // The guest may still have a socket whose other end has this port.
+    let _stream = guest.accept(1);
+    let port = guest.header.dst_port;
+    let sockets = Sockets::new();
+    guest.driver.restore(|| sockets.device());
+    guest.sockets = sockets;
+    assert!(guest.driver.transport.resume());
+    let _stream = guest.accept(2);
+    assert_eq!(guest.header.dst_port, port + 1);
 }
 
 #[test]
@@ -346,8 +385,12 @@ fn the_guest_keeps_its_cid_when_it_is_restored() {
     driver.transport.read(config, &mut cid);
     assert_eq!(u64::from_le_bytes(cid), 3);
     let mut bad = Vsock::new(None, 3, &ThreadStarter::default()).unwrap();
+    // As version 1 had it.
+    bad.restore(&to_record(1, 77).unwrap()).unwrap();
+    assert_eq!(bad.shared.cid(), 77);
     for cid in [0, 2, u32::MAX] {
-        let record = to_record(STATE_VERSION, cid).unwrap();
+        let saved = Saved { cid, last_port: 0 };
+        let record = to_record(STATE_VERSION, saved).unwrap();
         let error = bad.restore(&record).unwrap_err().to_string();
         assert!(error.contains("context ID"), "{error}");
     }

@@ -142,6 +142,8 @@ fn operations_out_of_place_reset_the_connection() {
 fn a_guest_has_so_many_connections() {
     let mut guest = Guest::new();
     let listener = guest.sockets.listen(52);
+    // Those that it has closed, and of which the host's programs have not read everything, go first, the oldest before others.
+    let mut closed = [(); 2].map(|()| (guest.connect(&listener), guest.close_with_data()));
     let mut kept = Vec::new();
     let mut refused = 0;
     for port in 0..MAX_CONNECTIONS as u32 + 10 {
@@ -149,6 +151,15 @@ fn a_guest_has_so_many_connections() {
         guest.header.src_port = port;
         guest.send(op::REQUEST, &[]);
         match guest.receive().0.op {
+            op::RESPONSE if kept.len() == MAX_CONNECTIONS - 2 => {
+                kept.push(listener.accept().unwrap());
+                let is_whole = closed.each_mut().map(|(stream, sent)| {
+                    let mut bytes = Vec::new();
+                    stream.read_to_end(&mut bytes).unwrap();
+                    bytes == *sent
+                });
+                assert_eq!(is_whole, [false, true]);
+            }
             op::RESPONSE => kept.push(listener.accept().unwrap()),
             op => {
                 assert_eq!(op, op::RST);
