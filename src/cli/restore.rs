@@ -65,7 +65,7 @@ pub(super) struct SnapshotSource {
     /// Use FILE as the disk with this serial number, or with this number if it has none, whatever the snapshot says of it; it must hold what the disk held
     #[arg(long = "disk", value_name = "id=ID,path=FILE", value_parser = parse_disk)]
     disks: Vec<(String, PathBuf)>,
-    /// Connect the VM's first network device, or with a further --net the next: passt[,publish=[IP:]HOST:GUEST[/udp]]...[,host-loopback], tap=NAME or fd=N; without it, the device's link is down
+    /// Connect the VM's first network device, or with a further --net the next: passt[,publish=[IP:]HOST:GUEST[/tcp|/udp]]...[,host-loopback], tap=NAME or fd=N; without it, the device's link is down
     #[arg(long = "net", value_name = "passt|tap=NAME|fd=N[,...]", value_parser = parse_net)]
     nets: Vec<NetConfig>,
 }

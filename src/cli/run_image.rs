@@ -105,7 +105,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "MODE", value_parser = ["passt", "none"])]
     network: Option<String>,
     /// Have a port of this host lead to one of the program's, on 127.0.0.1 unless told otherwise; may be given again
-    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/udp]")]
+    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/tcp|/udp]")]
     publish: Vec<PublishedPort>,
     /// Memory, as in 512m or 2g
     #[arg(short, long, value_name = "SIZE", default_value = "512M")]
