@@ -14,7 +14,7 @@ use rustix::net::{RecvFlags, recv};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::exit_status::of_signal;
-use super::program::ProgramArgs;
+use super::program::{ProgramArgs, given};
 use super::run::RunError;
 use super::running::find;
 use crate::config::ConsoleTarget;
@@ -66,8 +66,8 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
     let exec = Exec {
         command: words.collect(),
         environment,
-        user: args.user.filter(|user| !user.is_empty()),
-        directory: args.workdir.filter(|directory| !directory.is_empty()),
+        user: given(args.user),
+        directory: given(args.workdir),
         terminal: program.tty,
         signal: None,
     };
@@ -92,15 +92,13 @@ pub fn run(args: ExecArgs) -> Result<u8, RunError> {
         // It is refused only when the counter is full; then its reader is awake.
         console.on_output_ready(Arc::new(move || drop(room.write(1))));
     }
-    let reader_gone = Arc::clone(credit.reader_gone());
-    stdout.tell_of_lost_reader(&reader_gone);
+    stdout.tell_of_lost_reader(credit.reader_gone());
     let session = Session {
         reader: guest.try_clone().map_err(host("the VM's socket"))?,
         device: Mutex::new(Guest(guest)),
         sink: FrameSink::new(stdout.sink(), stderr.sink(), credit),
         pending: Vec::new(),
         room,
-        reader_gone,
         input,
         terminal: program.tty,
     };
@@ -122,7 +120,6 @@ struct Session {
     pending: Vec<u8>,
     /// An event when they can take more.
     room: Arc<EventFd>,
-    reader_gone: Arc<EventFd>,
     input: ConsoleInput,
     terminal: bool,
 }
@@ -162,7 +159,9 @@ impl Session {
         events.add(signals, false, Source::Signal)?;
         events.add(&self.reader, true, Source::Streams)?;
         events.add(&*self.room, true, Source::Streams)?;
-        events.add(&*self.reader_gone, true, Source::ReaderGone)?;
+        if let Some(credit) = self.input.credit() {
+            events.add(&**credit.reader_gone(), true, Source::ReaderGone)?;
+        }
         self.input.add_to(&mut events, Source::Streams)?;
         Ok(events)
     }

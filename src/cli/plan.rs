@@ -95,10 +95,7 @@ impl Plan {
     ) -> Result<Prepared, VmError> {
         let mut times = BuildTimes::default();
         let prepared = match &self.snapshot {
-            None if after_reset => {
-                Prepared::after_reset(&self.config, networks, threads, &mut times)
-            }
-            None => Prepared::new(&self.config, networks, threads, &mut times),
+            None => Prepared::boot(&self.config, networks, threads, !after_reset, &mut times),
             Some((snapshot, identity)) => {
                 let identity = identity.clone();
                 let config = &self.config;

@@ -51,6 +51,11 @@ impl ProgramArgs {
     }
 }
 
+/// An option's text. A script's variable may be empty: as with docker, that gives nothing.
+pub(super) fn given(option: Option<String>) -> Option<String> {
+    option.filter(|text| !text.is_empty())
+}
+
 fn named(text: &str) -> Result<String, &'static str> {
     match text.starts_with('=') || text.is_empty() {
         true => Err("it has no name"),

@@ -15,7 +15,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::disks::disks;
 use super::log::LogArgs;
 use super::plan::{Plan, Streams};
-use super::program::{ProgramArgs, variables_of_file};
+use super::program::{ProgramArgs, given, variables_of_file};
 use super::pull::RegistryArgs;
 use super::run::RunError;
 use super::running::running;
@@ -285,10 +285,8 @@ impl RunArgs {
             ..ImageConfig::default()
         };
         let config = if is_init { &of_init } else { config };
-        // A script's variable may be empty: as with docker, that gives nothing.
-        let given = |option: &Option<String>| option.clone().filter(|text| !text.is_empty());
-        let user = given(&self.user).or_else(|| config.user.clone());
-        let directory = given(&self.workdir).or_else(|| config.working_dir.clone());
+        let user = given(self.user.clone()).or_else(|| config.user.clone());
+        let directory = given(self.workdir.clone()).or_else(|| config.working_dir.clone());
         Ok(Orders {
             command: command(config, self.entrypoint.as_deref(), self.words().1),
             is_init,

@@ -151,17 +151,9 @@ impl Prepared {
         Self::boot(config, networks, threads, true, times)
     }
 
-    /// The same after the guest's reset. The calling thread is confined by then, so it adds nothing to the kernel cache.
-    pub fn after_reset(
-        config: &VmConfig,
-        networks: &Networks,
-        threads: &ThreadStarter,
-        times: &mut BuildTimes,
-    ) -> Result<Self, VmError> {
-        Self::boot(config, networks, threads, false, times)
-    }
-
-    fn boot(
+    /// The same, but unless it `may_cache` what it unpacks, it adds nothing to the kernel cache: after the guest's reset, the calling
+    /// thread is confined.
+    pub fn boot(
         config: &VmConfig,
         networks: &Networks,
         threads: &ThreadStarter,
